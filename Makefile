@@ -1,0 +1,64 @@
+# `make quickstart` trains on rendered characters and writes a report; `make test` is what CI runs. Both need Python 3.11 or newer only.
+# A machine without an NVIDIA GPU downloads less with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-full lint format clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRA := $(if $(shell command -v nvidia-smi),gpu,cpu)
+# The first of these that is new enough and can make virtual environments; PYTHON=... chooses another.
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	if $$name -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then echo $$name; break; fi; done)
+
+# `import kernels` must never find the folder of that name (a package on PyPI is called like that).
+export PYTHONSAFEPATH := 1
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RUN := runs/quickstart
+FAST := not slow and not gpu
+
+help:
+	@echo "make quickstart   train on rendered characters with 2 processes (about 5 minutes on 2 cores) and write a report"
+	@echo "make test         lint, types and all tests but the slow ones"
+	@echo "make test-full    all tests"
+	@echo "make lint         ruff and mypy; make format repairs what ruff can"
+	@echo "make clean        remove the virtual environment and caches; runs/ and data/ stay"
+
+# torch first and alone: DeepSpeed looks for it when it is built. DS_BUILD_OPS=0: no operator is compiled at installation.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "no Python 3.11 or newer with the venv module was found; install one (Debian: python3-venv) or give PYTHON=/path/to/python" >&2; exit 2; fi
+	@echo "installing into $(VENV) with $(PYTHON), extras: $(EXTRA),test"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@DS_BUILD_OPS=0 $(PIP) --editable ".[$(EXTRA),test]"
+	@touch $@
+
+quickstart: $(STAMP)
+	@[ -f data/glyphs/manifest.json ] || { rm -rf data/glyphs && $(BIN)/dnc-dist data prepare glyphs --out data/glyphs; }
+	@rm -rf $(RUN)
+	@$(BIN)/dnc-dist launch configs/quickstart.yaml --nproc 2
+	@echo "report: $(RUN)/report.html"
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# One thread a process: tests start up to four, and torch's thread pools would fight for the cores.
+test: export OMP_NUM_THREADS ?= 1
+test: lint
+	$(BIN)/python -m pytest -m "$(FAST)" --durations=15
+
+test-full: export OMP_NUM_THREADS ?= 1
+test-full: lint
+	$(BIN)/python -m pytest --durations=30
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

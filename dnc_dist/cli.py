@@ -1,0 +1,90 @@
+"""The command line: finds the command, imports it only when it is called, and turns exceptions into exit codes.
+
+Exit codes: 0 done, 1 failed while running, 2 wrong input (one message, no traceback), 75 stopped on request and resumable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from dnc_dist import __version__
+from dnc_dist.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, Stopped
+
+# Name of the command -> its line in --help. The command is the object of that name in dnc_dist/commands/NAME.py.
+COMMANDS = {
+    "launch": "Train on this machine, one worker per GPU.",
+    "train": "Run one worker; launch, torchrun and srun start it.",
+    "data": "Prepare datasets and look at them.",
+    "evaluate": "Measure retrieval of a trained run.",
+    "report": "Write a run's report, one self-contained HTML file.",
+    "config": "Print the resolved configuration, or all keys.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command when it is called, so that --help and config need neither torch nor DeepSpeed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands, in the order of the help."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, imported now; None if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"dnc_dist.commands.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands of the help without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dnc-dist")
+def cli() -> None:
+    """Divide-and-Conquer deep metric learning on one process or many."""
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code; commands return an exit code, or nothing for 0.
+
+    Raises:
+        Exception: whatever a command failed with while running; Python prints the traceback and exits with 1.
+    """
+    try:
+        result = cli.main(args=None if args is None else list(args), prog_name="dnc-dist", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.Abort:
+        print("interrupted", file=sys.stderr)
+        return EXIT_FAILED
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_INPUT
+    except click.ClickException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        if isinstance(error, click.UsageError) and error.ctx is not None:
+            print(f"see `{error.ctx.command_path} --help`", file=sys.stderr)
+        return EXIT_INPUT
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except Stopped as error:
+        print(f"stopped: {error}" if str(error) else "stopped", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        # The reader of our output left (`dnc-dist config … | head`); Python must not complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def main() -> None:
+    """Entry point of the console script and of ``python -m dnc_dist``."""
+    sys.exit(run())

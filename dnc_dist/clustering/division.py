@@ -1,0 +1,122 @@
+"""A division says which learner trains on which row; it is a value: made once, saved, compared, never changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from dnc_dist.clustering.repair import class_sizes
+from dnc_dist.errors import InputError
+from dnc_dist.exact import contingency
+
+MIN_CLASSES = 2
+"""A learner needs so many classes with at least two rows each: below, it has no pairs to learn from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Division:
+    """Rows to learners, and how that came about."""
+
+    learner_of: np.ndarray  # (N,) int16; -1: left out until the next division
+    num_learners: int
+    centroids: np.ndarray  # (k, F) float32, means of the rows; (k, 0) if no features were needed
+    epoch: int
+    sizes: np.ndarray  # (k,) int64, rows that are not left out
+    left_out: int  # rows without a second row of their class in the cluster
+    rejoined: int = 0  # rows moved because their cluster was not trainable
+    trials: int = 0  # k-means runs, those of the 2-means splits included
+    objective: float = 0.0  # sum of squared distances of all rows to the centroid of their cluster
+    matched_share: float = 1.0  # share of rows that keep their learner, before the split; 1 without a previous division
+    nmi_to_previous: float = 1.0  # between the previous division and this one before the split; 1 without a previous division
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, for a checkpoint."""
+        state = dataclasses.asdict(self)
+        return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Division:
+        """The division that gave this ``state_dict``."""
+        values: dict[str, Any] = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in state.items()}
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz file that is either complete or not there."""
+        part = Path(f"{path}.part")
+        with part.open("wb") as file:
+            np.savez(file, **dataclasses.asdict(self))
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Division:
+        """Read what ``save`` wrote.
+
+        Raises:
+            InputError: the file is missing, unreadable or no division.
+        """
+        try:
+            with np.load(path) as arrays:
+                values: dict[str, Any] = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
+            return cls(**{name: value if value.ndim else value.item() for name, value in values.items()})
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise InputError(f"{path} is not a readable division ({error}); give a file from the divisions/ folder of a run") from error
+
+
+def match(previous: np.ndarray, current: np.ndarray, num_learners: int) -> np.ndarray:
+    """Renumber clusters so that as many rows as possible keep their number (Hungarian method on the overlap).
+
+    The published implementation applies the permutation in the inverse direction.
+
+    Args:
+        previous: (N,) numbers below ``num_learners``; rows with -1 have no say.
+        current: (N,) numbers to be changed; -1 stays.
+
+    Returns:
+        (N,) of the type of ``current``.
+    """
+    old, new = linear_sum_assignment(contingency(previous, current, num_learners, num_learners), maximize=True)
+    renamed = np.full(num_learners + 1, -1, current.dtype)
+    renamed[new] = old
+    return renamed[current]
+
+
+def whole(labels: np.ndarray, *, epoch: int = 0) -> Division:
+    """One learner for everything; only rows whose class has no other row are left out."""
+    return make_division(np.zeros(len(labels), np.int64), labels, 1, np.empty((1, 0), np.float32), epoch)
+
+
+def check_num_learners(labels: np.ndarray, num_learners: int) -> None:
+    """Refuse more learners than the classes can feed, before anything is computed.
+
+    Raises:
+        InputError: fewer than two classes with two rows per learner.
+    """
+    classes = int((np.unique(labels, return_counts=True)[1] >= 2).sum())
+    if classes < MIN_CLASSES:
+        raise InputError(
+            f"the training set has {classes} classes with at least 2 images; at least {MIN_CLASSES} are needed: "
+            f"let data.root name a set with more classes or more images per class"
+        )
+    if classes < MIN_CLASSES * num_learners:
+        raise InputError(
+            f"division.num_learners={num_learners} is too many for {classes} classes with at least 2 training images; every learner "
+            f"needs {MIN_CLASSES} such classes: set division.num_learners to at most {classes // MIN_CLASSES}"
+        )
+
+
+def make_division(cluster: np.ndarray, labels: np.ndarray, k: int, centroids: np.ndarray, epoch: int) -> Division:
+    """The division of (N,) clusters below k; rows without a partner of their class in the cluster are left out."""
+    learner_of = np.where(class_sizes(cluster, labels).of_row >= 2, cluster, -1).astype(np.int16)
+    sizes = np.bincount(learner_of[learner_of >= 0], minlength=k).astype(np.int64)
+    return Division(learner_of, k, centroids, epoch, sizes, left_out=int((learner_of < 0).sum()))

@@ -1,0 +1,110 @@
+"""``dnc-dist data``: prepare a data set as shards with an index, and look at one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+
+class Progress:
+    """One line on stderr with rate and remaining time; on a terminal it is rewritten, in a log file a line appears every ten seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.started = self.shown = time.monotonic()
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.live else 10) and not (self.live and done == total):
+            return
+        self.shown = now
+        rate = done / max(now - self.started, 1e-9)
+        line = f"{self.what}: {done:,}/{total:,} ({rate:,.0f}/s, {max(total - done, 0) / max(rate, 1e-9):.0f} s left)"
+        click.echo(f"\r{line:<79}" if self.live else line, err=True, nl=not self.live or done == total)
+
+
+@click.group()
+def data() -> None:
+    """Prepare data sets and look at them."""
+
+
+@data.command()
+@click.argument("name", metavar="glyphs|folder|csv", type=click.Choice(["glyphs", "folder", "csv"]))
+@click.option("--root", type=click.Path(path_type=Path), help="Source: the folder of images, or the CSV file (glyphs needs none).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the prepared data set goes.")
+@click.option("--seed", default=0, show_default=True, help="Order of the classes, and every random choice of the reader.")
+@click.option("--max-side", type=click.IntRange(min=16), help="Shrink larger images to this longer side (default: keep every size).")
+@click.option(
+    "--test-share",
+    default=0.5,
+    show_default=True,
+    type=click.FloatRange(0, 0.9),
+    help="folder: share of test classes, if not in split folders.",
+)
+@click.option("--images", type=click.Path(path_type=Path), help="csv: where relative paths begin (default: the folder of the CSV).")
+@click.option("--fonts", type=click.Path(path_type=Path), help="glyphs: a folder of further .ttf and .otf typefaces.")
+@click.option("--classes", type=click.IntRange(min=4), help="glyphs: at most this many characters.")
+@click.option("--image-size", default=64, show_default=True, type=click.IntRange(16, 512), help="glyphs: side of the images.")
+@click.option("--force", is_flag=True, help="Replace the prepared data set that is there.")
+def prepare(
+    name: str,
+    root: Path | None,
+    out: Path,
+    seed: int,
+    max_side: int | None,
+    test_share: float,
+    images: Path | None,
+    fonts: Path | None,
+    classes: int | None,
+    image_size: int,
+    force: bool,
+) -> None:
+    """Write shards, index and manifest.
+
+    \b
+    glyphs   characters drawn with the typefaces that matplotlib ships; no download
+    folder   split/class/*.jpg, or class/*.jpg with --test-share of the classes as test split
+    csv      columns path, label, split (an open-metric-learning table as it is)
+    """
+    from dnc_dist.data.index import open_index
+    from dnc_dist.data.readers import csv, folder, glyphs
+    from dnc_dist.data.shards import write_shards
+    from dnc_dist.data.summary import describe
+    from dnc_dist.errors import InputError
+
+    started = time.monotonic()
+    if name == "glyphs":
+        reading = glyphs.read(fonts=fonts, classes=classes, image_size=image_size, seed=seed, progress=Progress("characters"))
+    elif root is None:
+        raise InputError(f"data prepare {name} needs --root, the {'CSV file' if name == 'csv' else 'folder of images'}")
+    elif name == "folder":
+        reading = folder.read(root, test_share=test_share, seed=seed)
+    else:
+        reading = csv.read(root, images=images)
+    for note in reading.notes:
+        click.echo(f"{name}: {note}")
+    written = write_shards(reading, out, seed=seed, max_side=max_side, force=force, progress=Progress("images"))
+    click.echo(describe(open_index(out)))
+    took = time.monotonic() - started
+    click.echo(f"written to {out} in {took:.1f} s" if written else f"{out} already holds this very data set; nothing to do")
+
+
+@data.command()
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Where the contact sheet goes (default: DST/contact_sheet.png).")
+@click.option("--seed", default=0, show_default=True, help="Which classes and images the contact sheet shows.")
+def inspect(dst: Path, out: Path | None, seed: int) -> None:
+    """Print counts of a prepared data set and draw a contact sheet: a class a row, every split."""
+    from dnc_dist.data.index import open_index
+    from dnc_dist.data.summary import contact_sheet, describe
+
+    index = open_index(dst)
+    click.echo(describe(index))
+    path = out or dst / "contact_sheet.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(index, seed=seed).save(path)
+    click.echo(f"contact sheet: {path}")

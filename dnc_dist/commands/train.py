@@ -1,0 +1,66 @@
+"""``dnc-dist train``: one worker of a training run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dnc_dist.errors import Stopped
+from dnc_dist.worker import run_worker
+
+
+def overrides_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``--set`` option, shared by all commands that read a configuration."""
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key, for example --set optim.lr=0.001; repeatable."
+    )(function)
+
+
+def resume_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``--resume`` option of launch and train."""
+    return click.option(
+        "--resume",
+        default="auto",
+        show_default=True,
+        metavar="auto|never|PATH",
+        help="Continue the run if it has checkpoints, never, or from a given checkpoint.",
+    )(function)
+
+
+@click.command(short_help="Run one worker; launch, torchrun and srun start it.")
+@click.argument("config", type=click.Path(path_type=Path))
+@overrides_option
+@resume_option
+def train(config: Path, overrides: tuple[str, ...], resume: str) -> int:
+    """Run one worker of the training that CONFIG describes.
+
+    Its rank comes from the environment that launch, torchrun or srun sets; without any it is the only worker. The last
+    line on stdout is `RESULT {...}`.
+    """
+    return run_worker(lambda: _train(config, overrides, resume))
+
+
+def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
+    from dnc_dist.config import load_config
+
+    cfg = load_config(config, overrides)
+
+    from dnc_dist import distributed
+    from dnc_dist.engine.trainer import train as train_run
+
+    distributed.init(cfg.engine.timeout)
+    main = distributed.is_main()
+    try:
+        result = train_run(cfg, resume)
+    except Stopped:
+        distributed.shutdown()
+        raise
+    distributed.shutdown()
+    if main:
+        sys.stdout.write(f"RESULT {json.dumps(result)}\n")
+        sys.stdout.flush()

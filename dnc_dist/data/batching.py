@@ -1,0 +1,201 @@
+"""The schedule of an epoch: which rows make up each step, as a pure function of seed, epoch and division (class-balanced P x S batches)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dnc_dist.rng import numpy_generator
+
+EpochLength = Literal["dataset", "over", "under"]
+
+
+class Step(NamedTuple):
+    """One step's global batch in canonical order: learner by learner, class by class.
+
+    ``learners`` who take their turn, ``rows`` (n,) int64 positions in the training view, ``learner`` (n,) int64 of each row.
+    """
+
+    learners: tuple[int, ...]
+    rows: NDArray[np.int64]
+    learner: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EpochSchedule:
+    """The steps of an epoch.
+
+    Step t takes turn ``turns[t]`` (m learners); its rows are ``rows[starts[t]:starts[t + 1]]``, of which learner j of the turn
+    has ``sizes[t, j]``.
+    """
+
+    rows: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    turns: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def __getitem__(self, step: int) -> Step:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        turn = self.turns[step]
+        rows = self.rows[self.starts[step] : self.starts[step + 1]]
+        return Step(tuple(int(learner) for learner in turn), rows, np.repeat(turn, self.sizes[step]))
+
+    def local_range(self, step: int, rank: int, world: int) -> tuple[int, int]:
+        """Start and stop, in the step's global batch, of the rows that a rank takes; they may be none.
+
+        A contiguous balanced slice. With m > 1 learners a step and m dividing the number of ranks, the ranks form m groups,
+        and group j shares the rows of learner j.
+        """
+        sizes = self.sizes[step]
+        learners = len(sizes)
+        first, count, me, ranks = 0, int(sizes.sum()), rank, world
+        if learners > 1 and world % learners == 0:
+            ranks = world // learners
+            group, me = divmod(rank, ranks)
+            first, count = int(sizes[:group].sum()), int(sizes[group])
+        return first + count * me // ranks, first + count * (me + 1) // ranks
+
+    def max_rows_per_class(self, labels: NDArray[np.int64]) -> int:
+        """The largest number of rows that one class has in any step, given ``labels`` (n,) of the view."""
+        step = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        return int(np.unique(np.stack([step, labels[self.rows]]), axis=1, return_counts=True)[1].max())
+
+
+class _ClassRows:
+    """The rows of one class of a learner in endless passes, each in a new random order."""
+
+    def __init__(self, rows: NDArray[np.int64], generator: np.random.Generator) -> None:
+        self.rows, self.generator = rows, generator
+        self.used = len(rows)
+
+    def take(self, count: int) -> NDArray[np.int64]:
+        """``count`` different rows (not more than the class has), those of the present pass first."""
+        count = min(count, len(self.rows))
+        taken = self.rows[self.used : self.used + count]
+        self.used += len(taken)
+        if len(taken) == count:
+            return taken
+        # A new pass: what has just been taken comes last, so that no row is taken twice at a time.
+        rest = self.generator.permutation(self.rows[: self.used - len(taken)])
+        self.rows = np.concatenate([rest, taken])
+        self.used = count - len(taken)
+        return np.concatenate([taken, self.rows[: self.used]])
+
+
+class _Learner:
+    """The batches of one learner: its classes in endless passes, each in a new random order."""
+
+    def __init__(self, rows: NDArray[np.int64], labels: NDArray[np.int64], generator: np.random.Generator) -> None:
+        self.num_rows = len(rows)
+        self.generator = generator
+        shuffled = rows[generator.permutation(len(rows))]
+        ordered = shuffled[np.argsort(labels[shuffled], kind="stable")]
+        bounds = np.flatnonzero(np.diff(labels[ordered])) + 1
+        self.classes = [_ClassRows(part, generator) for part in np.split(ordered, bounds)]
+        for part in self.classes:
+            part.used = 0  # the first pass is already in random order
+        self.queue: list[int] = []
+
+    def _next_class(self, present: dict[int, NDArray[np.int64]]) -> int:
+        """The next class of the pass that is not in the batch yet."""
+        if not self.queue:
+            self.queue = self.generator.permutation(len(self.classes)).tolist()
+        for position in range(len(self.queue) - 1, -1, -1):
+            if self.queue[position] not in present:
+                return self.queue.pop(position)
+        self.queue = self.generator.permutation(len(self.classes)).tolist() + self.queue
+        return self._next_class(present)
+
+    def batch(self, count: int, samples_per_class: int) -> NDArray[np.int64]:
+        """``count`` different rows, or all that there are: classes by ``samples_per_class``, then more of the same classes."""
+        count = min(count, self.num_rows)
+        present: dict[int, NDArray[np.int64]] = {}
+        missing = count
+        # A class that could give a single row would bring anchors without a positive: present classes give it instead.
+        while missing and len(present) < len(self.classes) and (missing > 1 or not self._has_more(present)):
+            chosen = self._next_class(present)
+            present[chosen] = self.classes[chosen].take(min(samples_per_class, missing))
+            missing -= len(present[chosen])
+        while missing:
+            for chosen, taken in present.items():
+                more = min(samples_per_class, missing, len(self.classes[chosen].rows) - len(taken))
+                if more:
+                    others = np.setdiff1d(self.classes[chosen].rows, taken)
+                    present[chosen] = np.concatenate([taken, self.generator.permutation(others)[:more]])
+                    missing -= more
+        return np.concatenate([present[chosen] for chosen in sorted(present)])
+
+    def _has_more(self, present: dict[int, NDArray[np.int64]]) -> bool:
+        return any(len(taken) < len(self.classes[chosen].rows) for chosen, taken in present.items())
+
+
+def num_steps(sizes: NDArray[np.int64], num_rows: int, batch_size: int, learners_per_step: int, length: EpochLength) -> int:
+    """Steps of an epoch.
+
+    ``dataset``: ``num_rows // batch_size``, whatever the division. ``over``: every learner has as many turns as the largest one
+    needs to see all its rows; ``under``: as the smallest one fills. At least 1 in each case.
+
+    Args:
+        sizes: (k,) rows of every learner that has any.
+        num_rows: rows of the training set, those left out included.
+    """
+    if length == "dataset":
+        return max(1, num_rows // batch_size)
+    share = max(1, batch_size // learners_per_step)
+    turns = -(-int(sizes.max()) // share) if length == "over" else max(1, int(sizes.min()) // share)
+    return max(1, -(-turns * len(sizes) // learners_per_step))
+
+
+def epoch_schedule(
+    learner_of: NDArray[np.integer],
+    labels: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    samples_per_class: int,
+    learners_per_step: int = 1,
+    length: EpochLength = "dataset",
+) -> EpochSchedule:
+    """The schedule of an epoch; a pure function of its arguments.
+
+    Learners that have rows take turns in fixed cyclic order, ``learners_per_step`` at a time, so that the numbers of their turns
+    differ by one at most; an epoch begins where the one before it stopped. Within a learner classes come in passes of a new
+    random order, and so do the rows of a class: every class is visited equally often, and each of its rows, too. A batch holds
+    no row twice; a learner with fewer rows than its share of the batch gives all it has.
+
+    Args:
+        learner_of: (n,) the learner of each row of the training view; -1 is left out.
+        labels: (n,) labels of the view.
+        batch_size: rows of a step over all ranks; each of the m learners of a step has ``batch_size // m``.
+        samples_per_class: S of P x S.
+        learners_per_step: m, at most the number of learners that have rows.
+        length: see ``num_steps``.
+
+    Raises:
+        ValueError: no learner has any row (a division never is like this).
+    """
+    learners, sizes = np.unique(learner_of[learner_of >= 0], return_counts=True)
+    if not len(learners):
+        raise ValueError("every row of the division is left out: there is nothing to train on")
+    m = min(learners_per_step, len(learners))
+    steps = num_steps(sizes, len(labels), batch_size, m, length)
+    first = epoch * steps * m
+    order = np.sort((first + np.arange(steps * m)).reshape(steps, m) % len(learners), axis=1)
+    by_learner = np.argsort(learner_of, kind="stable")[np.count_nonzero(learner_of < 0) :]
+    parts = np.split(by_learner, np.cumsum(sizes)[:-1])
+    makers = [
+        _Learner(part, labels, numpy_generator(seed, "schedule", epoch, int(learner)))
+        for learner, part in zip(learners, parts, strict=True)
+    ]
+    batches = [makers[at].batch(batch_size // m, samples_per_class) for at in order.ravel()]
+    counts = np.array([len(batch) for batch in batches], np.int64).reshape(steps, m)
+    starts = np.concatenate([[0], np.cumsum(counts.sum(1))]).astype(np.int64)
+    return EpochSchedule(np.concatenate(batches).astype(np.int64), starts, learners[order].astype(np.int64), counts)

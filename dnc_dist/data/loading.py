@@ -1,0 +1,89 @@
+"""What the loaders of training and of sequential passes share: the batch, how rows become one, and their workers' start."""
+
+from __future__ import annotations
+
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dnc_dist.data.images import DECODE_ERRORS, decode
+from dnc_dist.data.index import DatasetIndex
+from dnc_dist.data.transforms import Geometry
+
+
+class Batch(NamedTuple):
+    """This rank's rows of a step or of a block, b of them; a step gives every rank at least one (a dummy, if it has no row).
+
+    ``images`` (b, 3, S, S) uint8; ``labels`` (b,) of the view; ``learner`` (b,), -1: takes part in nothing; ``rows`` (b,) of the
+    index, -1: dummy; ``positions`` (b,) in the step's global batch, in a sequential pass in the view; ``valid`` (b,) bool, False:
+    a dummy or a row that failed to decode; ``failed`` the keys of the latter; ``step`` the global step or the number of the block.
+    """
+
+    images: Tensor
+    labels: Tensor
+    learner: Tensor
+    rows: Tensor
+    positions: Tensor
+    valid: Tensor
+    failed: list[str]
+    step: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on another device."""
+        images, labels, learner, rows, positions, valid = (tensor.to(device, non_blocking=True) for tensor in self[:6])
+        return Batch(images, labels, learner, rows, positions, valid, self.failed, self.step)
+
+
+class Request(NamedTuple):
+    """What a worker is asked for: a rank's part of one step."""
+
+    step: int
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    learner: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+def leave_signals(worker: int) -> None:
+    """Leave signals to the training process: SLURM sends them to every process of a step, and the last batches are still needed."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load_image(data: bytes, geometry: Geometry, uniforms: Tensor | None) -> Tensor | None:
+    """The pixels, or None if the bytes are no image. Only decoding may fail: an error in the geometry is a bug."""
+    try:
+        image = decode(data)
+    except DECODE_ERRORS:
+        return None
+    return geometry(image, uniforms)
+
+
+def assemble(index: DatasetIndex, request: Request, images: list[Tensor | None], size: int) -> Batch:
+    """A batch from decoded images; None is a row that failed: zero pixels, learner -1, not valid."""
+    valid = torch.tensor([image is not None for image in images])
+    empty = torch.zeros(3, size, size, dtype=torch.uint8)
+    failed = [index.key(int(row)) for row, image in zip(request.rows, images, strict=True) if image is None]
+    learner = torch.from_numpy(request.learner)
+    return Batch(
+        images=torch.stack([empty if image is None else image for image in images]),
+        labels=torch.from_numpy(request.labels),
+        learner=torch.where(valid, learner, torch.full_like(learner, -1)),
+        rows=torch.from_numpy(request.rows),
+        positions=torch.from_numpy(request.positions),
+        valid=valid,
+        failed=failed,
+        step=request.step,
+    )
+
+
+def dummy(step: int, position: int, size: int) -> Batch:
+    """The batch of a rank without rows: one row that takes part in nothing."""
+    one = torch.ones(1, dtype=torch.int64)
+    return Batch(
+        torch.zeros(1, 3, size, size, dtype=torch.uint8), 0 * one, -one, -one, position * one, torch.zeros(1, dtype=torch.bool), [], step
+    )

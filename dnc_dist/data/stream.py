@@ -1,0 +1,246 @@
+"""Batches for training (by offset through the index) and sequential passes (streamed through WebDataset) on this rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from dnc_dist.data.batching import EpochSchedule
+from dnc_dist.data.index import DatasetIndex, RowView, row_key
+from dnc_dist.data.loading import Batch, Request, assemble, dummy, leave_signals, load_image
+from dnc_dist.data.shards import ShardReader
+from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
+from dnc_dist.rng import uniform
+
+_log = logging.getLogger(__name__)
+
+
+class _StepDataset(Dataset[Batch]):
+    """Turns requests into batches; holds nothing of the epoch, so that its workers live as long as the training."""
+
+    def __init__(self, index: DatasetIndex, geometry: Geometry, seed: int) -> None:
+        self.index, self.geometry, self.seed = index, geometry, seed
+        self.reader = ShardReader(index)
+
+    def __getitem__(self, request: Request) -> Batch:
+        size = self.geometry.image_size
+        if not len(request.rows):
+            return dummy(request.step, 0, size)
+        numbers = None
+        if self.geometry.kind != "none":
+            numbers = uniform((self.seed, "crop", request.step), torch.from_numpy(request.positions), CROP_UNIFORMS)
+        images = [
+            load_image(self.reader.read(int(row)), self.geometry, None if numbers is None else numbers[at])
+            for at, row in enumerate(request.rows)
+        ]
+        return assemble(self.index, request, images, size)
+
+
+class _Requests(Sampler[Request]):
+    """The requests of the epoch that is set; the loader iterates it anew in every epoch."""
+
+    def __init__(self) -> None:
+        self.requests: Iterator[Request] = iter(())
+
+    def __iter__(self) -> Iterator[Request]:
+        return self.requests
+
+
+class TrainBatches:
+    """Batches of this rank over the steps of a schedule, loaded ahead by workers.
+
+    Workers are forked (once, at the first epoch, and kept): they start in milliseconds and share the mapped index. That is safe
+    here because they only run Pillow, NumPy and single-threaded torch on the CPU and never touch the process group or a device.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        view: RowView,
+        geometry: Geometry,
+        *,
+        seed: int,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self.view = view
+        self._requests = _Requests()
+        self._loader: DataLoader[Batch] | None = DataLoader(
+            _StepDataset(index, geometry, seed),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=leave_signals,
+            multiprocessing_context="fork" if workers else None,
+            generator=torch.Generator(),  # without its own, a loader draws from the global one, which a resume would have to replay
+        )
+
+    def epoch(self, schedule: EpochSchedule, *, first_step: int, skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """The batches of a schedule from its step ``skip`` on.
+
+        Args:
+            schedule: of positions in this object's view.
+            first_step: global number of the schedule's step 0; random crops are keyed by the global number.
+            skip: steps already done; resuming needs nothing else.
+            rank: whose slice; ``world`` ranks share every step.
+        """
+        assert self._loader is not None, "closed"
+        self._requests.requests = self._plan(schedule, first_step, skip, rank, world)
+        return iter(self._loader)
+
+    def _plan(self, schedule: EpochSchedule, first_step: int, skip: int, rank: int, world: int) -> Iterator[Request]:
+        for number in range(skip, len(schedule)):
+            step = schedule[number]
+            start, stop = schedule.local_range(number, rank, world)
+            at = step.rows[start:stop]
+            yield Request(first_step + number, self.view.rows[at], self.view.labels[at], step.learner[start:stop], np.arange(start, stop))
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._loader = None
+
+
+class _Block(NamedTuple):
+    """Consecutive positions [start, stop) of a view that lie in one shard."""
+
+    number: int
+    shard: int
+    start: int
+    stop: int
+
+
+def blocks_of(view: RowView, block_size: int) -> list[_Block]:
+    """The view in blocks of at most ``block_size`` rows, none across two shards; they depend on nothing else."""
+    bounds = np.concatenate([[0], np.flatnonzero(np.diff(view.shards)) + 1, [len(view)]])
+    blocks: list[_Block] = []
+    for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        for start in range(first, last, block_size):
+            blocks.append(_Block(len(blocks), int(view.shards[first]), start, min(start + block_size, last)))
+    return blocks
+
+
+class _SequentialDataset(IterableDataset[Batch]):
+    """The blocks of one rank, divided among its workers."""
+
+    def __init__(self, index: DatasetIndex, view: RowView, geometry: Geometry, parts: list[list[_Block]], streaming: bool) -> None:
+        self.index, self.view, self.geometry, self.parts, self.streaming = index, view, geometry, parts, streaming
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        blocks = self.parts[info.id if info else 0]
+        data = self._streamed(blocks) if self.streaming else self._indexed(blocks)
+        for block in blocks:
+            images = [load_image(next(data), self.geometry, None) for _ in range(block.start, block.stop)]
+            positions = np.arange(block.start, block.stop)
+            request = Request(block.number, self.view.rows[positions], self.view.labels[positions], np.zeros_like(positions), positions)
+            yield assemble(self.index, request, images, self.geometry.image_size)
+
+    def _indexed(self, blocks: list[_Block]) -> Iterator[bytes]:
+        reader = ShardReader(self.index)
+        for block in blocks:
+            for row in self.view.rows[block.start : block.stop]:
+                yield reader.read(int(row))
+        reader.close()
+
+    def _streamed(self, blocks: list[_Block]) -> Iterator[bytes]:
+        """The images of the blocks' rows, by reading their shards from front to back."""
+        if not blocks:
+            return
+        paths = self.index.shard_paths
+        urls = [str(paths[shard]) for shard in dict.fromkeys(block.shard for block in blocks)]
+        wanted = iter(row_key(int(row)) for row in self.view.rows[blocks[0].start : blocks[-1].stop])
+        names = webdataset.WebDataset(
+            urls,
+            shardshuffle=False,
+            seed=0,
+            nodesplitter=_unsplit,
+            workersplitter=_unsplit,
+            select_files=_is_image,
+            empty_check=False,
+        )
+        key = next(wanted, None)
+        for sample in names:
+            if sample["__key__"] == key:
+                yield sample["jpg"]
+                key = next(wanted, None)
+        if key is not None:
+            raise OSError(f"row {key} is not in its shard (one of {urls[0]} … {urls[-1]}); it changed while it was being read")
+
+
+def _unsplit(urls: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
+    return urls
+
+
+def _is_image(name: str) -> bool:
+    return name.endswith(".jpg")
+
+
+class SequentialBatches:
+    """One pass over a view in fixed blocks that do not depend on the number of ranks; every row on exactly one rank.
+
+    Whole shards are streamed through WebDataset where there are enough of them for all workers of all ranks; otherwise blocks are
+    read through the index, which one message says. A rank's rows are the view's positions ``bounds`` [start, stop) in either
+    case, but with workers they do not arrive in order: ``Batch.positions`` says where each belongs.
+    """
+
+    def __init__(
+        self,
+        index: DatasetIndex,
+        view: RowView,
+        geometry: Geometry,
+        *,
+        block_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        lanes = max(workers, 1)
+        blocks = blocks_of(view, block_size)
+        shards = list(dict.fromkeys(block.shard for block in blocks))
+        self.streaming = len(shards) >= world * lanes
+        if not self.streaming and rank == 0:
+            _log.info("%s: %d shards are fewer than %d ranks x %d workers; reading through the index", view.name, len(shards), world, lanes)
+        parts = _by_shard(blocks, shards, rank, world, lanes) if self.streaming else _by_block(blocks, rank, world, lanes)
+        mine = [block for part in parts for block in part]
+        self.bounds = (min(block.start for block in mine), max(block.stop for block in mine)) if mine else (0, 0)
+        self.num_batches = len(mine)
+        self._loader = DataLoader(
+            _SequentialDataset(index, view, geometry, parts, self.streaming),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=leave_signals,
+            multiprocessing_context="fork" if workers else None,
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+
+def _by_shard(blocks: list[_Block], shards: list[int], rank: int, world: int, lanes: int) -> list[list[_Block]]:
+    """Whole shards in contiguous runs to ranks and within them to workers."""
+    run_of = {shard: at * world * lanes // len(shards) for at, shard in enumerate(shards)}
+    return [[block for block in blocks if run_of[block.shard] == rank * lanes + lane] for lane in range(lanes)]
+
+
+def _by_block(blocks: list[_Block], rank: int, world: int, lanes: int) -> list[list[_Block]]:
+    """A contiguous balanced run of blocks to each rank, in turn to its workers."""
+    mine = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
+    return [mine[lane::lanes] for lane in range(lanes)]

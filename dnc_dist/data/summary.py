@@ -1,0 +1,74 @@
+"""What a prepared data set holds, as text and as a contact sheet."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dnc_dist.data.images import DECODE_ERRORS, decode
+from dnc_dist.data.index import DatasetIndex, RowView
+from dnc_dist.data.shards import ShardReader
+from dnc_dist.rng import numpy_generator
+
+_CLASSES, _IMAGES, _CELL, _LABEL = 12, 10, 72, 14
+
+
+def _size(num_bytes: int) -> str:
+    value, unit = float(num_bytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def describe(index: DatasetIndex) -> str:
+    """A table of splits, and what else one should know before training: shards, unreadable images, classes in two splits."""
+    lines = [f"{'split':<12}{'images':>10}{'classes':>10}{'images/class: min':>19}{'median':>8}{'max':>6}{'shards':>8}{'size':>10}"]
+    shards = index.manifest["shards"]
+    views = {split: index.view(split) for split in index.splits}
+    for split, view in views.items():
+        counts = np.bincount(view.labels)
+        mine = [shard for shard in shards if shard["split"] == split]
+        lines.append(
+            f"{split:<12}{len(view):>10,}{view.num_classes:>10,}{counts.min():>19,}{np.median(counts):>8g}{counts.max():>6,}"
+            f"{len(mine):>8}{_size(sum(shard['bytes'] for shard in mine)):>10}"
+        )
+        if not (view.query.all() and view.gallery.all()):
+            lines.append(f"{'':<12}queries {view.query.sum():,}, gallery {view.gallery.sum():,}")
+    lines.append(f"content {index.content_hash}, read from {index.manifest['reader']}")
+    if "test" in views and (shared := set(views["train"].class_names) & set(views["test"].class_names)):
+        lines.append(f"{len(shared):,} classes are in train and in test: retrieval here is not of unseen classes")
+    unreadable = index.manifest["unreadable"]
+    if unreadable:
+        lines.append(f"{len(unreadable):,} images could not be read and are left out (all in {index.root / 'manifest.json'}):")
+        lines += [f"  {entry['source']}: {entry['reason']}" for entry in unreadable[:5]]
+    return "\n".join(lines)
+
+
+def contact_sheet(index: DatasetIndex, seed: int = 0) -> Image.Image:
+    """Some classes of each split, chosen by the seed: a class a row, its name above up to ten of its images."""
+    reader = ShardReader(index)
+    height = _CELL + _LABEL
+    views = [index.view(split) for split in index.splits]
+    rows = [min(_CLASSES, view.num_classes) for view in views]
+    sheet = Image.new("RGB", (_IMAGES * _CELL, sum(rows) * height), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for view, count in zip(views, rows, strict=True):
+        for label in np.sort(numpy_generator(seed, "contact sheet", view.name).permutation(view.num_classes)[:count]):
+            draw.text((3, top + 1), f"{view.name} / {view.class_names[label]}", fill=(60, 60, 60))
+            _draw_class(sheet, index, view, int(label), reader, top + _LABEL)
+            top += height
+    reader.close()
+    return sheet
+
+
+def _draw_class(sheet: Image.Image, index: DatasetIndex, view: RowView, label: int, reader: ShardReader, top: int) -> None:
+    for column, row in enumerate(view.rows[view.labels == label][:_IMAGES]):
+        try:
+            image = decode(reader.read(int(row)))
+        except DECODE_ERRORS as error:
+            raise OSError(f"{index.key(int(row))} can no longer be decoded: {error}") from error
+        image.thumbnail((_CELL - 4, _CELL - 4))
+        sheet.paste(image, (column * _CELL + (_CELL - image.width) // 2, top + (_CELL - image.height) // 2))

@@ -1,0 +1,211 @@
+"""Rank and world for everybody else: plain functions that also work without a process group (one rank).
+
+``init`` joins the group that torchrun or SLURM describes in the environment. Collectives here are the only ones in the
+package; each is the identity on one rank, so callers never ask whether they are distributed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from dnc_dist.errors import InputError
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _slurm_environment() -> dict[str, str]:
+    """torchrun's variables from those of a SLURM step with one task per GPU."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()
+    return {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", hosts[0]),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)),
+    }
+
+
+def init(timeout_seconds: float = 1800) -> None:
+    """Collective. Join the process group described by torchrun's variables, else SLURM's, else be the only rank.
+
+    Raises:
+        InputError: torchrun's variables are only partly set.
+    """
+    if dist.is_initialized():
+        return
+    given = [name for name in _TORCHRUN if name in os.environ]
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        os.environ.update(_slurm_environment())
+    elif not {"RANK", "WORLD_SIZE"} & set(given):
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    elif missing := [name for name in _TORCHRUN if name not in os.environ]:
+        raise InputError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with `dnc-dist launch`, torchrun or srun, or unset all of them"
+        )
+    timeout = timedelta(seconds=timeout_seconds)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if world_size() == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's global rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, the only one that prints and writes."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this rank: its CUDA device, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def group_size(group: ProcessGroup | None = None) -> int:
+    """Ranks in a group; 1 without a process group."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Collective. Wait for every rank."""
+    if group_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Collective. The sum over ranks, as a new tensor without gradient."""
+    total = tensor.detach().clone()
+    if group_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks; every rank's output depends on every rank's input, so the gradient is summed over ranks, too."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return all_reduce_sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(grads[0].contiguous(), ctx.group), None
+
+
+def all_reduce_sum_autograd(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Collective, forward and backward. The sum over ranks with its exact gradient."""
+    return _AllReduceSum.apply(tensor, group) if group_size(group) > 1 else tensor
+
+
+def _row_counts(local: Tensor, group: ProcessGroup | None) -> list[int]:
+    counts = torch.zeros(group_size(group), dtype=torch.int64, device=local.device)
+    counts[dist.get_rank(group)] = local.shape[0]
+    dist.all_reduce(counts, group=group)
+    return counts.tolist()
+
+
+def _all_gather_rows(local: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
+    padded = local.new_zeros((max(counts), *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, grad: str, group: ProcessGroup | None) -> Tensor:
+        counts = _row_counts(local, group)
+        me = dist.get_rank(group)
+        ctx.grad, ctx.group, ctx.size = grad, group, len(counts)
+        ctx.start, ctx.stop = sum(counts[:me]), sum(counts[: me + 1])
+        return _all_gather_rows(local.detach().contiguous(), counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.grad == "sum":
+            return all_reduce_sum(grads[0].contiguous(), ctx.group)[ctx.start : ctx.stop], None, None
+        return grads[0][ctx.start : ctx.stop] * ctx.size, None, None
+
+
+def gather_rows(local: Tensor, *, grad: Literal["none", "sum", "own"] = "none", group: ProcessGroup | None = None) -> Tensor:
+    """Collective. The rows of all ranks in rank order; ranks may hold different numbers of rows, also none.
+
+    Args:
+        local: (n_r, ...) this rank's rows.
+        grad: "none"; "sum": the gradient of a row is the sum over the ranks that used it (each rank computes a part of
+            the loss; the backward communicates); "own": the gradient of this rank alone for its own rows, times the
+            group's size (every rank computes the whole loss, and the engine averages over ranks).
+
+    Returns:
+        (sum of n_r, ...)
+    """
+    if group_size(group) == 1:
+        return local.detach() if grad == "none" else local
+    if grad == "none":
+        return _all_gather_rows(local.detach().contiguous(), _row_counts(local, group), group)
+    return _GatherRows.apply(local, grad, group)
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """Collective. The picklable value of rank ``source``, on every rank."""
+    if group_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Collective. The picklable values of all ranks, in rank order, on every rank."""
+    if group_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Collective. Whether the flag is set on at least one rank."""
+    return bool(all_reduce_sum(torch.tensor(int(flag), device=device())).item())
+
+
+def local_range(num_rows: int, rank_: int | None = None, world: int | None = None) -> tuple[int, int]:
+    """The balanced contiguous slice [start, stop) of ``range(num_rows)`` that belongs to a rank."""
+    me = rank() if rank_ is None else rank_
+    ranks = world_size() if world is None else world
+    return num_rows * me // ranks, num_rows * (me + 1) // ranks

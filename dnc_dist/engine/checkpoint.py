@@ -1,0 +1,208 @@
+"""The run directory and its checkpoints: written whole or not at all, verified before they are read, pruned.
+
+DeepSpeed writes into a temporary tag; when every rank is done, rank 0 lists the files with their sizes, forces them to disk,
+renames the tag and moves the pointer ``latest`` by rename. A crash at any moment leaves the previous checkpoint untouched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dnc_dist import distributed
+from dnc_dist.config import RunConfig, dump_config, parse_tree
+from dnc_dist.engine.state import TrainState
+from dnc_dist.errors import InputError
+
+FIXED_SECTIONS = ("model", "data", "division", "loss")
+"""Sections that decide what a checkpoint means; a resumed run may not change them."""
+FREE_KEYS = {("data", "root"), ("data", "workers")}
+_MANIFEST = "files.json"
+# Lets DeepSpeed convert a ZeRO 1 or 2 checkpoint for another number of ranks.
+_UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file: readers see the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    temporary.rename(path)
+    _fsync(path.parent)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, run_dir: Path, keep: int) -> None:
+        self.folder, self.keep = run_dir / "checkpoints", keep
+
+    def save(self, engine: Any, state: TrainState, *, best: bool = False) -> Path:
+        """Collective. Write a checkpoint of the engine and the state, move ``latest`` (and ``best``) to it, prune old ones."""
+        tag, temporary = f"step-{state.step:08d}", f".step-{state.step:08d}.tmp"
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.folder / temporary, ignore_errors=True)
+        distributed.barrier()
+        client_state = {"train_state": state.state_dict(), "world_size": distributed.world_size()} | _UNIVERSAL
+        engine.save_checkpoint(str(self.folder), tag=temporary, client_state=client_state, save_latest=False)
+        distributed.barrier()
+        if distributed.is_main():
+            self._publish(temporary, tag, best)
+        distributed.barrier()
+        return self.folder / tag
+
+    def _publish(self, temporary: str, tag: str, best: bool) -> None:
+        folder = self.folder / temporary
+        sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+        for name in sizes:
+            _fsync(folder / name)
+        write_atomically(folder / _MANIFEST, json.dumps(sizes, indent=1))
+        final = self.folder / tag
+        if final.exists():
+            # The same step again, for example stopped right after a save: only the train state can have moved on.
+            replaced = self.folder / f".{tag}.old"
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+            folder.rename(final)
+            shutil.rmtree(replaced)
+        else:
+            folder.rename(final)
+        _fsync(self.folder)
+        write_atomically(self.folder / "latest", tag)
+        if best:
+            write_atomically(self.folder / "best", tag)
+        kept = set(self.tags()[-self.keep :]) | {self._pointer("best"), self._pointer("latest")}
+        for old in self.tags():
+            if old not in kept:
+                shutil.rmtree(self.folder / old)
+
+    def tags(self) -> list[str]:
+        """Published checkpoints, oldest first."""
+        return sorted(path.name for path in self.folder.glob("step-*")) if self.folder.is_dir() else []
+
+    def _pointer(self, name: str) -> str | None:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+    def _damage(self, tag: str) -> str | None:
+        """What is wrong with a checkpoint's files; None: nothing."""
+        try:
+            sizes = json.loads((self.folder / tag / _MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{_MANIFEST}: {error}"
+        for name, size in sizes.items():
+            file = self.folder / tag / name
+            if not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        return None
+
+    def find(self, which: str = "latest") -> tuple[str, list[str]] | None:
+        """The tag to load and a message for each damaged newer checkpoint; None if there is no checkpoint at all.
+
+        Args:
+            which: "latest" falls back to the newest undamaged checkpoint; "best" and tags do not.
+
+        Raises:
+            InputError: there are checkpoints, but the wanted one, or for "latest" every one, is damaged or missing.
+        """
+        wanted = self._pointer(which) if which in ("latest", "best") else which
+        if wanted is None and not self.tags():
+            return None
+        candidates = [tag for tag in reversed(self.tags()) if wanted is None or tag <= wanted] if which == "latest" else [str(wanted)]
+        messages = []
+        for tag in candidates:
+            if (damage := self._damage(tag)) is None:
+                return tag, messages
+            messages.append(f"checkpoint {self.folder / tag} is damaged ({damage}); not used")
+        raise InputError("\n".join([*messages, f"{self.folder}: no usable checkpoint; remove the folder to start over"]))
+
+    def load(self, engine: Any, tag: str) -> TrainState:
+        """Collective. Restore the engine and return the train state.
+
+        Raises:
+            InputError: the checkpoint was written by another number of processes.
+        """
+        ranks = len(list((self.folder / tag).glob("*_optim_states.pt"))) or None
+        if ranks is not None and ranks != distributed.world_size():
+            raise InputError(
+                f"{self.folder / tag} was written by {ranks} processes and this run has {distributed.world_size()}; start with --nproc {ranks}"
+            )
+        path, client_state = engine.load_checkpoint(str(self.folder), tag)
+        if path is None:
+            raise InputError(f"{self.folder / tag}: DeepSpeed could not read this checkpoint")
+        return TrainState.from_state_dict(client_state["train_state"])
+
+
+    def has_best(self) -> bool:
+        """Whether a checkpoint was marked as the best."""
+        return self._pointer("best") is not None
+
+    def read(self, tag: str) -> tuple[dict[str, Any], TrainState]:
+        """The objective's weights and the train state, for inference: without an engine, on any number of processes."""
+        content = torch.load(self.folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return content["module"], TrainState.from_state_dict(content["train_state"])
+
+
+def prepare_run_dir(cfg: RunConfig, resume: str) -> None:
+    """Create the run directory with its ``config.yaml``, or check that it belongs to this very run. Rank 0 only.
+
+    Raises:
+        InputError: the directory holds another run, or ``resume`` is "never" and it holds any.
+    """
+    path = cfg.run.path / "config.yaml"
+    if not path.exists():
+        if cfg.run.path.exists() and any(cfg.run.path.iterdir()):
+            raise InputError(f"{cfg.run.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder")
+        cfg.run.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, dump_config(cfg))
+        return
+    if resume == "never":
+        raise InputError(f"{cfg.run.path} already holds a run; use --resume auto to go on with it, or set run.name to start another")
+    changed = changed_keys(load_run_config(cfg.run.path), cfg)
+    if changed:
+        raise InputError(
+            f"{cfg.run.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, or set run.name to start another"
+        )
+    write_atomically(path, dump_config(cfg))
+
+
+def load_run_config(run_dir: Path) -> RunConfig:
+    """The configuration that a run directory was made with.
+
+    Raises:
+        InputError: this is no run directory.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run_dir} is no run directory: it has no config.yaml; give the folder that `dnc-dist launch` printed")
+    return parse_tree(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
+    """Keys of the fixed sections, and the seed, whose values differ, as ``section.key (old -> new)``."""
+    changes = []
+    for section in FIXED_SECTIONS:
+        old, new = getattr(before, section).model_dump(mode="json"), getattr(now, section).model_dump(mode="json")
+        for key in sorted(old.keys() | new.keys()):
+            if (section, key) not in FREE_KEYS and old.get(key) != new.get(key):
+                changes.append(f"{section}.{key} ({old.get(key)} -> {new.get(key)})")
+    if before.run.seed != now.run.seed:
+        changes.append(f"run.seed ({before.run.seed} -> {now.run.seed})")
+    return changes

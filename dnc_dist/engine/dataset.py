@@ -1,0 +1,117 @@
+"""The prepared dataset as the engine uses it: views of the splits, training batches, sequential passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from dnc_dist import distributed
+from dnc_dist.clustering.division import Division
+from dnc_dist.config import RunConfig
+from dnc_dist.data.batching import EpochSchedule, epoch_schedule
+from dnc_dist.data.images import DECODE_ERRORS, decode
+from dnc_dist.data.index import DatasetIndex, RowView, open_index, train_view, validation_view
+from dnc_dist.data.shards import ShardReader
+from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
+from dnc_dist.data.transforms import Geometry
+from dnc_dist.errors import InputError
+from dnc_dist.rng import seed_for
+
+
+def _decoded(data: bytes) -> Image | None:
+    try:
+        return decode(data)
+    except DECODE_ERRORS:
+        return None
+
+
+class RunData:
+    """Everything that a run reads.
+
+    Raises:
+        InputError: the dataset cannot be read, differs between ranks, or has nothing to train on.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.index: DatasetIndex = open_index(cfg.data.root)
+        hashes = distributed.gather_objects(self.index.content_hash)
+        if len(set(hashes)) > 1:
+            others = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
+            raise InputError(f"data.root={cfg.data.root} holds another dataset on rank {others[0]} than on rank 0; copy the same one to every machine")
+        self.train: RowView = train_view(self.index, cfg.data.validation_classes, cfg.run.seed)
+        self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
+        self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
+        pin = distributed.device().type == "cuda"
+        self._passes = {"workers": cfg.data.workers, "pin_memory": pin}
+        self._train_batches = TrainBatches(
+            self.index,
+            self.train,
+            Geometry(cfg.data.augment, cfg.data.image_size, cfg.data.crop),
+            seed=cfg.run.seed,
+            workers=cfg.data.workers,
+            pin_memory=pin,
+        )
+
+    def selection_view(self) -> tuple[str, RowView | None]:
+        """The split that selects the best checkpoint: ("last" | "validation" | "test", its view).
+
+        Raises:
+            InputError: the configuration selects on a split that the dataset does not have.
+        """
+        wanted = self.cfg.evaluation.select_on
+        if wanted == "auto":
+            wanted = "validation" if self.validation is not None else "last"
+        view = {"last": None, "validation": self.validation, "test": self.test}[wanted]
+        if wanted != "last" and view is None:
+            raise InputError(f"evaluation.select_on={wanted}, but {self.index.root} has no {wanted} split; set evaluation.select_on=last")
+        return wanted, view
+
+    def schedule(self, division: Division, epoch: int, *, conquer: bool) -> EpochSchedule:
+        """The steps of an epoch under a division; when conquering, one cluster a step."""
+        sch = self.cfg.schedule
+        return epoch_schedule(
+            division.learner_of,
+            self.train.labels,
+            seed=seed_for(self.cfg.run.seed, "schedule"),
+            epoch=epoch,
+            batch_size=sch.batch_size,
+            samples_per_class=sch.samples_per_class,
+            learners_per_step=1 if conquer else self.cfg.division.learners_per_step,
+            length=sch.epoch,
+        )
+
+    def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from step ``skip`` on."""
+        return self._train_batches.epoch(
+            schedule, first_step=first_step, skip=skip, rank=distributed.rank(), world=distributed.world_size()
+        )
+
+    def sequential(self, view: RowView) -> SequentialBatches:
+        """This rank's blocks of one pass over a view, with the evaluation transform."""
+        return SequentialBatches(
+            self.index,
+            view,
+            Geometry("none", self.cfg.data.image_size, self.cfg.data.crop),
+            block_size=self.cfg.evaluation.batch_size,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            **self._passes,
+        )
+
+    def thumbnails(self, rows: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
+        """(n..., side, side, 3) pictures of rows of the index; black for -1 and for a row that cannot be decoded."""
+        geometry, reader = Geometry("none", side, 1.0), ShardReader(self.index)
+        pictures = np.zeros((rows.size, side, side, 3), np.uint8)
+        for at, row in enumerate(rows.ravel().tolist()):
+            image = _decoded(reader.read(row)) if row >= 0 else None
+            if image is not None:
+                pictures[at] = geometry(image).permute(1, 2, 0).numpy()
+        return pictures.reshape(*rows.shape, side, side, 3)
+
+    def close(self) -> None:
+        """Stop the loader's workers."""
+        self._train_batches.close()

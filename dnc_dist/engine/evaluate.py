@@ -1,0 +1,160 @@
+"""Retrieval metrics of a model on a view, in training and of a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnc_dist import distributed
+from dnc_dist.clustering.kmeans import kmeans
+from dnc_dist.config import RunConfig
+from dnc_dist.data.index import RowView
+from dnc_dist.engine.checkpoint import Checkpoints, load_run_config
+from dnc_dist.engine.dataset import RunData
+from dnc_dist.engine.extract import extract
+from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.setup import build_objective
+from dnc_dist.engine.signals import StopRequest
+from dnc_dist.errors import InputError
+from dnc_dist.exact import nmi
+from dnc_dist.gallery import Gallery, save_gallery
+from dnc_dist.progress import Progress
+from dnc_dist.retrieval.protocols import RetrievalResult, evaluate
+from dnc_dist.rng import seed_for
+
+THUMBNAIL_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of one view, with the protocol and the counts they stand on."""
+
+    metrics: dict[str, Any]
+    retrieval: RetrievalResult
+    failed: list[str]
+
+
+def evaluate_view(
+    objective: DncObjective,
+    data: RunData,
+    view: RowView,
+    cfg: RunConfig,
+    *,
+    with_nmi: bool,
+    stop: StopRequest,
+    progress: Progress,
+    epoch: int,
+    protocol: str | None = None,
+) -> Evaluation:
+    """Collective. Embed a view and measure retrieval on it.
+
+    Raises:
+        Stopped: a rank was asked to stop; the evaluation is abandoned.
+    """
+    name = f"epoch {epoch}: evaluation on {view.name}"
+    found = extract(
+        objective, objective.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress
+    )
+    rows = found.start + torch.nonzero(found.valid).flatten()
+    embeddings = found.values[found.valid]
+    result = evaluate(
+        embeddings,
+        rows,
+        view.labels,
+        view.query,
+        view.gallery,
+        protocol=protocol or cfg.data.protocol,
+        recall_at=cfg.evaluation.recall_at,
+    )
+    metrics: dict[str, Any] = dict(result.metrics)
+    if with_nmi:
+        metrics["nmi"] = _nmi(embeddings, rows, view, cfg.run.seed)
+    metrics |= {
+        "protocol": result.protocol,
+        "num_queries": result.num_queries,
+        "num_gallery": result.num_gallery,
+        "queries_left_out": result.num_left_out,
+    }
+    return Evaluation(metrics, result, found.failed)
+
+
+def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int) -> float:
+    """Collective. NMI of a k-means with as many clusters as classes, run by rank 0 on all rows in their order."""
+    device = distributed.device()
+    every = distributed.gather_rows(embeddings.to(device)).cpu()
+    order = distributed.gather_rows(rows.to(device)).cpu()
+    value = None
+    if distributed.is_main():
+        position = torch.argsort(order)
+        labels = view.labels[order[position].numpy()]
+        clusters = kmeans(every[position], len(np.unique(labels)), seed=seed_for(seed, "nmi"))
+        value = nmi(clusters.assignment.numpy(), labels)
+    return distributed.broadcast_object(value)
+
+
+def save_neighbours(data: RunData, view: RowView, found: Evaluation, run_dir: Path) -> None:
+    """Write the sampled queries with their nearest neighbours and pictures for the report. Rank 0 writes."""
+    if not distributed.is_main():
+        return
+    result = found.retrieval
+    queries, neighbours = result.sample_queries, result.sample_neighbours
+    known = neighbours >= 0
+    save_gallery(
+        run_dir,
+        Gallery(
+            query_rows=view.rows[queries],
+            neighbour_rows=np.where(known, view.rows[neighbours], -1),
+            query_labels=view.labels[queries],
+            neighbour_labels=np.where(known, view.labels[neighbours], -1),
+            distances=np.sqrt(result.sample_distances),
+            class_names=view.class_names,
+            query_images=data.thumbnails(view.rows[queries], THUMBNAIL_SIDE),
+            neighbour_images=data.thumbnails(np.where(known, view.rows[neighbours], -1), THUMBNAIL_SIDE),
+        ),
+    )
+
+
+def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "best") -> dict[str, Any]:
+    """Collective. Metrics of a run's checkpoint on the test split.
+
+    Args:
+        run_dir: a run directory.
+        protocol: instead of the configured one.
+        checkpoint: "best" (the newest one, if no split selected a best), "latest", or a tag.
+
+    Raises:
+        InputError: no run, no checkpoint, or no test split there.
+    """
+    cfg = load_run_config(run_dir)
+    cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": run_dir.parent, "name": run_dir.name})})
+    checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
+    which = "latest" if checkpoint == "best" and not checkpoints.has_best() else checkpoint
+    found = checkpoints.find(which)
+    if found is None:
+        raise InputError(f"{run_dir} has no checkpoint yet; train it with `dnc-dist launch`")
+    data = RunData(cfg)
+    if data.test is None:
+        raise InputError(f"data.root={cfg.data.root} has no test split to evaluate on")
+    objective = build_objective(cfg, data.train.num_classes)
+    weights, state = checkpoints.read(found[0])
+    objective.load_state_dict(weights)
+    with_nmi = cfg.evaluation.nmi != "never"
+    evaluation = evaluate_view(
+        objective,
+        data,
+        data.test,
+        cfg,
+        with_nmi=with_nmi,
+        stop=StopRequest(),
+        progress=Progress(distributed.is_main()),
+        epoch=state.epoch,
+        protocol=protocol,
+    )
+    data.close()
+    selected_on, _ = data.selection_view()
+    return {"run": str(run_dir), "checkpoint": found[0], "epoch": state.epoch, **evaluation.metrics, "selected_on": selected_on}

@@ -1,0 +1,82 @@
+"""One pass over a view: features or embeddings of this rank's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dnc_dist import distributed
+from dnc_dist.data.stream import SequentialBatches
+from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.signals import StopRequest
+from dnc_dist.errors import Stopped
+from dnc_dist.progress import Progress
+
+VOTE_EVERY_BLOCKS = 8
+
+
+class Extracted(NamedTuple):
+    """Rows of one rank: consecutive positions of the view from ``start`` on.
+
+    ``values`` (n, D) float32 on the CPU, zeros where ``valid`` (n,) is False because the row could not be decoded.
+    """
+
+    values: Tensor
+    valid: Tensor
+    start: int
+    failed: list[str]
+
+
+def extract(
+    objective: DncObjective,
+    compute: Callable[[Tensor], Tensor],
+    batches: SequentialBatches,
+    *,
+    name: str,
+    num_rows: int,
+    stop: StopRequest,
+    progress: Progress,
+) -> Extracted:
+    """Collective. Run ``compute`` (``objective.features`` or ``.embeddings``) over this rank's blocks of a view.
+
+    Raises:
+        Stopped: a rank was asked to stop; all ranks agree on it every few blocks and abandon the pass together.
+    """
+    start, end = batches.bounds
+    device = distributed.device()
+    values: Tensor | None = None
+    valid = torch.zeros(end - start, dtype=torch.bool)
+    failed: list[str] = []
+    # Ranks differ in their number of blocks but must vote equally often.
+    rounds = max(distributed.gather_objects(len(batches))) // VOTE_EVERY_BLOCKS + 1
+    was_training = objective.training
+    objective.eval()
+    pending = iter(batches)
+    with torch.inference_mode(), progress.phase(name, num_rows, "img") as phase:
+        for _ in range(rounds):
+            for _ in range(VOTE_EVERY_BLOCKS):
+                batch = next(pending, None)
+                if batch is None:
+                    break
+                result = compute(batch.images.to(device, non_blocking=True)).float().cpu()
+                if values is None:
+                    values = torch.zeros(end - start, result.shape[1])
+                at = batch.positions - start
+                values[at], valid[at] = result * batch.valid[:, None], batch.valid
+                failed += batch.failed
+                phase.update(len(at) * distributed.world_size())
+            if distributed.any_rank(stop.requested):
+                raise Stopped(f"during {name}")
+    objective.train(was_training)
+    if values is None:
+        values = torch.zeros(0, _width(objective, compute))
+    # Made in inference mode, where tensors cannot take part in autograd later; callers only read them.
+    return Extracted(values.clone(), valid, start, failed)
+
+
+def _width(objective: DncObjective, compute: Callable[[Tensor], Tensor]) -> int:
+    """Columns that ``compute`` would give, for a rank without rows."""
+    return objective.backbone.feature_dim if compute == objective.features else objective.masks.embedding_dim

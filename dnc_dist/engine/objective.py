@@ -1,0 +1,175 @@
+"""Backbone, embedding, masks and loss in the one module that DeepSpeed wraps.
+
+Scaling, in one place. DeepSpeed averages gradients over the W ranks, and the loss of a step is
+1/m * sum over its m learners a of  (sum over ranks of s[r,a]) / max(1, sum over ranks of n[r,a])
+with s the sums over active pairs and n their counts. So rank r returns W/m * sum_a s[r,a] / max(1, N_a): the factor W undoes
+the averaging. The mask penalty is the same on every rank and carries no factor. A whole-batch loss is computed by every rank on
+the gathered rows; there the gather gives own rows the factor (see ``distributed.gather_rows``), loss parameters need none.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+import dnc_kernels
+from dnc_dist import distributed
+from dnc_dist.data.stream import Batch
+from dnc_dist.data.transforms import Augment
+from dnc_dist.engine.plan import Phase
+from dnc_dist.loss import References
+from dnc_dist.model.batch_norm import set_valid_rows
+from dnc_dist.model.embedding import EmbeddingHead, inference
+from dnc_dist.model.masks import SubspaceMasks
+from dnc_dist.rng import uniform
+
+
+class Rows(NamedTuple):
+    """What the loss needs of some rows: z (n, D) unit embeddings; labels, learner, row_ids (n,) int64, learner -1 in no pair."""
+
+    z: Tensor
+    labels: Tensor
+    learner: Tensor
+    row_ids: Tensor
+
+
+class DncObjective(nn.Module):
+    """``forward(batch, phase)`` -> (this rank's loss, stats of the global batch). Keeps no phase and no step."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: EmbeddingHead,
+        masks: SubspaceMasks,
+        loss: nn.Module,
+        augment: Augment,
+        *,
+        seed: int,
+        mask_penalty: float,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.head, self.masks, self.loss, self.augment = backbone, head, masks, loss, augment
+        self.seed, self.mask_penalty, self.autocast = seed, mask_penalty, autocast
+
+    def forward(
+        self, batch: Batch, phase: Phase, *, group: ProcessGroup | None = None, stop: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Collective. Loss and statistics of one step.
+
+        Args:
+            batch: this rank's rows of the step's global batch.
+            phase: where the training stands.
+            group: the ranks that share this rank's learners; None: all.
+            stop: this rank was asked to stop; ``stats["stop"]`` tells on how many ranks that is so.
+
+        Returns:
+            The loss to backpropagate (scaled for DeepSpeed, see above) and 0-d tensors that are equal on all ranks;
+            ``loss`` there carries no factor W.
+        """
+        numbers = None
+        if self.augment.uses_uniforms:
+            numbers = uniform((self.seed, "augment", phase.step), batch.positions.cpu(), self.augment.num_uniforms)
+        images = self.augment(batch.images, numbers)
+        set_valid_rows(self.backbone, batch.valid)
+        with self._autocast(images.device):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not phase.backbone_frozen):
+                features = self.backbone(images)
+            dropped = None
+            if self.head.dropout > 0:
+                dropped = uniform((self.seed, "dropout", phase.step), batch.positions.cpu(), features.shape[1]).to(features.device)
+            embeddings = self.head(features, dropped).float()
+        set_valid_rows(self.backbone, None)
+
+        rows, masks = self._project(embeddings, batch, phase)
+        learners = phase.level if not phase.conquer else 1
+        if self.loss.kind == "pairwise":
+            loss, stats = self._pairwise(rows, learners, phase.step, group, stop)
+        else:
+            loss, stats = self._whole_batch(rows, masks, learners, group, stop)
+        penalty = embeddings.new_zeros(())
+        if masks is not None and self.masks.kind == "learned":
+            penalty = self.masks.penalty(masks)
+            loss = loss + self.mask_penalty * penalty
+        if masks is not None:
+            stats |= {"mask_orthogonality": penalty.detach(), "mask_sparsity": self.masks.sparsity(masks)}
+        return loss, stats
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, F) L2-normalised backbone features in fp32, as k-means sees them. In evaluation mode."""
+        with self._autocast(images.device):
+            features = self.backbone(self.augment(images))
+        return F.normalize(features.float(), dim=1)
+
+    def embeddings(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, D) unit embeddings as retrieval compares them: the whole embedding. In evaluation mode."""
+        with self._autocast(images.device):
+            embeddings = self.head(self.backbone(self.augment(images)))
+        return inference(embeddings, self.masks.kind, self.masks.num_learners)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+    def _project(self, embeddings: Tensor, batch: Batch, phase: Phase) -> tuple[Rows, Tensor | None]:
+        """Unit embeddings of the learners' subspaces and the level's masks (k, D); when conquering the whole embedding and None."""
+        if phase.conquer:
+            z = inference(embeddings, self.masks.kind, self.masks.num_learners)
+            return Rows(z, batch.labels, torch.where(batch.valid, 0, -1), batch.rows), None
+        masks = self.masks.level_masks(phase.level)
+        learner = torch.where(batch.valid, batch.learner, -1)
+        return Rows(dnc_kernels.project(embeddings, learner, masks), batch.labels, learner, batch.rows), masks
+
+    def _pairwise(
+        self, rows: Rows, learners: int, step: int, group: ProcessGroup | None, stop: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Local anchors against the references of all ranks of the group."""
+        references = None
+        if distributed.group_size(group) > 1:
+            columns = distributed.gather_rows(torch.stack([rows.labels, rows.learner, rows.row_ids], 1), group=group)
+            references = References(distributed.gather_rows(rows.z, grad="sum", group=group), *columns.unbind(1))
+        out = self.loss(rows.z, rows.labels, rows.learner, rows.row_ids, learners, self.seed, step, references)
+        names = sorted(out.stats)
+        present = torch.zeros(learners, dtype=torch.float64, device=rows.z.device)
+        present.index_fill_(0, rows.learner.clamp(min=0), 1.0)
+        present = present * (rows.learner >= 0).any()
+        local = torch.cat(
+            [
+                out.learner_num_active.double(),
+                out.learner_loss_sum.detach().double(),
+                present,
+                torch.stack([out.stats[name].double() for name in names]) if names else present[:0],
+                present.new_tensor([float(stop)]),
+            ]
+        )
+        reduced = distributed.all_reduce_sum(local)
+        active, sums, present, counts, stopped = reduced.split([learners, learners, learners, len(names), 1])
+        in_step = (present > 0).sum().clamp(min=1)
+        scale = distributed.world_size() / in_step
+        loss = (scale * out.learner_loss_sum / active.clamp(min=1)).sum().to(rows.z.dtype)
+        per_learner = sums / active.clamp(min=1)
+        stats = {"loss": per_learner.sum() / in_step, "active_pairs": active.sum(), "stop": stopped[0]}
+        stats |= {"learner_loss": per_learner.where(present > 0, torch.nan)}
+        return loss, stats | {name: counts[i] for i, name in enumerate(names)}
+
+    def _whole_batch(
+        self, rows: Rows, masks: Tensor | None, learners: int, group: ProcessGroup | None, stop: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Every rank computes the loss of the group's learners on the gathered rows, in the order of the global batch."""
+        z = distributed.gather_rows(rows.z, grad="own", group=group)
+        labels, learner = distributed.gather_rows(torch.stack([rows.labels, rows.learner], 1), group=group).unbind(1)
+        present = [a for a in range(learners) if bool((learner == a).any())]
+        losses = {a: self.loss(z[learner == a], labels[learner == a], None if masks is None else masks[a]) for a in present}
+        # A group without a decodable row still takes part in the backward's collectives.
+        loss = torch.stack(list(losses.values())).mean() if losses else z.sum() * 0
+        share = 1.0 / distributed.group_size(group)
+        values = torch.zeros(2 * learners + 1, dtype=torch.float64, device=z.device)
+        for a, value in losses.items():
+            values[a], values[learners + a] = share * value.detach(), share
+        values[-1] = float(stop)
+        sums, counts, stopped = distributed.all_reduce_sum(values).split([learners, learners, 1])
+        per_learner = torch.where(counts > 0, sums / counts.clamp(min=1e-12), torch.nan)
+        return loss, {"loss": per_learner.nanmean(), "learner_loss": per_learner, "stop": stopped[0]}

@@ -1,0 +1,36 @@
+"""AdamW whose groups *wait* while their learning rate is 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class WaitingAdamW(torch.optim.AdamW):
+    """AdamW that leaves a group with learning rate 0 alone: parameters, moments and step count stay as they are.
+
+    DeepSpeed hands zero gradients to parameters without one. Plain Adam would let the moments of a frozen group decay towards
+    zero with them (the second moment slower than the first), and its first updates afterwards would be several times too large.
+    """
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the groups whose learning rate is not 0."""
+        groups = self.param_groups
+        for group in groups:
+            if group["lr"] == 0:
+                self._allocate_state(group)
+        self.param_groups = [group for group in groups if group["lr"] != 0]
+        try:
+            return super().step(closure)
+        finally:
+            self.param_groups = groups
+
+    def _allocate_state(self, group: dict[str, Any]) -> None:
+        """State of zeros for parameters that have none: DeepSpeed links the state of every group after the first step."""
+        for parameter in group["params"]:
+            if not self.state[parameter]:
+                self.state[parameter].update(
+                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+                )

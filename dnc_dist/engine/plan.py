@@ -1,0 +1,88 @@
+"""What happens when: pure functions of the configuration and the train state, so nothing of it is ever stored."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dnc_dist.config import RunConfig
+from dnc_dist.engine.state import TrainState
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one step needs to know about its place in the training."""
+
+    step: int
+    level: int
+    """Current number of learners k."""
+    conquer: bool
+    backbone_frozen: bool
+
+
+def finished(cfg: RunConfig, state: TrainState) -> bool:
+    """Whether all epochs are done."""
+    return state.epoch >= cfg.schedule.epochs
+
+
+def conquering(cfg: RunConfig, epoch: int) -> bool:
+    """Whether the whole embedding is trained together in this epoch."""
+    return cfg.division.conquer_from is not None and epoch >= cfg.division.conquer_from
+
+
+def trains_whole_set(cfg: RunConfig, epoch: int) -> bool:
+    """Whether batches of this epoch are drawn from the whole training set, without a division."""
+    return conquering(cfg, epoch) and cfg.division.conquer_batches == "whole"
+
+
+def division_due(cfg: RunConfig, state: TrainState) -> bool:
+    """Whether to divide before training this epoch; False once it was done, so that a resume never divides twice."""
+    made_in = state.division.epoch if state.division is not None else -1
+    if trains_whole_set(cfg, state.epoch):
+        assert cfg.division.conquer_from is not None
+        return made_in < cfg.division.conquer_from
+    return state.epoch % cfg.division.every == 0 and made_in < state.epoch
+
+
+def backbone_frozen(cfg: RunConfig, epoch: int) -> bool:
+    """Whether the backbone waits in this epoch: the first ones after each division."""
+    return not trains_whole_set(cfg, epoch) and epoch % cfg.division.every < cfg.division.backbone_frozen_epochs
+
+
+def phase(cfg: RunConfig, state: TrainState) -> Phase:
+    """The phase of the next step."""
+    assert state.division is not None
+    return Phase(state.step, state.division.num_learners, conquering(cfg, state.epoch), backbone_frozen(cfg, state.epoch))
+
+
+def evaluation_due(cfg: RunConfig, epoch: int) -> bool:
+    """Whether to evaluate after training this epoch."""
+    return (epoch + 1) % cfg.evaluation.every == 0 or epoch + 1 == cfg.schedule.epochs
+
+
+def nmi_due(cfg: RunConfig, epoch: int) -> bool:
+    """Whether this evaluation computes NMI."""
+    return cfg.evaluation.nmi == "every" or (cfg.evaluation.nmi == "final" and epoch + 1 == cfg.schedule.epochs)
+
+
+def lr_share(cfg: RunConfig, progress_epochs: float) -> float:
+    """Factor on every learning rate after ``progress_epochs`` epochs: linear warm-up, then constant or cosine."""
+    sch = cfg.schedule
+    if progress_epochs < sch.warmup:
+        # Never exactly 0, which would make the groups wait.
+        return max(progress_epochs, 1e-3) / sch.warmup
+    if sch.decay == "constant":
+        return 1.0
+    share = (progress_epochs - sch.warmup) / (sch.epochs - sch.warmup)
+    return sch.final_lr_share + (1 - sch.final_lr_share) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def learning_rates(cfg: RunConfig, state: TrainState, batches_in_epoch: int) -> dict[str, float]:
+    """Learning rate of each parameter group for the next step; 0 makes a group wait."""
+    base = cfg.optim.lr * lr_share(cfg, state.epoch + state.batches_done / max(batches_in_epoch, 1))
+    return {
+        "backbone": 0.0 if backbone_frozen(cfg, state.epoch) else base,
+        "embedding": base,
+        "masks": 0.0 if conquering(cfg, state.epoch) else base * cfg.optim.mask_lr_mult,
+        "loss": base * cfg.optim.loss_lr_mult,
+    }

@@ -1,0 +1,115 @@
+"""From the configuration to the objective, its parameter groups and the DeepSpeed engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from dnc_dist import distributed
+from dnc_dist.config import RunConfig
+from dnc_dist.data.transforms import Augment
+from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.optimizer import WaitingAdamW
+from dnc_dist.loss import build_loss
+from dnc_dist.model.backbone import build_backbone
+from dnc_dist.model.embedding import EmbeddingHead
+from dnc_dist.model.masks import SubspaceMasks
+from dnc_dist.rng import seed_for
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+import deepspeed
+import deepspeed.ops
+
+
+def build_objective(cfg: RunConfig, num_classes: int) -> DncObjective:
+    """The untrained objective on this rank's device; the same parameters on every rank."""
+    torch.manual_seed(seed_for(cfg.run.seed, "model"))
+    model = cfg.model
+    backbone = build_backbone(model.backbone, model.weights, batch_norm=model.batch_norm, pooling=model.pooling)
+    return DncObjective(
+        backbone,
+        EmbeddingHead(backbone.feature_dim, model.embedding_dim, model.dropout),
+        SubspaceMasks(model.masks, cfg.division.num_learners, model.embedding_dim),
+        build_loss(cfg.loss.name, cfg.loss.model_dump(exclude={"name"}), num_classes, model.embedding_dim),
+        Augment(cfg.data.augment, cfg.data.mean, cfg.data.std),
+        seed=seed_for(cfg.run.seed, "step"),
+        mask_penalty=cfg.division.mask_penalty,
+        autocast=autocast_dtype(cfg),
+    ).to(distributed.device())
+
+
+def autocast_dtype(cfg: RunConfig) -> torch.dtype | None:
+    """Type of the autocast of backbone and embedding layer; None: everything in fp32."""
+    bf16 = cfg.engine.precision == "bf16" or (cfg.engine.precision == "auto" and distributed.device().type == "cuda")
+    return torch.bfloat16 if bf16 else None
+
+
+def parameter_groups(objective: DncObjective, weight_decay: float) -> list[dict[str, Any]]:
+    """Four named groups, made once: ZeRO cannot add or remove one later, only their learning rates change.
+
+    Masks and loss parameters take no weight decay: it would pull a mask towards "off" and a boundary towards 0.
+    """
+    members: dict[str, tuple[nn.Module, float]] = {
+        "backbone": (objective.backbone, weight_decay),
+        "embedding": (objective.head, weight_decay),
+        "masks": (objective.masks, 0.0),
+        "loss": (objective.loss, 0.0),
+    }
+    groups = []
+    for name, (module, decay) in members.items():
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if parameters:
+            groups.append({"name": name, "params": parameters, "weight_decay": decay})
+    return groups
+
+
+def deepspeed_config(cfg: RunConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary, generated: there is no second file to keep in step."""
+    return {
+        # Ranks may hold different numbers of rows; DeepSpeed only wants the product to be consistent.
+        "train_micro_batch_size_per_gpu": max(1, cfg.schedule.batch_size // world_size),
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": cfg.engine.zero, "overlap_comm": distributed.device().type == "cuda"},
+        # Any class but torch's own Adam counts as untested there; ours differs from it only in skipping groups.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+def quiet_third_parties() -> None:
+    """Only what concerns the user may be printed: no banners and deprecation notes from inside of libraries."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+
+
+def avoid_cpu_extension() -> None:
+    """Keep DeepSpeed from building a C++ extension at start on the CPU.
+
+    Its shared-memory collectives want a compiler and ninja and take 40 s to build; gloo does the same work without them.
+    """
+    if distributed.device().type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def build_engine(objective: DncObjective, cfg: RunConfig) -> Any:
+    """Collective. The DeepSpeed engine around the objective."""
+    quiet_third_parties()
+    avoid_cpu_extension()
+    optimizer = WaitingAdamW(
+        parameter_groups(objective, cfg.optim.weight_decay), lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(
+        model=objective, optimizer=optimizer, config=deepspeed_config(cfg, distributed.world_size()), dist_init_required=False
+    )
+    return engine
+
+
+def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
+    """Set each named group's learning rate for the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rates[group["name"]]

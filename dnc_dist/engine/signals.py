@@ -1,0 +1,23 @@
+"""A request to stop: SIGTERM, SIGUSR1 and SIGUSR2 set a flag; all ranks agree on the step at which they act on it."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """Whether this process was asked to stop. Installing it twice or being signalled twice changes nothing."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def install(self) -> None:
+        """Take over the signals of this process."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,1 @@
+"""Backbones, BatchNorm over the global batch, the embedding layer and the subspace masks."""

@@ -1,0 +1,91 @@
+"""Progress of long phases on the console: count, rate, time left; one line that updates itself, or rare plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+def format_seconds(seconds: float) -> str:
+    """``75`` -> ``1:15``, ``3675`` -> ``1:01:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Phase:
+    """One phase with a known number of units."""
+
+    def __init__(self, name: str, total: int, unit: str, write: Callable[[str, bool], None], clock: Callable[[], float]) -> None:
+        self._name, self._total, self._unit, self._write, self._clock = name, total, unit, write, clock
+        self._start = clock()
+        self._done = 0
+        self._note = ""
+
+    def update(self, count: int = 1, note: str = "") -> None:
+        """Count finished units; the note stays until the next one."""
+        self._done += count
+        self._note = note or self._note
+        self._write(self._line(), False)
+
+    def close(self) -> None:
+        """Write the last line."""
+        self._write(self._line(), True)
+
+    def _line(self) -> str:
+        elapsed = self._clock() - self._start
+        rate = self._done / elapsed if elapsed > 0 else 0.0
+        parts = [f"{self._name}: {self._done}/{self._total} {self._unit}"]
+        if rate > 0:
+            parts.append(f"{rate:.3g} {self._unit}/s" if rate < 1000 else f"{rate:.0f} {self._unit}/s")
+        if self._done >= self._total:
+            parts.append(f"in {format_seconds(elapsed)}")
+        elif rate > 0:
+            parts.append(f"{format_seconds((self._total - self._done) / rate)} left")
+        return ", ".join([*parts, *([self._note] if self._note else [])])
+
+
+class Progress:
+    """Where phases report to. Not enabled (every rank but 0): silent.
+
+    Args:
+        enabled: whether to write at all.
+        stream: by default stderr, so that stdout holds results only.
+        interval: seconds between two lines; by default 0.1 on a terminal, 10 elsewhere.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self, enabled: bool, stream: TextIO | None = None, interval: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._enabled, self._clock = enabled, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._interval = interval if interval is not None else 0.1 if self._terminal else 10.0
+        self._last = clock()
+        self._width = 0
+
+    @contextmanager
+    def phase(self, name: str, total: int, unit: str = "steps") -> Iterator[Phase]:
+        """A phase of ``total`` units; its last line is written at the end, also when it is left by an exception."""
+        self._last = self._clock()
+        phase = Phase(name, total, unit, self._write, self._clock)
+        try:
+            yield phase
+        finally:
+            phase.close()
+
+    def _write(self, line: str, final: bool) -> None:
+        now = self._clock()
+        if not self._enabled or (not final and now - self._last < self._interval):
+            return
+        self._last = now
+        if self._terminal:
+            self._stream.write(f"\r{line.ljust(self._width)}" + ("\n" if final else ""))
+            self._width = 0 if final else len(line)
+        else:
+            self._stream.write(f"{line}\n")
+        self._stream.flush()

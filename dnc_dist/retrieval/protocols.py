@@ -1,0 +1,157 @@
+"""Who asks and who is searched, and the metrics over all queries: the same digits for any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnc_dist import distributed
+from dnc_dist.errors import InputError
+from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
+from dnc_dist.retrieval.search import topk
+from dnc_dist.rng import numpy_generator
+
+SAMPLE_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalResult:
+    """The metrics of one evaluation and a sample of queries with their neighbours, to look at."""
+
+    protocol: str
+    metrics: dict[str, float]  # "recall@1", …, "map@r", "r_precision"
+    num_queries: int
+    num_gallery: int
+    num_left_out: int  # queries without a gallery row of their class
+    sample_queries: np.ndarray  # (s,) int64 rows
+    sample_neighbours: np.ndarray  # (s, 10) int64 rows, nearest first; -1: the gallery has no more
+    sample_distances: np.ndarray  # (s, 10) float32, squared
+
+
+def resolve_protocol(protocol: str, query: np.ndarray, gallery: np.ndarray) -> Literal["leave-one-out", "query-gallery"]:
+    """``auto`` is query-gallery as soon as one row is not both (N,) query and gallery.
+
+    Raises:
+        InputError: query-gallery, and there are no queries or no gallery.
+    """
+    if protocol == "auto":
+        protocol = "leave-one-out" if query.all() and gallery.all() else "query-gallery"
+    if protocol == "leave-one-out":
+        return "leave-one-out"
+    if not query.any() or not gallery.any():
+        raise InputError(
+            f"the protocol query-gallery needs queries and a gallery, but the data has {query.sum()} and {gallery.sum()} such rows; "
+            f"set data.protocol=leave-one-out or give the roles when the data is prepared"
+        )
+    return "query-gallery"
+
+
+def evaluate(
+    embeddings_local: Tensor,
+    rows_local: Tensor,
+    labels: np.ndarray,
+    query: np.ndarray,
+    gallery: np.ndarray,
+    *,
+    protocol: str = "auto",
+    recall_at: tuple[int, ...] = (1, 2, 4, 8),
+    sample: int = 24,
+) -> RetrievalResult:
+    """Collective. Exact retrieval metrics (recall@k; map@r and r_precision as Musgrave et al. 2020).
+
+    Args:
+        embeddings_local: (n, D) of this rank's rows, normalised or not; n may be 0.
+        rows_local: (n,) int64 which rows these are; rows that are on no rank (undecodable) are neither query nor gallery.
+        labels: (N,) int64 of all rows.
+        query: (N,) bool.
+        gallery: (N,) bool; both are ignored by leave-one-out, in which every row asks all others.
+        recall_at: the k of recall@k.
+        sample: how many queries come back with their neighbours; which ones does not depend on the embeddings.
+
+    Raises:
+        InputError: no query has a gallery row of its class.
+        FloatingPointError: embeddings that are not finite.
+    """
+    device = distributed.device()
+    chosen = resolve_protocol(protocol, query, gallery)
+    rows_local = rows_local.cpu()
+    bad = (~embeddings_local.isfinite().all(1)).sum().reshape(1).to(device)
+    if num_bad := int(distributed.all_reduce_sum(bad)):
+        raise FloatingPointError(f"{num_bad} embeddings hold values that are not finite, so the model has diverged; lower optim.lr")
+    present = _present(rows_local, len(labels))
+    if chosen == "leave-one-out":
+        is_query = is_gallery = present
+    else:
+        is_query, is_gallery = present & query, present & gallery
+    relevant = _relevant(labels, is_query, is_gallery)
+    asking = is_query & (relevant > 0)
+    if not asking.any():
+        raise InputError(
+            f"none of the {is_query.sum()} queries has a gallery row of its class, so nothing can be retrieved; "
+            f"let data.root name a set with several images per class"
+        )
+    k = max(*recall_at, SAMPLE_NEIGHBOURS, int(relevant[asking].max()))
+    rows = rows_local.numpy()
+    asks = torch.from_numpy(asking[rows])
+    offered = torch.from_numpy(is_gallery[rows])
+    found = topk(
+        embeddings_local[asks.to(embeddings_local.device)],
+        embeddings_local[offered.to(embeddings_local.device)],
+        k,
+        query_ids=rows_local[asks],
+        gallery_ids=rows_local[offered],
+        exclude_self=True,
+    )
+    query_rows = rows[asks.numpy()]
+    matches = (found.ids.numpy() >= 0) & (labels[found.ids.numpy()] == labels[query_rows][:, None])
+    values = np.stack(
+        [first_match(matches), average_precision_at_r(matches, relevant[query_rows]), r_precision(matches, relevant[query_rows])], axis=1
+    )
+    # In the order of the rows, so that the sums are the same sums whichever rank held what.
+    all_rows, all_values = _in_row_order(torch.from_numpy(query_rows), torch.from_numpy(values))
+    first, average_precision, precision = np.ascontiguousarray(all_values.T)
+    metrics = {f"recall@{n}": int((first <= n).sum()) / len(first) for n in recall_at}
+    metrics |= {"map@r": float(average_precision.mean()), "r_precision": float(precision.mean())}
+    shown = np.sort(numpy_generator("retrieval sample", len(all_rows)).permutation(all_rows)[:sample])
+    sampled = np.isin(query_rows, shown)
+    sample_queries, neighbours = _in_row_order(torch.from_numpy(query_rows[sampled]), found.ids[sampled, :SAMPLE_NEIGHBOURS])
+    _, distances = _in_row_order(torch.from_numpy(query_rows[sampled]), found.distance[sampled, :SAMPLE_NEIGHBOURS])
+    return RetrievalResult(
+        chosen,
+        metrics,
+        num_queries=len(all_rows),
+        num_gallery=int(is_gallery.sum()),
+        num_left_out=int((is_query & (relevant == 0)).sum()),
+        sample_queries=sample_queries,
+        sample_neighbours=neighbours,
+        sample_distances=distances,
+    )
+
+
+def _present(rows_local: Tensor, num_rows: int) -> np.ndarray:
+    """Collective. (N,) bool: rows that some rank holds."""
+    times = np.bincount(rows_local.numpy(), minlength=num_rows)
+    times = distributed.all_reduce_sum(torch.from_numpy(times).to(distributed.device())).cpu().numpy()
+    if len(times) > num_rows or times.max(initial=0) > 1:
+        raise ValueError(f"every row below {num_rows} must be on one rank at most; {(times > 1).sum()} are there more than once")
+    return times > 0
+
+
+def _relevant(labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray) -> np.ndarray:
+    """(N,) gallery rows of each query's class, itself excluded."""
+    classes, label = np.unique(labels, return_inverse=True)
+    per_class = np.bincount(label[is_gallery], minlength=len(classes))
+    return np.where(is_query, per_class[label] - is_gallery, 0)
+
+
+def _in_row_order(rows: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Collective. The rows (n,) and values (n, …) of all ranks, by row."""
+    device = distributed.device()
+    all_rows = distributed.gather_rows(rows.to(device)).cpu().numpy()
+    all_values = distributed.gather_rows(values.contiguous().to(device)).cpu().numpy()
+    order = np.argsort(all_rows)
+    return all_rows[order], all_values[order]

@@ -1,0 +1,227 @@
+"""Training curves: ``metrics.jsonl`` always, W&B beside it if asked. Only rank 0 writes; the others get a tracker that does nothing.
+
+Every line of ``metrics.jsonl`` is one JSON object with ``step``, ``epoch``, ``kind`` and the values of that kind. W&B is
+an extra: whatever goes wrong with it is said once, in one line, and the training goes on with the file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import netrc
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TextIO
+from urllib.parse import urlparse
+
+import numpy as np
+from torch import Tensor
+
+from dnc_dist import distributed
+
+Kind = Literal["train", "division", "evaluation", "epoch"]
+
+METRICS_FILE = "metrics.jsonl"
+_WANDB_MARKS_FILE = "wandb_steps.json"
+
+_log = logging.getLogger(__name__)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it: tensors and arrays become numbers (this waits for the device); NaN and infinities their names."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"  # float() and pandas read them back
+    return value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a line that a killed process left half-written is passed over."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and {"step", "epoch", "kind"} <= line.keys():
+            lines.append(line)
+    return lines
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+class Tracker:
+    """What rank 0 logs to, and (this class itself) what every other rank logs to: nothing."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+    def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        """Record values (numbers, 0-d tensors, lists of them) of one kind at a step; tensors are read from the device here."""
+
+    def close(self) -> None:
+        """Write everything out."""
+
+
+class JsonlTracker(Tracker):
+    """Appends to ``metrics.jsonl``, a line at a time, each flushed."""
+
+    def __init__(self, run_dir: Path, run_id: str, resume_step: int | None) -> None:
+        super().__init__(run_id)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / METRICS_FILE
+        cut = -1 if resume_step is None else resume_step
+        kept = [line for line in read_metrics(path) if line["step"] <= cut] if path.exists() else []
+        _write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        # A division or evaluation made right at the checkpoint is made again after the resume: it is the same one.
+        self._already = {(line["kind"], line["step"]) for line in kept if line["step"] == cut}
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        if (kind, step) not in self._already:
+            self._file.write(json.dumps({"step": step, "epoch": epoch, "kind": kind, **_plain(values)}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _wandb_mode(base_url: str) -> Literal["online", "offline", "disabled", "shared"]:
+    """WANDB_MODE if set; else online if a key for the server is in the environment or in netrc; else offline."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]  # type: ignore[return-value]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if path.exists() and netrc.netrc(path).authenticators(urlparse(base_url).hostname or ""):
+        return "online"
+    return "offline"
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, list):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: item for part, inner in value.items() for key, item in _flat(f"{name}/{part}", inner).items()}
+
+
+class WandbTracker(Tracker):
+    """``metrics.jsonl`` and a W&B run of the same id. W&B failing in any way costs one warning, never the training.
+
+    W&B cannot take steps back. What it was given before a resume is kept in ``wandb_steps.json`` as the last step of
+    each kind, over any number of resumes, and is not sent again.
+    """
+
+    def __init__(
+        self, run_dir: Path, run_id: str, resume_step: int | None, *, project: str, run_name: str, config: Mapping[str, Any]
+    ) -> None:
+        marks_path = run_dir / _WANDB_MARKS_FILE
+        self._marks: dict[str, int] = {}
+        if resume_step is not None:
+            if marks_path.exists():
+                self._marks = json.loads(marks_path.read_text(encoding="utf-8"))
+            if (run_dir / METRICS_FILE).exists():
+                for line in read_metrics(run_dir / METRICS_FILE):
+                    self._marks[line["kind"]] = max(line["step"], self._marks.get(line["kind"], -1))
+            _write_atomically(marks_path, json.dumps(self._marks) + "\n")
+        elif marks_path.exists():
+            marks_path.unlink()
+        super().__init__(run_id)
+        self._jsonl = JsonlTracker(run_dir, run_id, resume_step)
+        self._run: Any = None
+        try:
+            self._run = self._start(run_dir, project, run_name, config)
+        except Exception as error:  # W&B must never stop a training, whatever it raises
+            self._give_up("starting it failed", error)
+
+    def _start(self, run_dir: Path, project: str, run_name: str, config: Mapping[str, Any]) -> Any:
+        import wandb
+
+        wanted = {"init_timeout": 30.0, "finish_timeout": 60.0, "quiet": True, "silent": True, "console": "off"}
+        settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
+        mode = _wandb_mode(settings.base_url)
+        common: dict[str, Any] = {"project": project, "name": run_name, "id": self.run_id, "resume": "allow", "dir": str(run_dir)}
+        common |= {"config": dict(config), "settings": settings}
+        try:
+            run = wandb.init(**common, mode=mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            _log.warning("W&B cannot be reached (%s); this run is logged offline, `wandb sync` sends it later", _first_line(error))
+            wandb.teardown()  # its service would go on saying that the run's id is in use
+            run = wandb.init(**common, mode="offline")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        self._run = None
+        _log.warning("W&B: %s (%s); the training goes on with %s alone", what, _first_line(error), METRICS_FILE)
+
+    def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        values = _plain(values)
+        self._jsonl.log(kind, step, epoch, values)
+        if self._run is None or step <= self._marks.get(kind, -1):
+            return
+        record = {"step": step, "epoch": epoch}
+        for name, value in values.items():
+            record |= _flat(f"{kind}/{name}", value)
+        # An event that W&B has not seen, at a step that it has, goes to the next one; the curves use our own "step".
+        first_free = max(self._marks.values(), default=-1) + 1
+        try:
+            self._run.log(record, step=max(step, first_free))
+        except Exception as error:
+            self._give_up("logging failed", error)
+
+    def close(self) -> None:
+        self._jsonl.close()
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                self._give_up("finishing failed", error)
+            self._run = None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+
+
+def build_tracker(
+    kind: Literal["wandb", "jsonl"],
+    run_dir: Path,
+    *,
+    project: str,
+    run_name: str,
+    config: Mapping[str, Any],
+    run_id: str | None = None,
+    resume_step: int | None = None,
+) -> Tracker:
+    """Collective. The tracker of this rank; its ``run_id`` is the same on all of them and belongs into the checkpoint.
+
+    Args:
+        run_id: of the run that is resumed; None: a new one.
+        resume_step: step of the checkpoint that is resumed; lines of later steps are cut from ``metrics.jsonl``. None: a
+            run from its start, of whose earlier attempts nothing is kept.
+    """
+    run_id = distributed.broadcast_object(run_id or secrets.token_hex(4))
+    if not distributed.is_main():
+        return Tracker(run_id)
+    if kind == "jsonl":
+        return JsonlTracker(Path(run_dir), run_id, resume_step)
+    return WandbTracker(Path(run_dir), run_id, resume_step, project=project, run_name=run_name, config=config)

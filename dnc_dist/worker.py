@@ -1,0 +1,80 @@
+"""What one worker process owes the launcher that started it: a record of its error, and an end when the launcher is gone."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from dnc_dist.config import ConfigError
+from dnc_dist.errors import EXIT_STOPPED, InputError, Stopped, exit_code
+
+# Set by the launcher for each worker: where its error goes, and whom to follow.
+ERROR_FILE = "DNC_ERROR_FILE"
+LAUNCHER_PID = "DNC_LAUNCHER_PID"
+# Seconds that a worker has to save its state once it was asked to stop.
+STOP_TIMEOUT_SECONDS = 300.0
+
+
+def run_worker(work: Callable[[], None]) -> int:
+    """Run the work of one rank and return its exit code.
+
+    An error goes to the launcher's file for this rank, or to stderr if there is no launcher. Of errors in the configuration,
+    which every rank finds alike, only rank 0 speaks. A failed rank of several ends at once, without the interpreter's
+    shutdown, which may wait for ever for peers that are stuck in a collective.
+    """
+    faulthandler.enable(2)
+    if launcher := os.environ.get(LAUNCHER_PID):
+        threading.Thread(target=_follow, args=(int(launcher), STOP_TIMEOUT_SECONDS), daemon=True).start()
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    try:
+        work()
+        return 0
+    except Stopped as error:
+        if rank == 0:
+            print(f"stopped: {error}" if str(error) else "stopped", file=sys.stderr)
+        return EXIT_STOPPED
+    except Exception as error:
+        code = exit_code(error)
+        if path := os.environ.get(ERROR_FILE):
+            _record(path, error, code)
+        elif not isinstance(error, InputError):
+            traceback.print_exc()
+        elif rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, ConfigError):
+            print(f"error on rank {rank}: {error}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        return code
+
+
+def _record(path: str, error: Exception, code: int) -> None:
+    """Write the error for the launcher; by rename, so that it never reads half a file."""
+    record = {
+        "time": time.time(),
+        "exit_code": code,
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": traceback.format_exc(),
+    }
+    with open(f"{path}.part", "w", encoding="utf-8") as file:
+        json.dump(record, file)
+    os.replace(f"{path}.part", path)
+
+
+def _follow(launcher: int, stop_timeout: float) -> None:
+    """Once the launcher is gone, ask this process to save and stop; after the timeout, end it and its loader processes."""
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(stop_timeout)
+    os.killpg(0, signal.SIGKILL) if os.getpgrp() == os.getpid() else os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,234 @@
+"""The specification of the kernels in plain torch: any floating dtype, any device, no Python loop over rows.
+
+Shapes: B anchors, G references, D embedding, K learners, C classes, N rows of k-means. `kernels/README.md` has the
+mathematics. Sampling stands in `reference_sampling.py`; values that carry a gradient stay in z's dtype, float32 at least.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from dnc_kernels.contract import MarginLossOutput, Pairs, check_below, check_matrix, integer_column
+from dnc_kernels.reference_sampling import negative_weights, sample_pairs
+
+__all__ = ["lloyd_step", "margin_loss", "margin_loss_on_pairs", "negative_weights", "project", "sample_pairs"]
+
+NORM_SQUARED_MIN = 1e-24  # below, a row is taken for zero
+BLOCK_ELEMENTS = 1 << 22  # of x converted at once in a Lloyd step
+
+
+def _computed(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def project(embeddings: Tensor, learner: Tensor | None, masks: Tensor | None) -> Tensor:
+    """Embeddings in the subspace of their learner: z = normalise(relu(m_a) ⊙ e), float32 at least.
+
+    Args:
+        embeddings: (B, D).
+        learner: (B,) integers below K, or None for learner 0; -1 takes mask 0, stays finite and is in no pair.
+        masks: (K, D), or None for the whole embedding (conquer).
+
+    Returns:
+        z (B, D); a row that the mask wipes out is 0 with gradient 0.
+
+    Raises:
+        ValueError: wrong shape, type or device, or on CPU a learner without mask.
+    """
+    check_matrix("embeddings", embeddings)
+    hidden = _computed(embeddings)
+    if masks is not None:
+        check_matrix("masks", masks, width=embeddings.shape[1], device=embeddings.device)
+        rows = torch.relu(_computed(masks))
+        if learner is None:
+            hidden = hidden * rows[0]
+        else:
+            learner = integer_column("learner", learner, embeddings)
+            check_below("learner", learner, masks.shape[0], f"-1 (in no learner) to {masks.shape[0] - 1}, one per row of masks")
+            hidden = hidden * rows[learner.clamp_min(0)]
+    norm_squared = hidden.square().sum(1, keepdim=True)
+    # `~(<=)`, not `>`: a NaN must come out as NaN and be counted, not become a zero row.
+    usable = ~(norm_squared <= NORM_SQUARED_MIN)
+    return hidden * torch.where(usable, torch.where(usable, norm_squared, 1.0).rsqrt(), 0.0)
+
+
+def margin_loss_on_pairs(
+    z: Tensor,
+    labels: Tensor,
+    pairs: Pairs,
+    *,
+    beta: Tensor | float,
+    margin: float = 0.2,
+    learner: Tensor | None = None,
+    num_learners: int = 1,
+    ref_z: Tensor | None = None,
+) -> MarginLossOutput:
+    """Margin loss over given pairs: Σ relu(d_ap - β_y + margin) + Σ relu(β_y - d_an + margin) (Wu et al. 2017, eq. 6).
+
+    Distances are taken by direct difference, in float32 at least; their gradient is 0 at d = 0.
+
+    Args:
+        z: anchors (B, D); `ref_z` (G, D) the references that `pairs.other` indexes, None for z itself.
+        labels, learner: (B,) integers of the anchors; `learner` splits the sums, pairs of learner -1 count nowhere.
+        beta: boundary, a number, a 0-d tensor or (C,) indexed by the anchor's label.
+
+    Raises:
+        ValueError: wrong shapes, types or devices; on CPU also a label without β or a learner beyond `num_learners`.
+    """
+    check_matrix("z", z)
+    labels = integer_column("labels", labels, z)
+    references = z if ref_z is None else ref_z
+    check_matrix("ref_z", references, width=z.shape[1], device=z.device)
+    if not pairs.anchor.shape == pairs.other.shape == pairs.positive.shape or pairs.anchor.ndim != 1:
+        raise ValueError("pairs: anchor, other and positive must be flat lists of equal length")
+    beta = _computed(torch.as_tensor(beta, device=z.device)) if isinstance(beta, Tensor) else z.new_tensor(beta, dtype=_computed(z).dtype)
+    if beta.ndim > 1:
+        raise ValueError(f"beta must be a number or one number per class (C,); got shape {tuple(beta.shape)}")
+
+    anchor, slot_used = pairs.anchor, pairs.other >= 0
+    if learner is None:
+        pair_learner = torch.zeros_like(anchor)
+    else:
+        learner = integer_column("learner", learner, z)
+        check_below("learner", learner, num_learners, f"-1 (in no learner) to num_learners-1={num_learners - 1}")
+        pair_learner = learner[anchor]
+        slot_used = slot_used & (pair_learner >= 0)
+    if beta.ndim == 1:
+        in_learner = labels if learner is None else labels.masked_fill(learner < 0, 0)
+        check_below("labels", in_learner, beta.shape[0], f"0 to {beta.shape[0] - 1}, one per entry of beta")
+        beta = beta[labels[anchor].clamp(0, max(0, beta.shape[0] - 1))]
+
+    # `embedding` gathers rows as z[anchor] does; its backward is faster on CPU and adds in a fixed order on a GPU.
+    difference = embedding(anchor, _computed(z)) - embedding(pairs.other.clamp_min(0), _computed(references))
+    # Empty slots leave here, before any square or root: whatever row they point at, a NaN included, gets gradient 0.
+    squared = difference.masked_fill(~slot_used[:, None], 0.0).square().sum(1)
+    apart = squared > 0
+    # At d = 0 the root's slope is infinite; the branch not taken must be finite, or its gradient is 0 · inf = NaN.
+    distance = torch.where(apart, torch.where(apart, squared, 1.0).sqrt(), squared)
+    beyond = distance - beta
+    terms = torch.relu(torch.where(pairs.positive, beyond, -beyond) + margin).masked_fill(~slot_used, 0.0)
+
+    member = (pair_learner == torch.arange(num_learners, device=z.device)[:, None]) & slot_used  # (K, n)
+    active = terms > 0
+    learner_loss_sum = torch.where(member, terms, 0.0).sum(1)
+    learner_num_active = (member & active).sum(1)
+    found, known = distance.detach(), slot_used & pairs.positive
+    unknown = slot_used & ~pairs.positive
+    stats = dict(pairs.stats or {}) | {
+        "positive_pairs": known.sum(),
+        "negative_pairs": unknown.sum(),
+        "active_positive_pairs": (known & active).sum(),
+        "active_negative_pairs": (unknown & active).sum(),
+        "positive_distance_sum": torch.where(known, found, 0.0).sum(),
+        "negative_distance_sum": torch.where(unknown, found, 0.0).sum(),
+    }
+    return MarginLossOutput(learner_loss_sum.sum(), learner_num_active.sum(), learner_loss_sum, learner_num_active, stats)
+
+
+def margin_loss(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    beta: Tensor | float,
+    margin: float = 0.2,
+    masks: Tensor | None = None,
+    num_learners: int = 1,
+    learner: Tensor | None = None,
+    ref_z: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    ref_learner: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    ref_row_ids: Tensor | None = None,
+    cutoff: float = 0.5,
+    nonzero_loss_cutoff: float = 1.4,
+    mode: str = "paper",
+    effective_dim: float | None = None,
+    seed: Tensor | int = 0,
+    step: Tensor | int = 0,
+    max_positives: int | None = None,
+) -> MarginLossOutput:
+    """`sample_pairs` followed by `margin_loss_on_pairs`; see there for the arguments.
+
+    With `masks` (K, D), z holds raw embeddings that are projected first; only without references, because across
+    ranks z is projected before it is gathered.
+
+    Raises:
+        ValueError: as the two functions; masks together with references.
+    """
+    if masks is not None:
+        if ref_z is not None:
+            raise ValueError("masks cannot be combined with ref_z: project the embeddings first, then gather them as references")
+        z = project(z, learner, masks)
+    pairs = sample_pairs(
+        z,
+        labels,
+        learner=learner,
+        ref_z=ref_z,
+        ref_labels=ref_labels,
+        ref_learner=ref_learner,
+        row_ids=row_ids,
+        ref_row_ids=ref_row_ids,
+        cutoff=cutoff,
+        nonzero_loss_cutoff=nonzero_loss_cutoff,
+        mode=mode,
+        effective_dim=effective_dim,
+        seed=seed,
+        step=step,
+        max_positives=max_positives,
+    )
+    return margin_loss_on_pairs(z, labels, pairs, beta=beta, margin=margin, learner=learner, num_learners=num_learners, ref_z=ref_z)
+
+
+@torch.no_grad()
+def lloyd_step(x: Tensor, centroids: Tensor, *, restrict: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One pass of Lloyd's algorithm over x: nearest centroid of every row, and what the next centroids are made of.
+
+    Args:
+        x: (N, D), N may be 0. centroids: (K, D).
+        restrict: (N,) integers, the parent p of each row: it may only join centroid 2p or 2p+1, so that all 2-means
+            splits of a division run in one call; -1 leaves the row out.
+
+    Returns:
+        assignment (N,) int64, -1 for rows left out, the lowest index among equally near centroids;
+        distance (N,), the squared Euclidean distance to the assigned centroid by direct difference, 0 for rows left out;
+        sums (K, D) float64 and counts (K,) int64 of the assigned rows. A NaN in x shows up in distance and sums.
+
+    Raises:
+        ValueError: wrong shapes, types or devices; an odd number of centroids with `restrict`; on CPU a parent beyond them.
+    """
+    check_matrix("x", x)
+    check_matrix("centroids", centroids, width=x.shape[1], device=x.device)
+    num_centroids, device = centroids.shape[0], x.device
+    if num_centroids == 0:
+        raise ValueError("centroids is empty")
+    if restrict is not None:
+        restrict = integer_column("restrict", restrict, x)
+        if num_centroids % 2:
+            raise ValueError(f"restrict needs a pair of centroids for every parent; got {num_centroids} centroids")
+        check_below("restrict", restrict, num_centroids // 2, f"-1 (left out) to {num_centroids // 2 - 1}")
+    means = _computed(centroids).to(torch.promote_types(_computed(x).dtype, _computed(centroids).dtype))
+    half_norms = 0.5 * means.square().sum(1)
+    column = torch.arange(num_centroids, device=device)
+    assignment = torch.empty(x.shape[0], dtype=torch.int64, device=device)
+    distance = torch.empty(x.shape[0], dtype=means.dtype, device=device)
+    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=device)
+    counts = torch.zeros(num_centroids, dtype=torch.int64, device=device)
+    size = max(1, BLOCK_ELEMENTS // max(1, x.shape[1] + num_centroids))
+    for start in range(0, x.shape[0], size):
+        rows = slice(start, start + size)
+        block = x[rows].to(means.dtype)
+        score = torch.addmm(half_norms, block, means.T, alpha=-1.0)  # |c|²/2 - x·c orders centroids as the distance does
+        taken = torch.ones(block.shape[0], dtype=torch.bool, device=device)
+        if restrict is not None:
+            score.masked_fill_(column // 2 != restrict[rows, None], torch.inf)
+            taken = restrict[rows] >= 0
+        nearest = score.argmin(1)
+        member = (nearest[:, None] == column) & taken[:, None]  # (b, K)
+        assignment[rows] = torch.where(taken, nearest, -1)
+        distance[rows] = torch.where(taken, (block - means[nearest]).square().sum(1), 0.0)
+        # A one-hot product, not index_add_: the same digits in every run on a GPU, too.
+        sums += member.T.double() @ block.double()
+        counts += member.sum(0)
+    return assignment, distance, sums, counts

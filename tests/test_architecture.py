@@ -1,0 +1,153 @@
+"""The shape of the code: layers, fences, file length, packaging, and a README that knows every module."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+from dnc_dist.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dnc_dist"
+KERNELS = ROOT / "kernels" / "dnc_kernels"
+
+# A module imports from lower layers and, inside a sub-package, from its siblings; entries of one layer do not import each other.
+LAYERS = [
+    {"errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact"},
+    {"data", "model", "loss", "clustering", "retrieval"},
+    {"engine"},
+    {"report", "launch", "inference", "doctor"},
+    {"commands"},
+    {"cli", "__main__"},
+]
+# Layer 0 is ordered inside itself: what may be imported from the same layer.
+BASE_IMPORTS = {
+    "config": {"errors"},
+    "distributed": {"errors"},
+    "tracker": {"errors", "distributed"},
+    "gallery": {"errors"},
+    "worker": {"errors", "config"},
+    "__main__": {"cli"},
+}
+# Third-party module -> where it may be imported (a module or a whole sub-package).
+FENCES = {
+    "deepspeed": {"dnc_dist.engine"},
+    "wandb": {"dnc_dist.tracker"},
+    "webdataset": {"dnc_dist.data"},
+    "click": {"dnc_dist.cli", "dnc_dist.commands"},
+    "timm": {"dnc_dist.model.backbone"},
+    "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
+    "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_kernels"},
+    "triton": {"dnc_kernels"},
+    "pydantic": {"dnc_dist.config"},
+}
+# Values that config.py owns are handed down; of the packages below the engine none reads the configuration.
+CONFIG_READERS = {"engine", "report", "launch", "inference", "doctor", "commands", "cli", "worker"}
+LONGEST = 300
+ALLOWED_LONG = {"dnc_dist.config": "the tree of all keys is one page"}
+
+
+def modules() -> dict[str, Path]:
+    files = [*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")]
+    bases = {PACKAGE: "dnc_dist", KERNELS: "dnc_kernels"}
+    names = {}
+    for file in files:
+        base = PACKAGE if file.is_relative_to(PACKAGE) else KERNELS
+        parts = [bases[base], *file.relative_to(base).with_suffix("").parts]
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return dict(sorted(names.items()))
+
+
+MODULES = modules()
+
+
+def imports(file: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import; write the full name"
+            assert node.module is not None
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in MODULES}
+    return names
+
+
+def inside(module: str, places: set[str]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+def layer(part: str) -> int:
+    numbers = [number for number, parts in enumerate(LAYERS) if part in parts]
+    assert numbers, f"dnc_dist.{part} is in no layer; add it to LAYERS"
+    return numbers[0]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("dnc_dist.")])
+def test_layers(module: str) -> None:
+    part = module.split(".")[1]
+    for imported in imports(MODULES[module]):
+        if not imported.startswith("dnc_dist."):
+            continue
+        other = imported.split(".")[1]
+        if other == "__version__" or other == part:
+            continue
+        assert layer(other) < layer(part) or other in BASE_IMPORTS.get(part, set()), f"{module} must not import {imported}"
+        assert other != "config" or part in CONFIG_READERS, f"{module} reads the configuration; it should be given plain values"
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_fences(module: str) -> None:
+    for imported in imports(MODULES[module]):
+        places = FENCES.get(imported.split(".")[0])
+        assert places is None or inside(module, places), f"{module} must not import {imported}; only {', '.join(sorted(places or []))} may"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("dnc_kernels")])
+def test_the_kernels_need_torch_only(module: str) -> None:
+    allowed = {"torch", "triton", "dnc_kernels", *sys.stdlib_module_names}
+    assert {imported.split(".")[0] for imported in imports(MODULES[module])} <= allowed
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_length_name_and_docstring(module: str) -> None:
+    file = MODULES[module]
+    text = file.read_text(encoding="utf-8")
+    length = len(text.splitlines())
+    assert length <= LONGEST or module in ALLOWED_LONG, f"{module} has {length} lines; split it, or give the reason in ALLOWED_LONG"
+    assert module.split(".")[-1] != "utils", "name a module after what it is for"
+    if text.strip():
+        tree = ast.parse(text)
+        assert ast.get_docstring(tree), f"{module} has no docstring"
+        future = "from __future__ import annotations"
+        assert future in text or file.name == "__init__.py", f"{module} lacks `{future}`"
+
+
+def test_no_exception_to_the_length_is_out_of_date() -> None:
+    assert {name for name in ALLOWED_LONG if len(MODULES[name].read_text().splitlines()) <= LONGEST} == set()
+
+
+def test_a_package_called_kernels_is_never_shadowed() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+    ours = {name for name, owners in importlib.metadata.packages_distributions().items() if "dnc-dist" in owners}
+    # An editable installation has a finder module of its own besides the two packages.
+    assert {name for name in ours if not name.startswith("__editable__")} == {"dnc_dist", "dnc_kernels"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_loads(path: Path) -> None:
+    load_config(path)
+
+
+def test_the_readme_knows_every_module() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    names = [path.name for path in sorted(PACKAGE.glob("*.py")) if path.stem not in ("__init__", "__main__")]
+    names += [f"{path.parent.name}/" for path in sorted(PACKAGE.glob("*/__init__.py"))]
+    assert [name for name in names if name not in readme] == []

@@ -1,0 +1,190 @@
+"""The command line: help without heavy imports, exit codes, and messages without tracebacks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from dnc_dist import __version__, cli
+from dnc_dist.errors import InputError, Stopped
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    path = tmp_path / "exp.yaml"
+    path.write_text("data: {root: images}\n")
+    return str(path)
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the only rank; set here so that init changes nothing that outlives the test."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, module: str, **names: Callable[..., Any]) -> None:
+    """Put a light module in the place of one that imports DeepSpeed."""
+    fake = types.ModuleType(module)
+    for name, value in names.items():
+        setattr(fake, name, value)
+    monkeypatch.setitem(sys.modules, module, fake)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["config", "--keys"], ["--version"], ["launch", "--help"], ["train", "--help"]])
+def test_what_only_prints_needs_no_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from dnc_dist.cli import run; assert run(sys.argv[1:]) == 0; print({'torch', 'numpy', 'deepspeed'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("set()\n")
+
+
+def test_help_lists_every_command_with_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name, line in cli.COMMANDS.items():
+        command = getattr(importlib.import_module(f"dnc_dist.commands.{name}"), name)
+        assert isinstance(command, click.Command) and command.name == name
+        assert f"{name} " in text and line in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"dnc-dist, version {__version__}\n"
+
+
+def test_config_prints_a_tree_that_can_be_used(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["config", config_file, "--set", "optim.lr=1e-3"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["optim"]["lr"] == 0.001
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(text)
+    assert cli.run(["config", str(copy)]) == 0
+    assert capsys.readouterr().out == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["config"], "error: give a CONFIG file, or --keys for the reference of all keys\nsee `dnc-dist config --help`\n"),
+        (["config", "none.yaml"], "error: none.yaml: no such configuration file; see configs/ for examples\n"),
+        (["train", "none.yaml"], "error: none.yaml: no such configuration file; see configs/ for examples\n"),
+        (["launch", "none.yaml", "--nproc", "2"], "error: none.yaml: no such configuration file; see configs/ for examples\n"),
+        (
+            ["launch", "none.yaml", "--nnodes", "2"],
+            "error: --nnodes 2 needs --rdzv HOST:PORT, one of the machines and a free port, the same on all of them\n"
+            "see `dnc-dist launch --help`\n",
+        ),
+        (
+            ["launch", "x", "--nproc", "0"],
+            "error: Invalid value for '--nproc': 0 is not in the range x>=1.\nsee `dnc-dist launch --help`\n",
+        ),
+        (["lunch"], "see `dnc-dist --help`\n"),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert cli.run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith(message) and "Traceback" not in err
+
+
+def test_launch_refuses_a_wrong_configuration_before_it_starts_anything(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["launch", config_file, "--nproc", "2", "--set", "division.num_learners=3"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {config_file}: 1 problem(s)\n  division.num_learners=3 must be a power of two")
+
+
+def test_launch_hands_everything_to_the_workers(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    stub(monkeypatch, "dnc_dist.launch", launch_workers=lambda *args, **kwargs: calls.append((args, kwargs)) or 75, default_nproc=lambda: 3)
+    arguments = ["launch", config_file, "--set", "optim.lr=1", "--set", "run.seed=2", "--resume", "never", "--nnodes", "2", "--rdzv", "a:1"]
+    assert cli.run(arguments) == 75
+    command = [sys.executable, "-m", "dnc_dist", "train", config_file, "--resume", "never", "--set", "optim.lr=1", "--set", "run.seed=2"]
+    assert calls == [((command, 3), {"nnodes": 2, "rendezvous": "a:1"})]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_train_ends_with_the_result(config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def train(cfg: Any, resume: str) -> dict[str, Any]:
+        print("training", cfg.optim.lr, resume)
+        return {"run": cfg.run.name, "recall@1": 0.5}
+
+    stub(monkeypatch, "dnc_dist.engine.trainer", train=train)
+    assert cli.run(["train", config_file, "--set", "optim.lr=0.5", "--resume", "never"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "training 0.5 never"
+    assert lines[-1].startswith("RESULT ") and json.loads(lines[-1].removeprefix("RESULT ")) == {"run": "exp", "recall@1": 0.5}
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InputError("one class is not enough"), 2, "error: one class is not enough\n"),
+        (Stopped("saved"), 75, "stopped: saved\n"),
+        (TypeError("a bug"), 1, "TypeError: a bug\n"),
+    ],
+)
+def test_how_train_fails(
+    config_file: str, error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train(cfg: Any, resume: str) -> dict[str, Any]:
+        raise error
+
+    stub(monkeypatch, "dnc_dist.engine.trainer", train=train)
+    assert cli.run(["train", config_file]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith(message)
+    assert ("Traceback" in err) == (code == 1)
+
+
+def test_evaluate_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+
+    def evaluate_run(run: Path, *, protocol: str | None, checkpoint: str) -> dict[str, Any]:
+        calls.append((run, protocol, checkpoint))
+        return {"recall@1": 0.51239, "num_queries": 12}
+
+    stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
+    assert cli.run(["evaluate", "runs/x"]) == 0
+    assert capsys.readouterr().out == "recall@1     0.5124\nnum_queries  12\n"
+    assert cli.run(["evaluate", "runs/x", "--protocol", "query-gallery", "--checkpoint", "last", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"recall@1": 0.51239, "num_queries": 12}
+    assert calls == [(Path("runs/x"), None, "best"), (Path("runs/x"), "query-gallery", "last")]
+
+
+def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate_run(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        raise KeyError("bug")
+
+    stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
+    with pytest.raises(KeyError):
+        cli.run(["evaluate", "runs/x"])
+
+
+def test_an_interrupt_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def evaluate_run(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
+    assert cli.run(["evaluate", "runs/x"]) == 1
+    assert capsys.readouterr().err.split() == ["interrupted"]
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(f"{sys.executable} -m dnc_dist config --keys | head -1", shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("run: ") and done.stderr == ""

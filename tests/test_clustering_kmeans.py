@@ -1,0 +1,170 @@
+"""k-means: against FAISS and brute force, with empty clusters, ties and parents, on rows spread over ranks."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dnc_dist import distributed
+from dnc_dist.clustering.kmeans import KMeansResult, kmeans, nearest, sum_by_group
+from dnc_dist.errors import InputError
+from tests.spawn import spawn
+
+
+def blobs(n: int, dim: int = 12, centres: int = 9, noise: float = 0.4, seed: int = 0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(centres, dim, generator=random)[torch.randint(centres, (n,), generator=random)]
+    return torch.nn.functional.normalize(x + noise * torch.randn(n, dim, generator=random), dim=1)
+
+
+def brute(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    distance, assignment = (x.double()[:, None] - centroids.double()[None]).square().sum(2).min(1)
+    return distance, assignment
+
+
+@pytest.mark.parametrize(("n", "k"), [(3000, 4), (3000, 32), (500, 1), (9, 9)])
+def test_the_assignment_is_the_argmin_for_the_returned_centroids(n: int, k: int) -> None:
+    x = blobs(n)
+    for iterations in (0, 3, 100):
+        result = kmeans(x, k, seed=1, iterations=iterations)
+        distance, assignment = brute(x, result.centroids)
+        assert torch.equal(result.assignment, assignment)
+        torch.testing.assert_close(result.distance, distance.float())
+        assert result.objective == pytest.approx(float(distance.sum()), rel=1e-9, abs=1e-9)
+
+
+def test_same_objective_as_faiss_from_the_same_start() -> None:
+    x, k = blobs(4000, dim=16), 7
+    start = x[torch.arange(k) * 100]
+    peer = faiss.Kmeans(16, k, niter=100, max_points_per_centroid=10**7)
+    peer.train(x.numpy(), init_centroids=start.numpy())
+    peer_objective, _ = brute(x, torch.from_numpy(peer.centroids))
+    ours = kmeans(x, k, seed=0, init=start)
+    assert ours.iterations < 100, "did not converge"
+    assert ours.objective == pytest.approx(float(peer_objective.sum()), rel=1e-6)
+    assert kmeans(x, k, seed=0, init=ours.centroids).iterations == 1
+
+
+def test_the_objective_never_grows_and_the_start_spreads_out() -> None:
+    x = blobs(2000, noise=0.05)
+    history = [kmeans(x, 9, seed=3, iterations=i).objective for i in range(8)]
+    assert all(a >= b - 1e-9 for a, b in zip(history, history[1:], strict=False))
+    random_start = kmeans(x, 9, seed=3, init=x[:9], iterations=0).objective
+    assert history[0] < random_start
+    assert kmeans(x, 9, seed=3).objective == kmeans(x, 9, seed=3).objective
+
+
+def test_empty_clusters_get_half_of_another() -> None:
+    x = blobs(400)
+    start = torch.cat([x[:2], torch.full((3, 12), 50.0)])
+    result = kmeans(x, 5, seed=0, init=start)
+    assert result.splits >= 3
+    assert (torch.bincount(result.assignment, minlength=5) > 0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3])
+def test_identical_rows_fill_the_first_cluster_and_end(value: float) -> None:
+    result = kmeans(torch.full((50, 8), value), 3, seed=0)
+    assert result.objective == pytest.approx(0, abs=1e-9)
+    assert torch.equal(result.assignment, brute(torch.full((50, 8), value), result.centroids)[1])
+
+
+def test_more_clusters_than_distinct_rows() -> None:
+    x = torch.eye(4).repeat(10, 1)
+    result = kmeans(x, 8, seed=0)
+    assert result.objective == pytest.approx(0, abs=1e-5)
+    assert torch.equal(result.assignment, brute(x, result.centroids)[1])
+
+
+def test_equal_centroids_give_the_lowest_index() -> None:
+    x = blobs(300)
+    assert torch.equal(nearest(x, x[:1].repeat(5, 1)), torch.zeros(300, dtype=torch.int64))
+    twice = torch.cat([x[:6], x[:6]])
+    assert int(nearest(x, twice).max()) < 6
+    assert torch.equal(nearest(x[:0], twice), torch.zeros(0, dtype=torch.int64))
+
+
+def test_restricted_rows_choose_between_the_two_children_of_their_parent() -> None:
+    x = blobs(1500)
+    parent = torch.arange(1500) % 3
+    result = kmeans(x, 6, seed=0, restrict=parent)
+    assert torch.equal(result.assignment // 2, parent)
+    for p in range(3):
+        rows = parent == p
+        _, child = brute(x[rows], result.centroids[2 * p : 2 * p + 2])
+        assert torch.equal(result.assignment[rows], 2 * p + child)
+        assert 0 < child.double().mean() < 1
+        torch.testing.assert_close(result.centroids[2 * p], x[rows][child == 0].mean(0), atol=1e-6, rtol=1e-5)
+
+
+def test_an_empty_child_is_split_from_its_sibling() -> None:
+    x, parent = blobs(600), torch.arange(600) % 2
+    start = torch.stack([x[0], torch.full((12,), 9.0), x[1], x[3]])
+    result = kmeans(x, 4, seed=0, init=start, restrict=parent)
+    assert result.splits == 1
+    assert (torch.bincount(result.assignment, minlength=4) > 0).all()
+
+
+def test_wrong_rows_are_refused() -> None:
+    with pytest.raises(InputError, match="division.num_learners"):
+        kmeans(blobs(3), 4, seed=0)
+    broken = blobs(30)
+    broken[7, 2] = float("nan")
+    with pytest.raises(FloatingPointError, match="1 rows"):
+        kmeans(broken, 2, seed=0)
+
+
+def test_sums_are_exact() -> None:
+    x, group = blobs(20_000).numpy(), np.arange(20_000) % 7
+    expected = np.stack([x[group == g].sum(0, dtype=np.float64) for g in range(8)])
+    np.testing.assert_allclose(sum_by_group(x, group, 8), expected, rtol=1e-12, atol=1e-12)
+
+
+def bounds(n: int, world: int) -> list[int]:
+    """Uneven: rank 0 has nothing, the last rank the most."""
+    return [0, 0, *(n * i * i // world**2 for i in range(2, world)), n] if world > 1 else [0, n]
+
+
+def on_ranks(replicated_rows: int) -> dict[str, KMeansResult]:
+    x = blobs(3000)
+    edges = bounds(len(x), distributed.world_size())
+    start, stop = edges[distributed.rank()], edges[distributed.rank() + 1]
+    parent = torch.arange(len(x)) % 4
+    result = {}
+    for name, k, restrict in (("all", 6, None), ("parents", 8, parent[start:stop])):
+        found = kmeans(
+            x[start:stop],
+            k,
+            seed=5,
+            row_start=start,
+            num_rows=len(x),
+            all_reduce=distributed.all_reduce_sum,
+            gather=distributed.gather_rows,
+            restrict=restrict,
+            replicated_rows=replicated_rows,
+        )
+        everyone = distributed.gather_rows(found.assignment), distributed.gather_rows(found.distance)
+        result[name] = found._replace(assignment=everyone[0], distance=everyone[1])
+    return result
+
+
+def both_ways() -> dict[int, dict[str, KMeansResult]]:
+    return {replicated_rows: on_ranks(replicated_rows) for replicated_rows in (0, 10**6)}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_same_clusters_on_any_number_of_ranks(world: int) -> None:
+    alone = both_ways()
+    for ranks in spawn(both_ways, world):
+        for name in ("all", "parents"):
+            replicated, expected = ranks[10**6][name], alone[10**6][name]
+            assert torch.equal(replicated.assignment, expected.assignment)
+            assert torch.equal(replicated.distance, expected.distance)
+            assert torch.equal(replicated.centroids, expected.centroids)
+            assert replicated.objective == expected.objective
+            spread = ranks[0][name]
+            assert spread.objective == pytest.approx(expected.objective, rel=1e-6)
+            assert (spread.assignment == expected.assignment).double().mean() >= 0.999

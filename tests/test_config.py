@@ -1,0 +1,237 @@
+"""The configuration: what is refused and in which words, what is filled in, and that it can be written and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dnc_dist.config import ConfigError, MarginLossConfig, ProxyAnchorLossConfig, describe_keys, dump_config, load_config, sections
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "exp.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    return write(tmp_path, "data: {root: images}\n")
+
+
+def test_one_key_is_enough_and_the_run_is_named_after_the_file(minimal: Path) -> None:
+    cfg = load_config(minimal)
+    assert cfg.run.path == Path("runs/exp")
+    assert cfg.data.root == Path("images")
+    assert isinstance(cfg.loss, MarginLossConfig)
+
+
+def test_all_problems_at_once_with_their_paths(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {root: images}\nmodel: {embeding_dim: 64}\ndivision: {num_learners: four}\noptim: {lr: -1}\n")
+    assert message(path) == "\n".join(
+        [
+            f"{path}: 3 problem(s)",
+            "  model.embeding_dim: unknown key; did you mean 'model.embedding_dim'?",
+            "  division.num_learners: Input should be a valid integer, unable to parse string as an integer (got 'four')",
+            "  optim.lr: Input should be greater than 0 (got -1)",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("modle: {backbone: x}", "modle: unknown key; did you mean 'model'?"),
+        ("lr: 0.1", "lr: unknown key; did you mean 'optim.lr'?"),
+        ("schedule: {batch: 8}", "schedule.batch: unknown key; did you mean 'schedule.batch_size'?"),
+        ("loss: {marginn: 0.1}", "loss.marginn: unknown key; did you mean 'loss.margin'?"),
+        ("zzzzzz: 1", "zzzzzz: unknown key; `dnc-dist config --keys` lists all keys"),
+        ("schedule: {batch_size: [8]}", "schedule.batch_size: Input should be a valid integer (got [8])"),
+        ("optim: {lr: .nan}", "optim.lr: Input should be a finite number (got nan)"),
+    ],
+)
+def test_the_words_of_one_problem(tmp_path: Path, text: str, expected: str) -> None:
+    path = write(tmp_path, f"data: {{root: images}}\n{text}\n")
+    assert message(path) == f"{path}: 1 problem(s)\n  {expected}"
+
+
+def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {crop: 1}\n")
+    assert message(path) == f"{path}: 1 problem(s)\n  data.root: missing; set it in the file or with --set data.root=VALUE"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["division.num_learners=3"],
+            "division.num_learners=3 must be a power of two when division.mode=hierarchical; use 2, 4, 8 ... or division.mode=flat",
+        ),
+        (
+            ["division.conquer_from=4"],
+            "division.conquer_from=4 comes before all 4 learners exist (with division.every=2 that is epoch 4); use 5 or more",
+        ),
+        (
+            ["model.masks=sliced"],
+            "model.masks=sliced needs division.mode=flat (got hierarchical): a slice cannot be split; "
+            "set division.mode=flat or model.masks=fixed",
+        ),
+        (
+            ["model.masks=sliced", "division.mode=flat", "division.num_learners=32", "model.embedding_dim=100"],
+            "model.embedding_dim=100 cannot be split among division.num_learners=32 sliced learners; use a multiple of 32",
+        ),
+        (
+            ["model.masks=fixed", "model.embedding_dim=126"],
+            "model.embedding_dim=126 cannot be halved down to division.num_learners=4 fixed masks; use a multiple of 4",
+        ),
+        (
+            ["division.learners_per_step=5"],
+            "division.learners_per_step=5 is more than division.num_learners=4; use at most 4",
+        ),
+        (
+            ["schedule.batch_size=30"],
+            "schedule.batch_size=30 is not divisible by schedule.samples_per_class=4 times division.learners_per_step=1; "
+            "use a multiple of 4",
+        ),
+        (
+            ["schedule.batch_size=4"],
+            "schedule.batch_size=4 gives every learner one class per step, so there are no negatives; use at least 8",
+        ),
+        (
+            ["division.backbone_frozen_epochs=2"],
+            "division.backbone_frozen_epochs=2 must be less than division.every=2, or the backbone never learns",
+        ),
+        (
+            ["division.conquer_from=180"],
+            "division.conquer_from=180 is not below schedule.epochs=180; use a smaller epoch, or null for no conquer phase",
+        ),
+        (["schedule.warmup=180"], "schedule.warmup=180.0 must be less than schedule.epochs=180"),
+        (
+            ["evaluation.select_on=validation"],
+            "evaluation.select_on=validation needs held-out classes; "
+            "set data.validation_classes (for example 0.1) or evaluation.select_on=last",
+        ),
+        (["loss.cutoff=1.5"], "loss.cutoff=1.5 must be below loss.nonzero_loss_cutoff=1.4"),
+    ],
+)
+def test_sections_that_do_not_fit_together(minimal: Path, overrides: list[str], expected: str) -> None:
+    assert message(minimal, *overrides) == f"{minimal}: 1 problem(s)\n  {expected}"
+
+
+def test_two_conflicts_are_both_reported(minimal: Path) -> None:
+    text = message(minimal, "division.num_learners=3", "schedule.batch_size=30")
+    assert text.startswith(f"{minimal}: 2 problem(s)\n  division.num_learners=3") and "\n  schedule.batch_size=30" in text
+
+
+def test_the_first_epoch_to_conquer_is_allowed(minimal: Path) -> None:
+    assert load_config(minimal, ["division.conquer_from=5"]).division.conquer_from == 5
+    assert load_config(minimal, ["division.num_learners=1", "division.conquer_from=0"]).division.num_learners == 1
+
+
+def test_set_creates_sections_and_reads_values_as_yaml(minimal: Path) -> None:
+    cfg = load_config(
+        minimal,
+        [
+            "optim.lr=1e-3",
+            "division.conquer_from=null",
+            "evaluation.recall_at=[1, 10]",
+            "run.name=other",
+            "data.root=/a=b",
+            "optim.lr=2e-3",
+        ],
+    )
+    assert cfg.optim.lr == 0.002, "PyYAML reads 1e-3 as text; the later --set holds"
+    assert cfg.division.conquer_from is None
+    assert cfg.evaluation.recall_at == (1, 10)
+    assert cfg.run.path == Path("runs/other")
+    assert cfg.data.root == Path("/a=b")
+
+
+def test_the_loss_is_chosen_by_name(minimal: Path) -> None:
+    assert load_config(minimal, ["loss.name=proxy_anchor", "loss.scale=16"]).loss == ProxyAnchorLossConfig(name="proxy_anchor", scale=16)
+    assert load_config(minimal, ["loss.beta=0.9"]).loss == MarginLossConfig(beta=0.9)
+    assert "loss.beta: unknown key" in message(minimal, "loss.name=proxy_anchor", "loss.beta=0.9")
+    assert "'margin', 'proxy_anchor'" in message(minimal, "loss.name=tripplet")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr", "--set optim.lr: expected key=value, for example --set optim.lr=0.001"),
+        ("=3", "--set =3: expected key=value, for example --set optim.lr=0.001"),
+        ("data.root.x=3", "--set data.root.x=3: 'root' is a value, not a section"),
+    ],
+)
+def test_an_override_that_cannot_be_applied(minimal: Path, override: str, expected: str) -> None:
+    assert message(minimal, override) == expected
+
+
+def test_an_override_that_is_no_yaml(minimal: Path) -> None:
+    assert message(minimal, "optim.lr=[1").startswith("--set optim.lr=[1: the value is not valid YAML (")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert message(tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: no such configuration file; see configs/ for examples"
+    assert message(tmp_path).startswith(f"{tmp_path}: cannot be read as YAML (")
+    assert message(write(tmp_path, "a: [1")).startswith(f"{tmp_path}/exp.yaml: cannot be read as YAML (")
+    assert message(write(tmp_path, "- 1")) == f"{tmp_path}/exp.yaml: expected sections such as `data:` and `model:`, got list"
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["loss.name=proxy_anchor"], ["division.conquer_from=9", "loss.effective_dim=64", "optim.lr=1e-7"]]
+)
+def test_what_is_written_reads_back_equal(minimal: Path, tmp_path: Path, overrides: list[str]) -> None:
+    cfg = load_config(minimal, overrides)
+    copy = tmp_path / "config.yaml"
+    copy.write_text(dump_config(cfg))
+    again = load_config(copy)
+    assert again == cfg
+    assert again.digest() == cfg.digest()
+
+
+def test_the_digest_sees_what_decides_the_result(minimal: Path) -> None:
+    digest = load_config(minimal).digest()
+    assert load_config(minimal, ["run.name=x", "run.dir=/tmp", "tracker.kind=jsonl", "checkpoint.keep=5"]).digest() == digest
+    assert load_config(minimal, ["run.seed=1"]).digest() != digest
+    assert load_config(minimal, ["loss.margin=0.3"]).digest() != digest
+
+
+def test_the_tree_is_frozen(minimal: Path) -> None:
+    cfg = load_config(minimal)
+    with pytest.raises(ValidationError, match="frozen"):
+        cfg.run.seed = 3  # type: ignore[misc]
+
+
+def test_the_reference_has_every_key_with_a_meaning() -> None:
+    text = describe_keys()
+    assert "None" not in text
+    for name, models in sections().items():
+        for model in models:
+            assert model.__doc__ and f"{name}: {model.__doc__}" in text
+            for key, field in model.model_fields.items():
+                assert field.description, f"{name}.{key} has no docstring"
+                assert f"  {name}.{key} = " in text
+                assert field.description in text
+
+
+def test_every_default_is_plain_yaml(minimal: Path) -> None:
+    def leaves(tree: Any) -> list[Any]:
+        return (
+            [leaf for child in (tree.values() if isinstance(tree, dict) else tree) for leaf in leaves(child)]
+            if isinstance(tree, dict | list)
+            else [tree]
+        )
+
+    tree = yaml.safe_load(dump_config(load_config(minimal)))
+    assert list(tree) == list(sections())
+    assert {type(leaf) for leaf in leaves(tree)} <= {str, int, float, bool, type(None)}

@@ -1,0 +1,161 @@
+"""BatchNorm over the global batch equals BatchNorm on one rank: values, gradients, running statistics."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnc_dist import distributed
+from dnc_dist.errors import InputError
+from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norm, set_valid_rows
+from tests.spawn import spawn
+
+ROWS, CHANNELS = 11, 3
+
+
+def _problem(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, nn.BatchNorm2d]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(ROWS, CHANNELS, 5, 4, generator=generator) * torch.tensor([1.0, 0.1, 3.0]).view(1, 3, 1, 1) + 7
+    grad = torch.randn(ROWS, CHANNELS, 5, 4, generator=generator)
+    norm = nn.BatchNorm2d(CHANNELS)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.5, -1.0]))
+        norm.bias.copy_(torch.tensor([0.1, 0.0, -0.3]))
+    return x.to(dtype), grad.to(dtype), norm.to(dtype)
+
+
+def _run(norm: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    y.backward(grad)
+    assert x.grad is not None
+    own = {name: value.clone() for name, value in norm.state_dict().items()}
+    return {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad.clone(), "db": norm.bias.grad.clone(), **own}  # type: ignore[union-attr]
+
+
+def _close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_one_rank_equals_batch_norm(layout: torch.memory_format) -> None:
+    x, grad, norm = _problem()
+    x, grad = x.to(memory_format=layout), grad.to(memory_format=layout)
+    expected = _run(norm, x, grad)
+    actual = _run(replace_batch_norm(_problem()[2], "global"), x, grad)
+    _close(actual, expected, 2e-6)
+
+
+def test_gradient_is_exact_also_where_rows_are_invalid() -> None:
+    x, _, norm = _problem(torch.float64)
+    module = replace_batch_norm(norm, "global")
+    set_valid_rows(module, torch.tensor([True, False, True, True, False]))
+    rows = x[:5, :, :2, :1].clone().requires_grad_()
+    # gradcheck moves its inputs in place, and two of them are the module's own parameters
+    assert torch.autograd.gradcheck(lambda rows, *parameters: module(rows), (rows, *module.parameters()))
+
+
+def _rank_part(splits: list[int], dummies: list[int], grad_enabled: bool) -> dict[str, Tensor]:
+    """The rows of this rank, plus as many invalid rows as ``dummies`` says; the gradient of the loss is left unscaled."""
+    x, grad, norm = _problem()
+    module = replace_batch_norm(norm, "global")
+    me = distributed.rank()
+    start, count, extra = sum(splits[:me]), splits[me], dummies[me]
+    rows = torch.cat([x[start : start + count], torch.full((extra, *x.shape[1:]), 1e3)])
+    grads = torch.cat([grad[start : start + count], torch.zeros(extra, *x.shape[1:])])
+    set_valid_rows(module, torch.arange(count + extra) < count)
+    if not grad_enabled:
+        with torch.no_grad():
+            return {"y": module(rows)[:count], **module.state_dict()}
+    result = _run(module, rows, grads)
+    return {name: value[:count] if name in ("y", "dx") else value for name, value in result.items()}
+
+
+@pytest.mark.parametrize(
+    ("splits", "dummies"), [([7, 4], [0, 0]), ([1, 0, 10], [0, 1, 2]), ([3, 0, 8, 0], [0, 1, 0, 0])], ids=["two", "three", "four_one_empty"]
+)
+def test_ranks_equal_one_process(splits: list[int], dummies: list[int]) -> None:
+    x, grad, norm = _problem()
+    expected = _run(norm, x, grad)
+    parts = spawn(_rank_part, len(splits), splits, dummies, True)
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx")}
+    whole |= {name: torch.stack([part[name] for part in parts]).sum(0) for name in ("dw", "db")}
+    _close(whole, {name: expected[name] for name in whole}, 1e-5)
+    for part in parts:
+        _close(part, {name: expected[name] for name in ("running_mean", "running_var")}, 1e-5)
+
+
+def test_forward_without_gradient_on_two_ranks() -> None:
+    x, grad, norm = _problem()
+    expected = _run(norm, x, grad)
+    parts = spawn(_rank_part, 2, [11, 0], [0, 1], False)
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), expected["y"], rtol=1e-5, atol=1e-5)
+    _close(parts[1], {name: expected[name] for name in ("running_mean", "running_var")}, 1e-5)
+
+
+def test_no_valid_row_anywhere_moves_nothing() -> None:
+    x, grad, norm = _problem()
+    module = replace_batch_norm(norm, "global")
+    set_valid_rows(module, torch.zeros(ROWS, dtype=torch.bool))
+    result = _run(module, x, torch.zeros_like(grad))
+    assert all(bool(torch.isfinite(value).all()) for value in result.values())
+    torch.testing.assert_close(result["running_mean"], torch.zeros(CHANNELS))
+    torch.testing.assert_close(result["running_var"], torch.ones(CHANNELS))
+
+
+def test_large_mean_keeps_its_variance() -> None:
+    x, grad, norm = _problem()
+    expected = _run(_problem(torch.float64)[2], (x + 2000).double(), grad.double())
+    actual = _run(replace_batch_norm(norm, "global"), x + 2000, grad)
+    torch.testing.assert_close(actual["running_var"].double(), expected["running_var"], rtol=1e-5, atol=0)
+
+
+def test_evaluation_uses_running_statistics_and_bf16_keeps_fp32_statistics() -> None:
+    x, grad, norm = _problem()
+    module = replace_batch_norm(norm, "global")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = _run(module, x.bfloat16(), grad.bfloat16())
+    assert result["y"].dtype == torch.bfloat16 and result["running_var"].dtype == torch.float32
+    expected = F.batch_norm(x, module.running_mean, module.running_var, module.weight, module.bias, False)  # type: ignore[arg-type]
+    torch.testing.assert_close(module.eval()(x), expected)
+
+
+def test_frozen_trains_its_affine_parameters_and_nothing_else() -> None:
+    x, grad, norm = _problem()
+    norm.running_mean.fill_(6.5)  # type: ignore[union-attr]
+    module = replace_batch_norm(nn.Sequential(norm), "frozen").train()
+    assert isinstance(module[0], FrozenBatchNorm2d) and module[0].weight is norm.weight  # type: ignore[index]
+    result = _run(module[0], x, grad)  # type: ignore[index]
+    torch.testing.assert_close(result["y"], norm.eval()(x).detach())
+    assert float(result["running_mean"][0]) == 6.5 and float(result["dw"].abs().min()) > 0
+
+
+def test_names_survive_and_other_kinds_are_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4)))
+    names = list(network.state_dict())
+    converted = replace_batch_norm(network, "global")
+    assert list(converted.state_dict()) == names and isinstance(converted[1][0], GlobalBatchNorm2d)  # type: ignore[index]
+    with pytest.raises(InputError, match=r"BatchNorm1d.*model\.batch_norm=frozen"):
+        replace_batch_norm(nn.Sequential(nn.BatchNorm1d(4)), "global")
+
+
+def test_speed_is_that_of_batch_norm() -> None:
+    x, norm = torch.randn(128, 32, 32, 32), nn.BatchNorm2d(32)
+    grad = torch.randn_like(x)
+
+    def milliseconds(module: nn.Module) -> float:
+        rows = x.clone().requires_grad_()
+        start = time.perf_counter()
+        module(rows).backward(grad)
+        return (time.perf_counter() - start) * 1e3
+
+    plain, ours = nn.BatchNorm2d(32), replace_batch_norm(norm, "global")
+    times = [(milliseconds(plain), milliseconds(ours)) for _ in range(12)]
+    reference, measured = (min(column) for column in zip(*times, strict=True))
+    print(f"F.batch_norm {reference:.1f} ms, global {measured:.1f} ms")
+    assert measured < 1.3 * reference + 2  # 2 ms for a busy machine's jitter
