@@ -1,5 +1,4 @@
 # `make quickstart` trains on rendered characters and writes a report; `make test` is what CI runs. Both need Python 3.11 or newer only.
-# A machine without an NVIDIA GPU downloads less with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in the environment.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:

@@ -26,7 +26,9 @@ class ConfigError(InputError):
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values cannot change, field docstrings are kept."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 class Run(Section):
@@ -143,6 +145,8 @@ class DivisionConfig(Section):
     """Weight of the mean cosine between learned masks (orthogonality)."""
     conquer_batches: Literal["clustered", "whole"] = "clustered"
     """After conquer_from: batches from clusters with further divisions (published), or from the whole training set."""
+    start: Literal["k-means++", "previous"] = "k-means++"
+    """Where k-means starts: `previous` begins at the last division's centroids, so that learners keep more of their images."""
     kmeans_iterations: int = Field(100, ge=1)
     """Most Lloyd iterations of one k-means."""
     trials: int = Field(30, ge=1)
@@ -264,7 +268,10 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
     div, sch, model = cfg.division, cfg.schedule, cfg.model
     learners, power_of_two = div.num_learners, div.num_learners & (div.num_learners - 1) == 0
     if div.mode == "hierarchical" and not power_of_two:
-        yield f"division.num_learners={learners} must be a power of two when division.mode=hierarchical; use 2, 4, 8 ... or division.mode=flat"
+        yield (
+            f"division.num_learners={learners} must be a power of two when division.mode=hierarchical; "
+            "use 2, 4, 8 ... or division.mode=flat"
+        )
     elif div.mode == "hierarchical" and div.conquer_from is not None and learners > 1:
         first = div.every * (learners.bit_length() - 1) + 1
         if div.conquer_from < first:
@@ -274,7 +281,10 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
             )
     if model.masks == "sliced":
         if div.mode != "flat":
-            yield f"model.masks=sliced needs division.mode=flat (got {div.mode}): a slice cannot be split; set division.mode=flat or model.masks=fixed"
+            yield (
+                f"model.masks=sliced needs division.mode=flat (got {div.mode}): a slice cannot be split; "
+                "set division.mode=flat or model.masks=fixed"
+            )
         if model.embedding_dim % learners:
             yield (
                 f"model.embedding_dim={model.embedding_dim} cannot be split among division.num_learners={learners} sliced learners; "
@@ -303,11 +313,12 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
             "or the backbone never learns"
         )
     if div.conquer_from is not None and div.conquer_from >= sch.epochs:
-        yield f"division.conquer_from={div.conquer_from} is not below schedule.epochs={sch.epochs}; use a smaller epoch, or null for no conquer phase"
+        yield (
+            f"division.conquer_from={div.conquer_from} is not below schedule.epochs={sch.epochs}; "
+            "use a smaller epoch, or null for no conquer phase"
+        )
     if sch.warmup >= sch.epochs:
         yield f"schedule.warmup={sch.warmup} must be less than schedule.epochs={sch.epochs}"
-    if cfg.evaluation.select_on == "validation" and cfg.data.validation_classes == 0:
-        yield "evaluation.select_on=validation needs held-out classes; set data.validation_classes (for example 0.1) or evaluation.select_on=last"
     if isinstance(cfg.loss, MarginLossConfig) and cfg.loss.cutoff >= cfg.loss.nonzero_loss_cutoff:
         yield f"loss.cutoff={cfg.loss.cutoff} must be below loss.nonzero_loss_cutoff={cfg.loss.nonzero_loss_cutoff}"
 
@@ -340,7 +351,8 @@ def _describe(problem: Any) -> list[str]:
         hint = f"did you mean '{close[0]}'?" if close else "`dnc-dist config --keys` lists all keys"
         return [f"{path}: unknown key; {hint}"]
     if problem["type"] == "missing":
-        return [f"{path}: missing; set it in the file or with --set {path}=VALUE"]
+        key = "data.root" if path == "data" else path
+        return [f"{key}: missing; set it in the file or with --set {key}=VALUE"]
     if problem["type"] == "value_error" and not parts:
         return str(problem["ctx"]["error"]).split("\n")
     return [f"{path}: {problem['msg']} (got {problem['input']!r})"]
@@ -387,6 +399,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 raise ConfigError(f"--set {text}: '{key}' is a value, not a section")
             node = child
         node[keys[-1]] = value
+    # `model:` without anything below it is an empty section.
+    tree = {name: {} if section is None else section for name, section in tree.items()}
     if isinstance(tree.get("loss"), dict):
         tree["loss"].setdefault("name", "margin")
     if isinstance(tree.get("run"), dict) or "run" not in tree:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -49,7 +50,8 @@ def init(timeout_seconds: float = 1800) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     elif missing := [name for name in _TORCHRUN if name not in os.environ]:
         raise InputError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with `dnc-dist launch`, torchrun or srun, or unset all of them"
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with `dnc-dist launch`, torchrun or srun, "
+            "or unset all of them"
         )
     timeout = timedelta(seconds=timeout_seconds)
     if torch.cuda.is_available():
@@ -202,6 +204,33 @@ def gather_objects(value: Any) -> list[Any]:
 def any_rank(flag: bool) -> bool:
     """Collective. Whether the flag is set on at least one rank."""
     return bool(all_reduce_sum(torch.tensor(int(flag), device=device())).item())
+
+
+def on_main(function: Callable[..., Any], *args: Any) -> Any:
+    """Collective. Call on rank 0; its result, or its InputError, on every rank."""
+    outcome: tuple[Any, InputError | None] = (None, None)
+    if is_main():
+        try:
+            outcome = (function(*args), None)
+        except InputError as error:
+            outcome = (None, error)
+    value, problem = broadcast_object(outcome)
+    if problem is not None:
+        raise problem
+    return value
+
+
+def rank_groups(most: int) -> dict[int, ProcessGroup]:
+    """Collective. For each m of 2..``most`` that divides W: the group of W/m consecutive ranks that this rank belongs to."""
+    groups: dict[int, ProcessGroup] = {}
+    world = world_size()
+    for parts in range(2, most + 1):
+        if world % parts == 0:
+            size = world // parts
+            # Every rank makes every group, in the same order.
+            made = [dist.new_group(list(range(start, start + size))) for start in range(0, world, size)]
+            groups[parts] = made[rank() // size]
+    return groups
 
 
 def local_range(num_rows: int, rank_: int | None = None, world: int | None = None) -> tuple[int, int]:

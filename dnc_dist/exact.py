@@ -75,4 +75,4 @@ def nmi(first: np.ndarray, second: np.ndarray) -> float:
     pair, count = np.unique(a.astype(np.int64) * len(count_b) + b, return_counts=True)
     expected = count_a[pair // len(count_b)].astype(np.float64) * count_b[pair % len(count_b)]
     mutual = float((count / len(first) * (np.log(count) + np.log(len(first)) - np.log(expected))).sum())
-    return max(0.0, 2 * mutual / (_entropy(count_a) + _entropy(count_b)))
+    return min(1.0, max(0.0, 2 * mutual / (_entropy(count_a) + _entropy(count_b))))

@@ -43,7 +43,9 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout: fl
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as out:
         port = _free_port()
-        workers = [context.Process(target=_worker, args=(rank, world_size, port, function, args, out), daemon=False) for rank in range(world_size)]
+        workers = [
+            context.Process(target=_worker, args=(rank, world_size, port, function, args, out), daemon=False) for rank in range(world_size)
+        ]
         for worker in workers:
             worker.start()
         deadline = time.monotonic() + timeout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ def classes(num_classes: int, per_class: int, dim: int = 16, seed: int = 0, nois
     return torch.nn.functional.normalize(features, dim=1), labels.numpy()
 
 
-def hierarchy(features: Tensor, labels: np.ndarray, target: int, divisions: int, *, replicated_rows: int = 10**6) -> list[Division]:
+def hierarchy(
+    features: Tensor, labels: np.ndarray, target: int, divisions: int, *, start_at: str = "k-means++", replicated_rows: int = 10**6
+) -> list[Division]:
     """Successive divisions of features that drift a little."""
     start, stop = distributed.local_range(len(labels))
     found: list[Division] = []
@@ -47,6 +50,7 @@ def hierarchy(features: Tensor, labels: np.ndarray, target: int, divisions: int,
                 mode="hierarchical",
                 seed=1,
                 previous=found[-1] if found else None,
+                start=start_at,  # type: ignore[arg-type]
                 replicated_rows=replicated_rows,
             )
         )
@@ -90,21 +94,26 @@ def test_the_hierarchy_doubles_and_children_come_from_their_parent() -> None:
     for division in divisions:
         assert_trainable(division, labels)
         assert division.learner_of.dtype == np.int16
-    for before, after in zip(divisions[1:4], divisions[2:4], strict=False):
+    for before, after in pairwise(divisions[:4]):
         both = (before.learner_of >= 0) & (after.learner_of >= 0)
         kept = (after.learner_of[both] // 2 == before.learner_of[both]).mean()
         assert kept == pytest.approx(after.matched_share, abs=0.02)
-        assert kept > 0.6
+        assert kept > 0.5
     assert divisions[0].matched_share == divisions[0].nmi_to_previous == 1
-    assert 0.8 < divisions[-1].matched_share <= 1
+    assert 0.5 < divisions[-1].matched_share <= 1
     assert 0.5 < divisions[-1].nmi_to_previous <= 1
+    steady = hierarchy(features, labels, target=8, divisions=5, start_at="previous")
+    assert steady[-1].matched_share > max(0.8, divisions[-1].matched_share)
 
 
 def test_the_same_features_give_the_same_learners() -> None:
     features, labels = classes(40, 12, noise=0.1)
     first = flat(features, labels, 4)
-    again = divide(features, labels, row_start=0, target=4, epoch=2, mode="flat", seed=77, previous=first)
-    assert again.matched_share > 0.9
+    again = flat(features, labels, 4, previous=first)
+    assert again.matched_share == again.nmi_to_previous == 1
+    np.testing.assert_array_equal(again.learner_of, first.learner_of)
+    other_seed = divide(features, labels, row_start=0, target=4, epoch=2, mode="flat", seed=77, previous=first)
+    assert 0.25 < other_seed.matched_share <= 1
     np.testing.assert_allclose(first.centroids[0], features[first.learner_of == 0].mean(0), atol=0.05)
     inside = sum(float((features[first.learner_of == c] - torch.from_numpy(first.centroids[c])).square().sum()) for c in range(4))
     assert first.objective == pytest.approx(inside, rel=0.05)
@@ -122,7 +131,7 @@ def test_classes_with_one_row_in_the_cluster_are_left_out() -> None:
 
 
 @given(st.integers(0, 10_000), st.sampled_from([2, 4, 8]), st.integers(0, 12), st.integers(2, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_every_learner_can_train_whatever_the_classes(seed: int, target: int, spare: int, per_class: int) -> None:
     random = np.random.default_rng(seed)
     count = 2 * target + spare
@@ -132,7 +141,9 @@ def test_every_learner_can_train_whatever_the_classes(seed: int, target: int, sp
         features[1:] = features[0]
     previous = None
     for epoch in range(int(np.log2(target)) + 1):
-        previous = divide(features, labels, row_start=0, target=target, epoch=epoch, mode="hierarchical", seed=seed, previous=previous, trials=2)
+        previous = divide(
+            features, labels, row_start=0, target=target, epoch=epoch, mode="hierarchical", seed=seed, previous=previous, trials=2
+        )
         assert_trainable(previous, labels)
     assert previous is not None
     assert previous.num_learners == target
@@ -193,7 +204,7 @@ def on_ranks() -> tuple[list[Division], list[Division], Division]:
     lopsided = divide(
         hard[start:stop], hard_labels, row_start=start, target=4, epoch=3, mode="flat", seed=0, previous=None, trials=2, replicated_rows=0
     )
-    return hierarchy(features, labels, 8, 4), hierarchy(features, labels, 8, 4, replicated_rows=0), lopsided
+    return hierarchy(features, labels, 8, 4), hierarchy(features, labels, 4, 3, replicated_rows=0), lopsided
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import faiss
 import numpy as np
 import pytest
@@ -51,7 +53,7 @@ def test_same_objective_as_faiss_from_the_same_start() -> None:
 def test_the_objective_never_grows_and_the_start_spreads_out() -> None:
     x = blobs(2000, noise=0.05)
     history = [kmeans(x, 9, seed=3, iterations=i).objective for i in range(8)]
-    assert all(a >= b - 1e-9 for a, b in zip(history, history[1:], strict=False))
+    assert all(a >= b - 1e-9 for a, b in pairwise(history))
     random_start = kmeans(x, 9, seed=3, init=x[:9], iterations=0).objective
     assert history[0] < random_start
     assert kmeans(x, 9, seed=3).objective == kmeans(x, 9, seed=3).objective
@@ -109,7 +111,7 @@ def test_an_empty_child_is_split_from_its_sibling() -> None:
 
 
 def test_wrong_rows_are_refused() -> None:
-    with pytest.raises(InputError, match="division.num_learners"):
+    with pytest.raises(InputError, match=r"division\.num_learners"):
         kmeans(blobs(3), 4, seed=0)
     broken = blobs(30)
     broken[7, 2] = float("nan")
@@ -129,7 +131,7 @@ def bounds(n: int, world: int) -> list[int]:
 
 
 def on_ranks(replicated_rows: int) -> dict[str, KMeansResult]:
-    x = blobs(3000)
+    x = blobs(2000)
     edges = bounds(len(x), distributed.world_size())
     start, stop = edges[distributed.rank()], edges[distributed.rank() + 1]
     parent = torch.arange(len(x)) % 4
@@ -139,6 +141,7 @@ def on_ranks(replicated_rows: int) -> dict[str, KMeansResult]:
             x[start:stop],
             k,
             seed=5,
+            iterations=20,
             row_start=start,
             num_rows=len(x),
             all_reduce=distributed.all_reduce_sum,
@@ -155,7 +158,7 @@ def both_ways() -> dict[int, dict[str, KMeansResult]]:
     return {replicated_rows: on_ranks(replicated_rows) for replicated_rows in (0, 10**6)}
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2])
 def test_the_same_clusters_on_any_number_of_ranks(world: int) -> None:
     alone = both_ways()
     for ranks in spawn(both_ways, world):

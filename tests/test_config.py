@@ -116,11 +116,6 @@ def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
             "division.conquer_from=180 is not below schedule.epochs=180; use a smaller epoch, or null for no conquer phase",
         ),
         (["schedule.warmup=180"], "schedule.warmup=180.0 must be less than schedule.epochs=180"),
-        (
-            ["evaluation.select_on=validation"],
-            "evaluation.select_on=validation needs held-out classes; "
-            "set data.validation_classes (for example 0.1) or evaluation.select_on=last",
-        ),
         (["loss.cutoff=1.5"], "loss.cutoff=1.5 must be below loss.nonzero_loss_cutoff=1.4"),
     ],
 )

@@ -20,6 +20,17 @@ def _rows(rank: int, count: int) -> torch.Tensor:
     return torch.randn(count, 3, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
 
 
+def _in_pairs(rank: int) -> list[int]:
+    """Ranks 0 and 1 gather theirs, ranks 2 and 3 theirs."""
+    groups = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2, 3])]
+    mine = groups[rank // 2]
+    rows = torch.full((rank + 1, 1), float(rank), requires_grad=True)
+    gathered = distributed.gather_rows(rows, grad="own", group=mine)
+    gathered.sum().backward()
+    assert rows.grad is not None and torch.equal(rows.grad, torch.full_like(rows, distributed.group_size(mine)))
+    return [*gathered.flatten().int().tolist(), int(distributed.all_reduce_sum(torch.tensor(rank), group=mine))]
+
+
 def _everything(counts: list[int]) -> dict[str, object]:
     rank, world = distributed.rank(), distributed.world_size()
     local = _rows(rank, counts[rank]).requires_grad_()
@@ -48,6 +59,7 @@ def _everything(counts: list[int]) -> dict[str, object]:
         "objects": distributed.gather_objects({"rank": rank}),
         "from_last": distributed.broadcast_object(f"from {rank}", source=world - 1),
         "any": (distributed.any_rank(rank == world - 1), distributed.any_rank(False)),
+        "groups": _in_pairs(rank) if world == 4 else None,
         "main": distributed.is_main(),
         "world": (world, distributed.group_size()),
     }
@@ -76,23 +88,10 @@ def test_collectives(world: int) -> None:
         assert result["objects"] == [{"rank": r} for r in range(world)]
         assert result["from_last"] == f"from {world - 1}"
         assert result["any"] == (True, False)
+        if world == 4:
+            assert result["groups"] == ([0, 1, 1, 1] if rank < 2 else [2, 2, 2, 3, 3, 3, 3, 5])
         assert result["main"] == (rank == 0)
         assert result["world"] == (world, world)
-
-
-def _in_groups() -> list[int]:
-    groups = [torch.distributed.new_group([0, 1]), torch.distributed.new_group([2])]
-    rank = distributed.rank()
-    mine = groups[0] if rank < 2 else groups[1]
-    rows = torch.full((rank + 1, 1), float(rank), requires_grad=True)
-    gathered = distributed.gather_rows(rows, grad="own", group=mine)
-    gathered.sum().backward()
-    assert rows.grad is not None
-    return [*gathered.flatten().int().tolist(), int(rows.grad[0].item()), int(distributed.all_reduce_sum(torch.tensor(1), group=mine))]
-
-
-def test_groups() -> None:
-    assert spawn(_in_groups, 3) == [[0, 1, 1, 2, 2], [0, 1, 1, 2, 2], [2, 2, 2, 1, 1]]
 
 
 def test_without_a_process_group_everything_is_the_identity() -> None:

@@ -113,7 +113,7 @@ def test_equals_pytorch_metric_learning_on_the_same_pairs(learn_beta):
     y, beta = raw.clone().requires_grad_(), torch.full((6,), 1.25, dtype=torch.float64, requires_grad=True)
     out = dnc_kernels.margin_loss_on_pairs(normalize(y), labels, pairs, beta=beta)
     (out.loss_sum / out.num_active).backward()
-    assert float(out.loss_sum / out.num_active) == pytest.approx(float(expected), rel=1e-12)
+    assert float((out.loss_sum / out.num_active).detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     assert torch.allclose(y.grad, x.grad, rtol=1e-12, atol=1e-14)
     if learn_beta:
         assert float(beta.grad.abs().max()) > 1e-4
@@ -242,3 +242,20 @@ def test_an_implementation_that_does_not_exist_is_refused(monkeypatch, value, me
         dnc_kernels.project(random(3, 4), None, None)
     monkeypatch.setenv("DNC_KERNELS", "reference")
     assert dnc_kernels.implementation("cpu") == "reference" and "reference" in dnc_kernels.implementation_note("cuda")
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_no_value_is_read_off_the_cpu(mode, rectangular):
+    # A meta tensor has no values: whatever would wait for a GPU (item, boolean indexing) raises on it.
+    z, masks, beta = (torch.empty(*shape, device="meta", requires_grad=True) for shape in ((20, 8), (2, 8), (5,)))
+    column = torch.empty(20, dtype=torch.int64, device="meta")
+    number = torch.empty((), dtype=torch.int64, device="meta")
+    references = {"ref_z": z, "ref_labels": column, "ref_learner": column, "ref_row_ids": column} if rectangular else {"masks": masks}
+    common = {"learner": column, "row_ids": column, "num_learners": 2, "seed": number, "step": number, "mode": mode}
+    out = dnc_kernels.margin_loss(z, column, beta=beta, max_positives=3, **references, **common)
+    out.loss_sum.backward()
+    assert out.learner_loss_sum.shape == (2,) and z.grad.shape == z.shape and all(value.is_meta for value in out.stats.values())
+    assert all(value.is_meta for value in dnc_kernels.lloyd_step(z, masks, restrict=column))
+    with pytest.raises(RuntimeError, match="meta"):  # counting the positives does read
+        dnc_kernels.margin_loss(z, column, beta=beta, **references, **common)

@@ -30,6 +30,7 @@ def divide(
     mode: Literal["hierarchical", "flat"],
     seed: int,
     previous: Division | None,
+    start: Literal["k-means++", "previous"] = "k-means++",
     iterations: int = 100,
     trials: int = TRIALS,
     replicated_rows: int = REPLICATED_ROWS,
@@ -47,6 +48,7 @@ def divide(
         row_start: first global row of this rank; ranks hold consecutive rows in rank order.
         target: final number of learners K; in hierarchical mode a power of two.
         previous: the last division, whose number of learners is the current one; None at the first.
+        start: of the first k-means; "previous" begins at the previous division's centroids, so learners keep more of their rows.
         iterations: of each k-means, at most.
         trials: k-means runs per level until every cluster is trainable.
         replicated_rows: up to so many rows the result is equal bit for bit for any number of ranks.
@@ -65,10 +67,12 @@ def divide(
     if level == 1 and not split:
         return whole(labels, epoch=epoch)
     rows = spread_rows(features_local, row_start, len(labels), replicated_rows)
-    divider = _Divider(rows, labels, seed_for(seed, "division", epoch), iterations, trials, replicated_rows)
+    # The same seed in every epoch, as the published implementation: features that hardly moved give the same clusters.
+    divider = _Divider(rows, labels, seed_for(seed, "division"), iterations, trials, replicated_rows)
     cluster = np.zeros(len(labels), np.int64)
     if level > 1:
-        cluster = divider.cluster(level, min_classes=2 * MIN_CLASSES if split else MIN_CLASSES)
+        init = torch.from_numpy(previous.centroids) if previous is not None and start == "previous" else None
+        cluster = divider.cluster(level, init, min_classes=2 * MIN_CLASSES if split else MIN_CLASSES)
     matched_share, agreement = 1.0, 1.0
     if previous is not None:
         cluster = match(previous.learner_of, cluster, level)
@@ -99,11 +103,11 @@ class _Divider:
         self.iterations, self.trials, self.replicated_rows = iterations, trials, replicated_rows
         self.trials_run, self.rejoined = 0, 0
 
-    def cluster(self, k: int, min_classes: int) -> np.ndarray:
-        """Collective. (N,) clusters below k, each with ``min_classes`` trainable classes."""
+    def cluster(self, k: int, init: Tensor | None, min_classes: int) -> np.ndarray:
+        """Collective. (N,) clusters below k, each with ``min_classes`` trainable classes; ``init`` (k, F) starts the first trial."""
         best: tuple[int, float] | None = None
-        for _ in range(self.trials):
-            cluster, centroids, objective = self._kmeans(self.rows, k, None)
+        for trial in range(self.trials):
+            cluster, centroids, objective = self._kmeans(self.rows, k, init=init if trial == 0 else None)
             good = int((class_sizes(cluster, self.labels).trainable(k) >= min_classes).sum())
             if best is None or (good, -objective) > best:
                 best, found, found_centroids = (good, -objective), cluster, centroids
@@ -118,7 +122,7 @@ class _Divider:
         for trial in range(self.trials):
             inside = np.isin(parent, waiting)
             rows, labels = self.rows.select(inside), self.labels[inside]
-            child, centroids, _ = self._kmeans(rows, 2 * len(waiting), np.searchsorted(waiting, parent[inside]))
+            child, centroids, _ = self._kmeans(rows, 2 * len(waiting), parent=np.searchsorted(waiting, parent[inside]))
             classes = class_sizes(child, labels).trainable(2 * len(waiting))
             good = np.minimum(classes[0::2], classes[1::2]) >= MIN_CLASSES
             if trial == self.trials - 1:
@@ -144,7 +148,9 @@ class _Divider:
         self.rejoined += int((repaired != cluster).sum())
         return repaired
 
-    def _kmeans(self, rows: Rows, k: int, parent: np.ndarray | None) -> tuple[np.ndarray, Tensor, float]:
+    def _kmeans(
+        self, rows: Rows, k: int, *, init: Tensor | None = None, parent: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Tensor, float]:
         """Collective. One more trial: (M,) clusters of all rows, (k, F) centroids, objective."""
         result = kmeans(
             rows.local,
@@ -155,6 +161,7 @@ class _Divider:
             num_rows=rows.total,
             all_reduce=rows.all_reduce,
             gather=rows.gather,
+            init=init,
             restrict=None if parent is None else torch.from_numpy(rows.mine(parent)),
             replicated_rows=self.replicated_rows,
         )

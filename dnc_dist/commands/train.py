@@ -62,5 +62,8 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
         raise
     distributed.shutdown()
     if main:
+        from dnc_dist.report import build_report
+
+        sys.stdout.write(f"report: {build_report(cfg.run.path)}\n")
         sys.stdout.write(f"RESULT {json.dumps(result)}\n")
         sys.stdout.flush()

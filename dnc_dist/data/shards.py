@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import shutil
@@ -11,6 +10,7 @@ import tarfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     offset = tar.offset + _HEADER
-    tar.addfile(member, io.BytesIO(data))
+    tar.addfile(member, BytesIO(data))
     return offset
 
 
@@ -268,7 +268,7 @@ class ShardReader:
     def __init__(self, index: DatasetIndex) -> None:
         self.paths = index.shard_paths
         self.shard, self.offset, self.size = (index.columns[name] for name in ("shard", "offset", "size"))
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, FileIO] = OrderedDict()
 
     def read(self, row: int) -> bytes:
         """The bytes of one row.
@@ -277,24 +277,24 @@ class ShardReader:
             OSError: the shard cannot be read, or ends before the row does. (It was complete when the index was opened.)
         """
         shard, size = int(self.shard[row]), int(self.size[row])
-        data = os.pread(self._open(shard), size, int(self.offset[row]))
+        data = os.pread(self._open(shard).fileno(), size, int(self.offset[row]))
         if len(data) != size:
             raise OSError(f"{self.paths[shard]} ended within row {row_key(row)}; it changed while it was being read")
         return data
 
-    def _open(self, shard: int) -> int:
+    def _open(self, shard: int) -> FileIO:
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
             if len(self._files) >= _MAX_OPEN:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
+                self._files.popitem(last=False)[1].close()
+            self._files[shard] = FileIO(self.paths[shard])
         return self._files[shard]
 
     def close(self) -> None:
         """Close the shards that are open."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}

@@ -212,10 +212,10 @@ class SequentialBatches:
         self.streaming = len(shards) >= world * lanes
         if not self.streaming and rank == 0:
             _log.info("%s: %d shards are fewer than %d ranks x %d workers; reading through the index", view.name, len(shards), world, lanes)
-        parts = _by_shard(blocks, shards, rank, world, lanes) if self.streaming else _by_block(blocks, rank, world, lanes)
-        mine = [block for part in parts for block in part]
-        self.bounds = (min(block.start for block in mine), max(block.stop for block in mine)) if mine else (0, 0)
-        self.num_batches = len(mine)
+        first, parts = _by_shard(blocks, shards, rank, world, lanes) if self.streaming else _by_block(blocks, rank, world, lanes)
+        self.num_batches = sum(len(part) for part in parts)
+        starts = [*(block.start for block in blocks), len(view)]
+        self.bounds = (starts[first], starts[first + self.num_batches])
         self._loader = DataLoader(
             _SequentialDataset(index, view, geometry, parts, self.streaming),
             batch_size=None,
@@ -234,13 +234,14 @@ class SequentialBatches:
         return iter(self._loader)
 
 
-def _by_shard(blocks: list[_Block], shards: list[int], rank: int, world: int, lanes: int) -> list[list[_Block]]:
-    """Whole shards in contiguous runs to ranks and within them to workers."""
-    run_of = {shard: at * world * lanes // len(shards) for at, shard in enumerate(shards)}
-    return [[block for block in blocks if run_of[block.shard] == rank * lanes + lane] for lane in range(lanes)]
+def _by_shard(blocks: list[_Block], shards: list[int], rank: int, world: int, lanes: int) -> tuple[int, list[list[_Block]]]:
+    """Whole shards in contiguous runs to ranks and within them to workers: the rank's first block, and its workers' blocks."""
+    lane_of = {shard: at * world * lanes // len(shards) for at, shard in enumerate(shards)}
+    parts = [[block for block in blocks if lane_of[block.shard] == rank * lanes + lane] for lane in range(lanes)]
+    return sum(lane_of[block.shard] < rank * lanes for block in blocks), parts
 
 
-def _by_block(blocks: list[_Block], rank: int, world: int, lanes: int) -> list[list[_Block]]:
-    """A contiguous balanced run of blocks to each rank, in turn to its workers."""
-    mine = blocks[len(blocks) * rank // world : len(blocks) * (rank + 1) // world]
-    return [mine[lane::lanes] for lane in range(lanes)]
+def _by_block(blocks: list[_Block], rank: int, world: int, lanes: int) -> tuple[int, list[list[_Block]]]:
+    """A contiguous balanced run of blocks to each rank, in turn to its workers: the rank's first block, and its workers' blocks."""
+    first, stop = len(blocks) * rank // world, len(blocks) * (rank + 1) // world
+    return first, [blocks[first + lane : stop : lanes] for lane in range(lanes)]

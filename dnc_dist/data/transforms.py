@@ -16,7 +16,7 @@ from torch.nn import functional
 
 AugmentKind = Literal["none", "light", "standard", "color", "geom", "geom_color"]
 AUGMENT_KINDS: tuple[str, ...] = get_args(AugmentKind)
-CROP_UNIFORMS = 26  # ten tries of area and aspect ratio, x, y, flip, two for a rotation; one spare
+CROP_UNIFORMS = 25  # ten tries of area and aspect ratio, x, y, flip, two for a rotation
 _RATIO = (3 / 4, 4 / 3)
 _AREA = (0.2, 1.0)
 _MAX_DEGREES = 45.0
@@ -111,21 +111,21 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def _luma_matrices(saturation: Tensor, hue: Tensor) -> Tensor:
+def _saturate_and_turn(saturation: Tensor, hue: Tensor, to_yiq: Tensor, from_yiq: Tensor) -> Tensor:
     """(B, 3, 3) colour matrices: saturation about the grey value, then a rotation of the hue about the grey axis.
 
     Args:
         saturation: (B,) 0 is grey, 1 the image.
         hue: (B,) in turns.
+        to_yiq: (3, 3), and its inverse.
     """
-    to_yiq = saturation.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     angle = hue * (2 * math.pi)
     cos, sin, zero = torch.cos(angle) * saturation, torch.sin(angle) * saturation, torch.zeros_like(saturation)
     rows = [torch.stack([zero + 1, zero, zero], -1), torch.stack([zero, cos, -sin], -1), torch.stack([zero, sin, cos], -1)]
     # (A R B) written out: a batched matrix product may round differently for another number of rows.
     turn = torch.stack(rows, -2)  # (B, 3, 3)
     inner = (turn[:, :, :, None] * to_yiq[None, None]).sum(2)
-    return (torch.linalg.inv(to_yiq)[None, :, :, None] * inner[:, None]).sum(2)
+    return (from_yiq[None, :, :, None] * inner[:, None]).sum(2)
 
 
 class Augment(nn.Module):
@@ -136,13 +136,19 @@ class Augment(nn.Module):
     the image's own mean grey value; all colour changes are one affine map per image, clamped once.
     """
 
-    num_uniforms = 22
+    num_uniforms = 20
 
     def __init__(self, kind: AugmentKind, mean: tuple[float, ...] = (0.5, 0.5, 0.5), std: tuple[float, ...] = (0.25, 0.25, 0.25)) -> None:
         super().__init__()
         self.kind = kind
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        # Brightness and two colour coordinates: saturation and hue act on the latter.
+        to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+        self.register_buffer("to_yiq", to_yiq, persistent=False)
+        self.register_buffer("from_yiq", torch.linalg.inv(to_yiq), persistent=False)
+        self.to_yiq: Tensor
+        self.from_yiq: Tensor
         self.mean: Tensor
         self.std: Tensor
 
@@ -179,7 +185,7 @@ class Augment(nn.Module):
         # Integer sums are exact, so the mean does not depend on how a reduction is split.
         sums = images.to(torch.int32).sum((2, 3)).float() / (255 * images.shape[2] * images.shape[3])
         grey = (0.299 * sums[:, 0] + 0.587 * sums[:, 1] + 0.114 * sums[:, 2]) * brightness
-        scale = (brightness * contrast)[:, None, None] * _luma_matrices(saturation, hue)  # (B, 3, 3)
+        scale = (brightness * contrast)[:, None, None] * _saturate_and_turn(saturation, hue, self.to_yiq, self.from_yiq)  # (B, 3, 3)
         shift = (grey * (1 - contrast))[:, None, None]
         channels = [
             sum((scale[:, c, d, None, None] * pixels[:, d] for d in range(1, 3)), scale[:, c, 0, None, None] * pixels[:, 0]) + shift

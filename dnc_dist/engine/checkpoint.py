@@ -126,7 +126,7 @@ class Checkpoints:
         if wanted is None and not self.tags():
             return None
         candidates = [tag for tag in reversed(self.tags()) if wanted is None or tag <= wanted] if which == "latest" else [str(wanted)]
-        messages = []
+        messages: list[str] = []
         for tag in candidates:
             if (damage := self._damage(tag)) is None:
                 return tag, messages
@@ -142,13 +142,13 @@ class Checkpoints:
         ranks = len(list((self.folder / tag).glob("*_optim_states.pt"))) or None
         if ranks is not None and ranks != distributed.world_size():
             raise InputError(
-                f"{self.folder / tag} was written by {ranks} processes and this run has {distributed.world_size()}; start with --nproc {ranks}"
+                f"{self.folder / tag} was written by {ranks} processes and this run has {distributed.world_size()}; "
+                f"start with --nproc {ranks}"
             )
         path, client_state = engine.load_checkpoint(str(self.folder), tag)
         if path is None:
             raise InputError(f"{self.folder / tag}: DeepSpeed could not read this checkpoint")
         return TrainState.from_state_dict(client_state["train_state"])
-
 
     def has_best(self) -> bool:
         """Whether a checkpoint was marked as the best."""
@@ -167,9 +167,11 @@ def prepare_run_dir(cfg: RunConfig, resume: str) -> None:
         InputError: the directory holds another run, or ``resume`` is "never" and it holds any.
     """
     path = cfg.run.path / "config.yaml"
-    if not path.exists():
-        if cfg.run.path.exists() and any(cfg.run.path.iterdir()):
-            raise InputError(f"{cfg.run.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder")
+    if not path.exists() or not Checkpoints(cfg.run.path, cfg.checkpoint.keep).tags():
+        if not path.exists() and cfg.run.path.exists() and any(cfg.run.path.iterdir()):
+            raise InputError(
+                f"{cfg.run.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
+            )
         cfg.run.path.mkdir(parents=True, exist_ok=True)
         write_atomically(path, dump_config(cfg))
         return
@@ -178,7 +180,8 @@ def prepare_run_dir(cfg: RunConfig, resume: str) -> None:
     changed = changed_keys(load_run_config(cfg.run.path), cfg)
     if changed:
         raise InputError(
-            f"{cfg.run.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, or set run.name to start another"
+            f"{cfg.run.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, "
+            "or set run.name to start another"
         )
     write_atomically(path, dump_config(cfg))
 

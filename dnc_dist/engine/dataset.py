@@ -40,20 +40,21 @@ class RunData:
         self.index: DatasetIndex = open_index(cfg.data.root)
         hashes = distributed.gather_objects(self.index.content_hash)
         if len(set(hashes)) > 1:
-            others = [rank for rank, value in enumerate(hashes) if value != hashes[0]]
-            raise InputError(f"data.root={cfg.data.root} holds another dataset on rank {others[0]} than on rank 0; copy the same one to every machine")
+            other = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
+            raise InputError(
+                f"data.root={cfg.data.root} holds another dataset on rank {other} than on rank 0; copy the same one to every machine"
+            )
         self.train: RowView = train_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
-        pin = distributed.device().type == "cuda"
-        self._passes = {"workers": cfg.data.workers, "pin_memory": pin}
+        self._pin_memory = distributed.device().type == "cuda"
         self._train_batches = TrainBatches(
             self.index,
             self.train,
             Geometry(cfg.data.augment, cfg.data.image_size, cfg.data.crop),
             seed=cfg.run.seed,
             workers=cfg.data.workers,
-            pin_memory=pin,
+            pin_memory=self._pin_memory,
         )
 
     def selection_view(self) -> tuple[str, RowView | None]:
@@ -99,7 +100,8 @@ class RunData:
             block_size=self.cfg.evaluation.batch_size,
             rank=distributed.rank(),
             world=distributed.world_size(),
-            **self._passes,
+            workers=self.cfg.data.workers,
+            pin_memory=self._pin_memory,
         )
 
     def thumbnails(self, rows: NDArray[np.int64], side: int) -> NDArray[np.uint8]:

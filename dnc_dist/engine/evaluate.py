@@ -57,9 +57,7 @@ def evaluate_view(
         Stopped: a rank was asked to stop; the evaluation is abandoned.
     """
     name = f"epoch {epoch}: evaluation on {view.name}"
-    found = extract(
-        objective, objective.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress
-    )
+    found = extract(objective, objective.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress)
     rows = found.start + torch.nonzero(found.valid).flatten()
     embeddings = found.values[found.valid]
     result = evaluate(

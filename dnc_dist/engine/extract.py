@@ -50,6 +50,7 @@ def extract(
     values: Tensor | None = None
     valid = torch.zeros(end - start, dtype=torch.bool)
     failed: list[str] = []
+    seen = 0
     # Ranks differ in their number of blocks but must vote equally often.
     rounds = max(distributed.gather_objects(len(batches))) // VOTE_EVERY_BLOCKS + 1
     was_training = objective.training
@@ -67,7 +68,10 @@ def extract(
                 at = batch.positions - start
                 values[at], valid[at] = result * batch.valid[:, None], batch.valid
                 failed += batch.failed
-                phase.update(len(at) * distributed.world_size())
+                # Of the other ranks it is only known that they do about as much.
+                advance = min(len(at) * distributed.world_size(), num_rows - seen)
+                seen += advance
+                phase.update(advance)
             if distributed.any_rank(stop.requested):
                 raise Stopped(f"during {name}")
     objective.train(was_training)
@@ -79,4 +83,4 @@ def extract(
 
 def _width(objective: DncObjective, compute: Callable[[Tensor], Tensor]) -> int:
     """Columns that ``compute`` would give, for a rank without rows."""
-    return objective.backbone.feature_dim if compute == objective.features else objective.masks.embedding_dim
+    return objective.head.linear.in_features if compute == objective.features else objective.masks.embedding_dim

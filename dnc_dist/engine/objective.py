@@ -74,7 +74,7 @@ class DncObjective(nn.Module):
         numbers = None
         if self.augment.uses_uniforms:
             numbers = uniform((self.seed, "augment", phase.step), batch.positions.cpu(), self.augment.num_uniforms)
-        images = self.augment(batch.images, numbers)
+        images = self._pixels(batch.images, numbers)
         set_valid_rows(self.backbone, batch.valid)
         with self._autocast(images.device):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not phase.backbone_frozen):
@@ -102,14 +102,18 @@ class DncObjective(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, F) L2-normalised backbone features in fp32, as k-means sees them. In evaluation mode."""
         with self._autocast(images.device):
-            features = self.backbone(self.augment(images))
+            features = self.backbone(self._pixels(images))
         return F.normalize(features.float(), dim=1)
 
     def embeddings(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) unit embeddings as retrieval compares them: the whole embedding. In evaluation mode."""
         with self._autocast(images.device):
-            embeddings = self.head(self.backbone(self.augment(images)))
+            embeddings = self.head(self.backbone(self._pixels(images)))
         return inference(embeddings, self.masks.kind, self.masks.num_learners)
+
+    def _pixels(self, images: Tensor, uniforms: Tensor | None = None) -> Tensor:
+        """Augmented, normalised pixels in the memory layout that convolutions are fastest in (1.6 times on the CPU)."""
+        return self.augment(images, uniforms).contiguous(memory_format=torch.channels_last)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
@@ -123,9 +127,7 @@ class DncObjective(nn.Module):
         learner = torch.where(batch.valid, batch.learner, -1)
         return Rows(dnc_kernels.project(embeddings, learner, masks), batch.labels, learner, batch.rows), masks
 
-    def _pairwise(
-        self, rows: Rows, learners: int, step: int, group: ProcessGroup | None, stop: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pairwise(self, rows: Rows, learners: int, step: int, group: ProcessGroup | None, stop: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Local anchors against the references of all ranks of the group."""
         references = None
         if distributed.group_size(group) > 1:

@@ -44,6 +44,13 @@ def division_due(cfg: RunConfig, state: TrainState) -> bool:
     return state.epoch % cfg.division.every == 0 and made_in < state.epoch
 
 
+def division_needs_features(cfg: RunConfig, state: TrainState) -> bool:
+    """Whether the division that is due clusters the training set; else one learner takes it whole."""
+    div = cfg.division
+    first_of_hierarchy = div.mode == "hierarchical" and state.division is None
+    return div.num_learners > 1 and not first_of_hierarchy and not trains_whole_set(cfg, state.epoch)
+
+
 def backbone_frozen(cfg: RunConfig, epoch: int) -> bool:
     """Whether the backbone waits in this epoch: the first ones after each division."""
     return not trains_whole_set(cfg, epoch) and epoch % cfg.division.every < cfg.division.backbone_frozen_epochs

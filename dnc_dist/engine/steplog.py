@@ -1,46 +1,119 @@
-"""Training lines: what a step returned, turned into numbers at the log interval only, so that the device is rarely waited for."""
+"""Training lines: what steps returned, turned into numbers at the log interval only, so that the device is rarely waited for."""
 
 from __future__ import annotations
 
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dnc_dist.data.stream import Batch
 from dnc_dist.tracker import Tracker
+
+_SUMS = {"positive_distance": ("positive_distance_sum", "positive_pairs"), "negative_distance": ("negative_distance_sum", "negative_pairs")}
+"""Shown as a quotient of two sums over the logged steps."""
 
 
 class StepLog:
-    """Collects the stats of steps and logs their means every so many steps."""
+    """Collects the stats of steps and logs them every so many steps: means over the steps of losses and counts."""
 
     def __init__(self, tracker: Tracker, every: int) -> None:
         self.tracker, self.every = tracker, every
         self.note = ""
         self._stats: list[dict[str, Tensor]] = []
-        self._rows, self._waited, self._rates = 0, 0.0, {}
+        self._rates: dict[str, float] = {}
+        self._rows, self._waited = 0, 0.0
         self._since, self._waited_before = time.monotonic(), 0.0
 
     def step(self, step: int, epoch: int, stats: dict[str, Tensor], rates: dict[str, float], rows: int, waited: float) -> None:
-        """Take in one step; log if it is time."""
+        """Take in one step; log if it is time.
+
+        Args:
+            stats: what the objective returned.
+            rates: learning rate of each parameter group.
+            rows: of the global batch.
+            waited: seconds that this rank has waited for data in this epoch.
+        """
         self._stats.append(stats)
         self._rows, self._waited, self._rates = self._rows + rows, waited, rates
         if step % self.every == 0:
             self.flush(step, epoch)
 
     def flush(self, step: int, epoch: int) -> None:
-        """Log the steps since the last line."""
+        """Log the steps since the last line.
+
+        Raises:
+            FloatingPointError: a loss or an embedding was not finite.
+        """
         if not self._stats:
             return
         seconds = max(time.monotonic() - self._since, 1e-9)
-        values: dict[str, Any] = {}
-        for name in sorted({name for stats in self._stats for name in stats} - {"learner_loss", "stop"}):
-            values[name] = float(torch.stack([stats[name].double() for stats in self._stats if name in stats]).mean())
+        names = sorted({name for stats in self._stats for name in stats} - {"learner_loss", "stop"})
+        values: dict[str, Any] = {
+            name: float(torch.stack([stats[name].double() for stats in self._stats if name in stats]).mean()) for name in names
+        }
+        for name, (total, count) in _SUMS.items():
+            if total in values:
+                values[name] = values.pop(total) / max(values[count], 1e-9)
         per_learner = torch.stack([stats["learner_loss"] for stats in self._stats]).nanmean(0)
         values |= {f"learner_loss/{a}": float(value) for a, value in enumerate(per_learner) if not torch.isnan(value)}
         values |= {f"lr/{name}": rate for name, rate in self._rates.items()} | {"lr": self._rates["embedding"]}
         values |= {"images_per_second": self._rows / seconds, "share_data": (self._waited - self._waited_before) / seconds}
         self.tracker.log("train", step, epoch, values)
+        if values.get("non_finite_rows") or values["loss"] != values["loss"]:
+            raise FloatingPointError(
+                f"the loss or an embedding is not finite between steps {step - len(self._stats) + 1} and {step}; lower optim.lr, or use "
+                "engine.precision=fp32"
+            )
         self.note = f"loss {values['loss']:.4f}"
         self._stats, self._rows = [], 0
         self._since, self._waited_before = time.monotonic(), self._waited
+
+
+class TimedBatches:
+    """Batches, and the seconds spent waiting for them."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches, self.waited = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            started = time.monotonic()
+            batch = next(self._batches, None)
+            self.waited += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
+
+class EpochShares:
+    """What the time of an epoch went to."""
+
+    def __init__(self) -> None:
+        self.seconds = {"divide": 0.0, "train": 0.0, "evaluate": 0.0, "data": 0.0}
+        self.rows = 0
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Add the time inside to a part."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] += time.monotonic() - started
+
+    def values(self) -> dict[str, float]:
+        """What the tracker logs; ``data`` (waiting for batches) is a part of ``train``."""
+        total = max(self.seconds["divide"] + self.seconds["train"] + self.seconds["evaluate"], 1e-9)
+        shares = {f"share_{part}": self.seconds[part] / total for part in ("divide", "evaluate", "data")}
+        rate = self.rows / max(self.seconds["train"], 1e-9)
+        return {"seconds": total, **shares, "images_per_second": rate, "memory_mb": peak_memory_mb()}
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import dnc_kernels
 from dnc_dist import distributed
-from dnc_dist.clustering.divide import divide
-from dnc_dist.clustering.division import Division, check_num_learners, whole
+from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
-from dnc_dist.data.stream import Batch
 from dnc_dist.engine import plan
 from dnc_dist.engine.checkpoint import Checkpoints, prepare_run_dir
+from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
-from dnc_dist.engine.extract import extract
+from dnc_dist.engine.runlog import close_log, open_log
 from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
 from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import TrainState
-from dnc_dist.engine.steplog import StepLog
+from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
 from dnc_dist.errors import InputError, Stopped
 from dnc_dist.progress import Progress
 from dnc_dist.tracker import build_tracker
@@ -64,14 +60,16 @@ class Trainer:
     def __init__(self, cfg: RunConfig, resume: str, stop: StopRequest) -> None:
         self.cfg, self.stop = cfg, stop
         self.progress = Progress(distributed.is_main())
+        self.failed: set[str] = set()
         self.data = RunData(cfg)
         self.selected_on, _ = self.data.selection_view()
         check_num_learners(self.data.train.labels, cfg.division.num_learners)
-        _on_main(prepare_run_dir, cfg, resume)
+        distributed.on_main(prepare_run_dir, cfg, resume)
+        open_log(cfg.run.path)
         self.checkpoints = Checkpoints(cfg.run.path, cfg.checkpoint.keep)
         self.objective = build_objective(cfg, self.data.train.num_classes)
         self.engine = build_engine(self.objective, cfg)
-        self.groups = _learner_groups(cfg.division.learners_per_step)
+        self.groups = distributed.rank_groups(cfg.division.learners_per_step)
         self.state = self._resume(resume)
         self.tracker = build_tracker(
             cfg.tracker.kind,
@@ -90,15 +88,17 @@ class Trainer:
         if self.cfg.evaluation.at_start and not self.state.baseline:
             self.state.baseline = self.evaluate()
         while not plan.finished(self.cfg, self.state):
-            started = time.monotonic()
+            shares = EpochShares()
             if plan.division_due(self.cfg, self.state):
-                self.divide()
-            divided = time.monotonic()
-            waiting = self.train_epoch()
-            trained = time.monotonic()
+                with shares.time("divide"):
+                    self.divide()
+            with shares.time("train"):
+                self.train_epoch(shares)
             if plan.evaluation_due(self.cfg, self.state.epoch):
-                self.state.metrics = self.evaluate()
-            self._log_epoch(started, divided, trained, waiting)
+                with shares.time("evaluate"):
+                    self.state.metrics = self.evaluate()
+            counts = {"samples_seen": self.state.samples_seen, "undecodable_images": self._report_failed()}
+            self.tracker.log("epoch", self.state.step, self.state.epoch, shares.values() | counts)
             self.state.finish_epoch()
             self.save(best=self._is_best())
         return self.result()
@@ -106,15 +106,14 @@ class Trainer:
     def divide(self) -> None:
         """Collective. A new division of the training set, from features of all its rows; saved in the run directory."""
         started = time.monotonic()
-        epoch, div = self.state.epoch, self.cfg.division
-        if plan.trains_whole_set(self.cfg, epoch):
-            division = whole(self.data.train.labels, epoch=epoch)
-        elif div.num_learners == 1:
+        epoch = self.state.epoch
+        if not plan.division_needs_features(self.cfg, self.state):
             division = whole(self.data.train.labels, epoch=epoch)
         else:
             if self.state.step:
                 self.save()
-            division = self._cluster(epoch)
+            division, failed = cluster(self.objective, self.data, self.cfg, self.state, stop=self.stop, progress=self.progress)
+            self.failed.update(failed)
         self.state.division = division
         if distributed.is_main():
             folder = self.cfg.run.path / "divisions"
@@ -124,47 +123,13 @@ class Trainer:
         names = ("num_learners", "matched_share", "nmi_to_previous", "left_out", "rejoined", "trials", "objective")
         values = {name: getattr(division, name) for name in names} | {"sizes": division.sizes.tolist(), "seconds": seconds}
         self.tracker.log("division", self.state.step, epoch, values)
-        self._say(
+        _log.info(
             f"epoch {epoch}: {division.num_learners} learner(s) of {', '.join(map(str, division.sizes))} images, "
             f"{division.left_out} left out, {division.matched_share:.0%} kept theirs ({seconds:.1f} s)"
         )
 
-    def _cluster(self, epoch: int) -> Division:
-        """Collective. Divide the rows that can be decoded; the others are left out."""
-        div, view = self.cfg.division, self.data.train
-        compute = self.objective.features if div.cluster_on == "features" else self.objective.embeddings
-        found = extract(
-            self.objective,
-            compute,
-            self.data.sequential(view),
-            name=f"epoch {epoch}: features",
-            num_rows=len(view),
-            stop=self.stop,
-            progress=self.progress,
-        )
-        self._report_failed(found.failed)
-        valid = distributed.gather_rows(found.valid.to(distributed.device())).cpu().numpy()
-        previous = self.state.division
-        if previous is not None:
-            previous = replace(previous, learner_of=previous.learner_of[valid])
-        division = divide(
-            found.values[found.valid],
-            view.labels[valid],
-            row_start=int(valid[: found.start].sum()),
-            target=div.num_learners,
-            epoch=epoch,
-            mode=div.mode,
-            seed=self.cfg.run.seed,
-            previous=previous,
-            iterations=div.kmeans_iterations,
-            trials=div.trials,
-        )
-        learner_of = np.full(len(view), -1, np.int16)
-        learner_of[valid] = division.learner_of
-        return replace(division, learner_of=learner_of, left_out=int((learner_of < 0).sum()))
-
-    def train_epoch(self) -> float:
-        """Collective. The remaining steps of the epoch; the seconds that this rank waited for data."""
+    def train_epoch(self, shares: EpochShares) -> None:
+        """Collective. The remaining steps of the epoch."""
         cfg, state = self.cfg, self.state
         assert state.division is not None
         conquer = plan.conquering(cfg, state.epoch)
@@ -172,7 +137,9 @@ class Trainer:
         rows_in_step = np.diff(schedule.starts)
         first_step = state.step - state.batches_done
         log = StepLog(self.tracker, cfg.tracker.log_every)
-        batches = _Timed(self.data.train_batches(schedule, first_step=first_step, skip=state.batches_done))
+        # The ranks that share this rank's learner in a step of m learners; None: all of them.
+        group = self.groups.get(schedule.turns.shape[1])
+        batches = TimedBatches(self.data.train_batches(schedule, first_step=first_step, skip=state.batches_done))
         self.objective.train()
         stopping: Tensor | None = None
         with self.progress.phase(f"epoch {state.epoch}", len(schedule), "steps") as phase:
@@ -180,14 +147,12 @@ class Trainer:
             for batch in batches:
                 rates = plan.learning_rates(cfg, state, len(schedule))
                 set_learning_rates(self.engine, rates)
-                loss, stats = self.engine(
-                    batch.to(distributed.device()), plan.phase(cfg, state), group=self._group(schedule.turns.shape[1]), stop=self.stop.requested
-                )
+                loss, stats = self.engine(batch.to(distributed.device()), plan.phase(cfg, state), group=group, stop=self.stop.requested)
                 self.engine.backward(loss)
                 self.engine.step()
                 rows = int(rows_in_step[state.batches_done])
                 state.step, state.batches_done, state.samples_seen = state.step + 1, state.batches_done + 1, state.samples_seen + rows
-                self._report_failed(batch.failed)
+                self.failed.update(batch.failed)
                 log.step(state.step, state.epoch, stats, rates, rows, batches.waited)
                 phase.update(1, log.note)
                 # Read one step late, so that a device is never waited for.
@@ -196,8 +161,9 @@ class Trainer:
                 stopping = stats["stop"]
                 if cfg.checkpoint.every_steps and state.step % cfg.checkpoint.every_steps == 0 and state.batches_done < len(schedule):
                     self.save()
+                shares.rows += rows
         log.flush(state.step, state.epoch)
-        return batches.waited
+        shares.seconds["data"] = batches.waited
 
     def evaluate(self) -> dict[str, Any]:
         """Collective. Retrieval metrics on the test split, and on the validation split if there is one; logged."""
@@ -208,8 +174,10 @@ class Trainer:
             if view is None:
                 continue
             with_nmi = trained and plan.nmi_due(cfg, state.epoch) and not prefix
-            found = evaluate_view(self.objective, self.data, view, cfg, with_nmi=with_nmi, stop=self.stop, progress=self.progress, epoch=state.epoch)
-            self._report_failed(found.failed)
+            found = evaluate_view(
+                self.objective, self.data, view, cfg, with_nmi=with_nmi, stop=self.stop, progress=self.progress, epoch=state.epoch
+            )
+            self.failed.update(found.failed)
             metrics |= {prefix + name: value for name, value in found.metrics.items()}
             if not prefix and trained and state.epoch + 1 == cfg.schedule.epochs:
                 save_neighbours(self.data, view, found, cfg.run.path)
@@ -217,7 +185,7 @@ class Trainer:
         self.tracker.log("evaluation", state.step, state.epoch + 1 if trained else 0, metrics)
         if metrics:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
-            self._say(f"{f'epoch {state.epoch}' if trained else 'untrained'}: {shown}")
+            _log.info(f"{f'epoch {state.epoch}' if trained else 'untrained'}: {shown}")
         return metrics
 
     def save(self, *, best: bool = False) -> Path:
@@ -240,6 +208,7 @@ class Trainer:
         """Stop workers and tracker."""
         self.data.close()
         self.tracker.close()
+        close_log()
 
     def _is_best(self) -> bool:
         """Whether the evaluation that just ran is the best so far on the selecting split; remembers it."""
@@ -249,7 +218,12 @@ class Trainer:
         value = self.state.metrics[name]
         if self.state.best is not None and self.state.best["value"] >= value:
             return False
-        self.state.best = {"value": value, "epoch": self.state.epoch, "step": self.state.step, "recall@1": self.state.metrics.get("recall@1")}
+        self.state.best = {
+            "value": value,
+            "epoch": self.state.epoch,
+            "step": self.state.step,
+            "recall@1": self.state.metrics.get("recall@1"),
+        }
         return True
 
     def _resume(self, resume: str) -> TrainState:
@@ -260,105 +234,44 @@ class Trainer:
         """
         which = "latest" if resume in ("auto", "never") else Path(resume).name
         if resume not in ("auto", "never") and Path(resume).resolve().parent != self.checkpoints.folder.resolve():
-            raise InputError(f"--resume {resume} is no checkpoint of {self.cfg.run.path}; give auto, never, or a folder in {self.checkpoints.folder}")
-        found = _on_main(self.checkpoints.find, which)
+            raise InputError(
+                f"--resume {resume} is no checkpoint of {self.cfg.run.path}; give auto, never, or a folder in {self.checkpoints.folder}"
+            )
+        found = distributed.on_main(self.checkpoints.find, which)
         fresh = TrainState(config_digest=self.cfg.digest(), data_hash=self.data.index.content_hash)
         if found is None:
             return fresh
         tag, messages = found
         for message in messages:
-            self._say(message)
+            _log.info(message)
         state = self.checkpoints.load(self.engine, tag)
         if state.data_hash != fresh.data_hash:
             raise InputError(
                 f"data.root={self.cfg.data.root} holds other images or labels than the run in {self.cfg.run.path} began with; "
                 "give the old data.root, or set run.name to start another run"
             )
-        self._say(f"resuming {tag}: epoch {state.epoch}, step {state.step}")
         return state
 
-    def _group(self, learners: int) -> Any:
-        """The ranks that serve the same learner as this one in a step of ``learners`` learners; None: all ranks."""
-        return self.groups.get(learners)
-
-    def _log_epoch(self, started: float, divided: float, trained: float, waiting: float) -> None:
-        now = time.monotonic()
-        seconds, training = max(now - started, 1e-9), max(trained - divided, 1e-9)
-        rows = len(self.data.train) if self.cfg.schedule.epoch == "dataset" else None
-        values = {
-            "seconds": seconds,
-            "share_divide": (divided - started) / seconds,
-            "share_evaluate": (now - trained) / seconds,
-            "share_data": waiting / seconds,
-            "memory_mb": _peak_memory_mb(),
-        }
-        if rows is not None:
-            values["images_per_second"] = rows / training
-        self.tracker.log("epoch", self.state.step, self.state.epoch, values)
-
-    def _report_failed(self, failed: list[str]) -> None:
-        for key in failed:
-            _log.warning("rank %d: image %s cannot be decoded; left out", distributed.rank(), key)
+    def _report_failed(self) -> int:
+        """Collective. Name the images that could not be decoded in this epoch, once each; their number."""
+        keys = sorted({key for part in distributed.gather_objects(self.failed) for key in part})
+        self.failed.clear()
+        if keys:
+            shown = "; ".join(keys[:10]) + (f"; and {len(keys) - 10} more" if len(keys) > 10 else "")
+            _log.warning("%d image(s) cannot be decoded and take part in nothing: %s", len(keys), shown)
+        return len(keys)
 
     def _announce(self) -> None:
-        cfg, view = self.cfg, self.data.train
-        world = distributed.world_size()
-        self._say(
-            f"{cfg.run.path}: {len(view)} training images of {view.num_classes} classes; {world} process(es), ZeRO {cfg.engine.zero}, "
-            f"{cfg.schedule.batch_size} rows a step over all processes, margin loss by {dnc_kernels.implementation(distributed.device())}"
+        cfg, view, state = self.cfg, self.data.train, self.state
+        per_class = cfg.schedule.samples_per_class
+        negatives = cfg.schedule.batch_size // cfg.division.learners_per_step - per_class
+        _log.info(
+            f"{cfg.run.path}: {len(view)} training images of {view.num_classes} classes, {distributed.world_size()} process(es), "
+            f"ZeRO {cfg.engine.zero}"
         )
-
-    def _say(self, text: str) -> None:
-        if distributed.is_main():
-            print(text, flush=True)
-
-
-class _Timed:
-    """Batches, and the seconds spent waiting for them."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches, self.waited = batches, 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            started = time.monotonic()
-            batch = next(self._batches, None)
-            self.waited += time.monotonic() - started
-            if batch is None:
-                return
-            yield batch
-
-
-def _learner_groups(learners_per_step: int) -> dict[int, Any]:
-    """Collective. For each number m of learners a step may have: this rank's group of W/m ranks, where m divides W."""
-    groups: dict[int, Any] = {}
-    world = distributed.world_size()
-    for learners in range(2, learners_per_step + 1):
-        if world % learners == 0 and world > 1:
-            size = world // learners
-            # Every rank makes every group, in the same order.
-            made = [torch.distributed.new_group(range(start, start + size)) for start in range(0, world, size)]
-            groups[learners] = made[distributed.rank() // size]
-    return groups
-
-
-def _on_main(function: Any, *args: Any) -> Any:
-    """Collective. Call on rank 0; its result, or its InputError, on every rank."""
-    outcome: tuple[Any, InputError | None] = (None, None)
-    if distributed.is_main():
-        try:
-            outcome = (function(*args), None)
-        except InputError as error:
-            outcome = (None, error)
-    value, error = distributed.broadcast_object(outcome)
-    if error is not None:
-        raise error
-    return value
-
-
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        _log.info(
+            f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class: {negatives} negatives for every anchor; "
+            f"{cfg.loss.name} loss, {dnc_kernels.implementation_note(distributed.device())}"
+        )
+        if state.step:
+            _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")

@@ -158,7 +158,7 @@ def _load_weights(network: nn.Module, path: Path, name: str) -> None:
     network.load_state_dict({key: value for key, value in state.items() if key in own}, strict=False)
 
 
-def build_backbone(name: str, weights: str, *, batch_norm: BatchNormKind, pooling: Pooling = "avg") -> nn.Module:
+def build_backbone(name: str, weights: str, *, batch_norm: BatchNormKind, pooling: Pooling = "avg") -> Conv4 | TimmBackbone:
     """A backbone with ``feature_dim`` = F and ``forward(images (B, 3, H, W)) -> (B, F)``.
 
     Args:
@@ -181,4 +181,5 @@ def build_backbone(name: str, weights: str, *, batch_norm: BatchNormKind, poolin
         backbone = _build_timm(name, weights, pooling)
     if weights not in ("none", "pretrained"):
         _load_weights(backbone.network if isinstance(backbone, TimmBackbone) else backbone, Path(weights), name)
-    return replace_batch_norm(backbone, batch_norm)
+    replace_batch_norm(backbone, batch_norm)
+    return backbone

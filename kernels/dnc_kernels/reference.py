@@ -83,7 +83,10 @@ def margin_loss_on_pairs(
     check_matrix("ref_z", references, width=z.shape[1], device=z.device)
     if not pairs.anchor.shape == pairs.other.shape == pairs.positive.shape or pairs.anchor.ndim != 1:
         raise ValueError("pairs: anchor, other and positive must be flat lists of equal length")
-    beta = _computed(torch.as_tensor(beta, device=z.device)) if isinstance(beta, Tensor) else z.new_tensor(beta, dtype=_computed(z).dtype)
+    # new_full, not new_tensor: a number travels as a kernel argument, a tensor made of it would be copied and waited for.
+    beta = _computed(beta) if isinstance(beta, Tensor) else _computed(z).new_full((), beta)
+    if beta.device != z.device:
+        raise ValueError(f"beta is on {beta.device}, z is on {z.device}")
     if beta.ndim > 1:
         raise ValueError(f"beta must be a number or one number per class (C,); got shape {tuple(beta.shape)}")
 

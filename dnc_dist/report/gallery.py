@@ -1,0 +1,91 @@
+"""Queries with their nearest neighbours: as HTML for the report, as one picture for everything else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dnc_dist.gallery import Gallery
+
+RIGHT, WRONG = "#16a34a", "#dc2626"
+
+
+def confident_mistakes(gallery: Gallery) -> np.ndarray:
+    """Queries whose nearest neighbour is wrong, the closest (most confident) first. (m,) positions among the queries."""
+    wrong = np.flatnonzero(~gallery.correct()[:, 0] & (gallery.neighbour_rows[:, 0] >= 0))
+    return wrong[np.argsort(gallery.distances[wrong, 0], kind="stable")]
+
+
+def _data_url(pixels: np.ndarray) -> str:
+    """The smaller of PNG and JPEG; (side, side, 3) uint8."""
+    versions = []
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, kind, **options)
+        versions.append((len(buffer.getvalue()), kind, buffer.getvalue()))
+    _, kind, data = min(versions)
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _tile(pixels: np.ndarray, name: str, below: str, kind: str) -> str:
+    words = html.escape(name)
+    return (
+        f'<figure class="tile {kind}"><img src="{_data_url(pixels)}" alt="{words}" title="{words}" width="64" height="64">'
+        f"<figcaption><span>{words}</span><small>{html.escape(below)}</small></figcaption></figure>"
+    )
+
+
+def query_html(gallery: Gallery, query: int) -> str:
+    """One query and its neighbours as a row of pictures, right ones framed green, wrong ones red."""
+    correct = gallery.correct()[query]
+    tiles = [_tile(gallery.query_images[query], gallery.name(int(gallery.query_labels[query])), "query", "query")]
+    for place in np.flatnonzero(gallery.neighbour_rows[query] >= 0):
+        name = gallery.name(int(gallery.neighbour_labels[query, place]))
+        mark = "right" if correct[place] else "wrong"
+        sign = "✓" if correct[place] else "✗"  # for those who cannot tell the colours apart
+        tiles.append(_tile(gallery.neighbour_images[query, place], name, f"{sign} {gallery.distances[query, place]:.2f}", mark))
+    return f'<div class="query-row">{"".join(tiles)}</div>'
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
+
+
+def gallery_image(gallery: Gallery, *, queries: int = 6, neighbours: int = 8, side: int = 96) -> bytes:
+    """A PNG with a row for each of the first queries: the query, then its nearest neighbours framed green (right) or red (wrong).
+
+    Args:
+        queries: rows; fewer if the gallery has fewer.
+        neighbours: neighbours of each.
+        side: pixels of one picture.
+    """
+    rows, columns = min(queries, len(gallery.query_rows)), min(neighbours, gallery.neighbour_rows.shape[1])
+    gap, frame, margin, head = side // 8, max(3, side // 24), side // 6, side // 3
+    width = 2 * margin + (columns + 1) * side + columns * gap + 2 * gap
+    canvas = Image.new("RGB", (width, margin + head + rows * (side + gap) - gap + margin), "white")
+    pen, font = ImageDraw.Draw(canvas), _font(max(11, side // 7))
+    first = margin + side + 3 * gap
+    pen.text((margin, margin // 2), "query", "#1f2933", font)
+    pen.text((first, margin // 2), "nearest neighbours, nearest first", "#1f2933", font)
+    correct = gallery.correct()
+    for row in range(rows):
+        top = margin + head + row * (side + gap)
+        canvas.paste(Image.fromarray(gallery.query_images[row]).resize((side, side), Image.Resampling.LANCZOS), (margin, top))
+        pen.rectangle((margin, top, margin + side - 1, top + side - 1), outline="#9aa5b1", width=1)
+        for column in range(columns):
+            if gallery.neighbour_rows[row, column] < 0:
+                continue
+            left = first + column * (side + gap)
+            picture = Image.fromarray(gallery.neighbour_images[row, column]).resize((side, side), Image.Resampling.LANCZOS)
+            canvas.paste(picture, (left, top))
+            outline = RIGHT if correct[row, column] else WRONG
+            pen.rectangle((left - frame, top - frame, left + side + frame - 1, top + side + frame - 1), outline=outline, width=frame)
+    buffer = io.BytesIO()
+    canvas.save(buffer, "png", optimize=True)
+    return buffer.getvalue()

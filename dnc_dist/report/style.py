@@ -1,0 +1,62 @@
+"""The look of the report: light, one column of cards on a phone, a grid on a screen."""
+
+from __future__ import annotations
+
+CSS = """
+:root { --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --card: #fff; --page: #f5f7fa; --blue: #2563eb; --right: #16a34a;
+  --wrong: #dc2626; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 40px 0 12px; }
+h3 { font-size: 15px; margin: 0; }
+p { margin: 0; }
+.muted, .note { color: var(--muted); }
+.note { font-size: 13px; }
+.stamps { margin: 14px 0 0; display: flex; flex-wrap: wrap; gap: 8px; }
+.stamp { border-radius: 999px; padding: 3px 12px; font-size: 13px; background: #e0e7ff; color: #3730a3; }
+.stamp.loud { background: var(--wrong); color: #fff; font-weight: 700; text-transform: uppercase; letter-spacing: .04em; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin-top: 20px; }
+.card, .chart, .query-list, details, .warning { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.card { padding: 12px 16px; }
+.card b { display: block; font-size: 24px; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
+.card span { color: var(--muted); font-size: 13px; }
+.card.first b { color: var(--blue); }
+.warning { border-color: #fca5a5; background: #fef2f2; padding: 12px 16px; margin-top: 16px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: 14px; }
+.chart { padding: 14px 16px 10px; margin: 0; min-width: 0; }
+.chart.wide { grid-column: 1 / -1; }
+.chart svg { width: 100%; height: auto; display: block; margin-top: 8px; }
+.scroll { overflow-x: auto; }
+.chart.wide svg { min-width: 640px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--muted); margin-bottom: 12px; }
+.legend i { display: inline-block; width: 14px; height: 12px; margin-right: 6px; vertical-align: -1px; }
+.query-list { padding: 6px 16px; margin: 10px 0 24px; }
+.query-row { display: flex; gap: 10px; padding: 12px 0; overflow-x: auto; border-top: 1px solid var(--line); }
+.query-row:first-child { border-top: 0; }
+.tile { margin: 0; flex: 0 0 80px; width: 80px; font-size: 12px; line-height: 1.3; }
+.tile img { width: 80px; height: 80px; display: block; border-radius: 8px; border: 4px solid var(--line); object-fit: cover; }
+.tile.query { flex-basis: 100px; width: 100px; margin-right: 10px; }
+.tile.query img { width: 96px; height: 96px; border: 1px solid #9aa5b1; }
+.tile.right img { border-color: var(--right); }
+.tile.wrong img { border-color: var(--wrong); }
+.tile span { display: block; margin-top: 4px; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+.tile small { color: var(--muted); font-size: 12px; font-variant-numeric: tabular-nums; }
+.tile.right small { color: var(--right); }
+.tile.wrong small { color: var(--wrong); }
+table { border-collapse: collapse; width: 100%; font-size: 13px; }
+td, th { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
+th { color: var(--muted); font-weight: 500; border-top: 0; }
+.numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+details { padding: 12px 16px; margin-top: 12px; }
+summary { cursor: pointer; font-weight: 600; }
+details table { margin-top: 10px; }
+.settings { columns: 340px; column-gap: 32px; margin-top: 10px; }
+.settings section { break-inside: avoid; margin-bottom: 14px; }
+.settings td { width: 50%; overflow-wrap: anywhere; }
+code { font: 12.5px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
+@media (max-width: 600px) { main { padding: 18px 12px 40px; } h1 { font-size: 21px; } .cards { grid-template-columns: 1fr 1fr; } }
+"""
