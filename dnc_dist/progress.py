@@ -29,7 +29,16 @@ class Phase:
         """Count finished units; the note stays until the next one."""
         self._done += count
         self._note = note or self._note
-        self._write(self._line(), False)
+        if self._done < self._total:  # the last line is close()'s
+            self._write(self._line(), False)
+
+    def advance_to(self, done: int) -> None:
+        """Count up to ``done`` units; all of them close the phase."""
+        self.update(done - self._done) if done < self._total else self._finish()
+
+    def _finish(self) -> None:
+        self._done = self._total
+        self.close()
 
     def close(self) -> None:
         """Write the last line."""
@@ -77,6 +86,18 @@ class Progress:
             yield phase
         finally:
             phase.close()
+
+    def counter(self, name: str, unit: str) -> Callable[[int, int], None]:
+        """A callback (done, total) for a function that counts by itself; the last line is written when all is done."""
+        phases: list[Phase] = []
+
+        def report(done: int, total: int) -> None:
+            if not phases:
+                self._last = self._clock()
+                phases.append(Phase(name, total, unit, self._write, self._clock))
+            phases[0].advance_to(done)
+
+        return report
 
     def _write(self, line: str, final: bool) -> None:
         now = self._clock()

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import click
-
-
-class Progress:
-    """One line on stderr with rate and remaining time; on a terminal it is rewritten, in a log file a line appears every ten seconds."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.started = self.shown = time.monotonic()
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.shown < (0.2 if self.live else 10) and not (self.live and done == total):
-            return
-        self.shown = now
-        rate = done / max(now - self.started, 1e-9)
-        line = f"{self.what}: {done:,}/{total:,} ({rate:,.0f}/s, {max(total - done, 0) / max(rate, 1e-9):.0f} s left)"
-        click.echo(f"\r{line:<79}" if self.live else line, err=True, nl=not self.live or done == total)
 
 
 @click.group()
@@ -75,10 +56,14 @@ def prepare(
     from dnc_dist.data.shards import write_shards
     from dnc_dist.data.summary import describe
     from dnc_dist.errors import InputError
+    from dnc_dist.progress import Progress
 
+    progress = Progress(True)
     started = time.monotonic()
     if name == "glyphs":
-        reading = glyphs.read(fonts=fonts, classes=classes, image_size=image_size, seed=seed, progress=Progress("characters"))
+        reading = glyphs.read(
+            fonts=fonts, classes=classes, image_size=image_size, seed=seed, progress=progress.counter("characters", "char")
+        )
     elif root is None:
         raise InputError(f"data prepare {name} needs --root, the {'CSV file' if name == 'csv' else 'folder of images'}")
     elif name == "folder":
@@ -87,7 +72,7 @@ def prepare(
         reading = csv.read(root, images=images)
     for note in reading.notes:
         click.echo(f"{name}: {note}")
-    written = write_shards(reading, out, seed=seed, max_side=max_side, force=force, progress=Progress("images"))
+    written = write_shards(reading, out, seed=seed, max_side=max_side, force=force, progress=progress.counter("images", "img"))
     click.echo(describe(open_index(out)))
     took = time.monotonic() - started
     click.echo(f"written to {out} in {took:.1f} s" if written else f"{out} already holds this very data set; nothing to do")

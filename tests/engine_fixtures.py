@@ -1,0 +1,111 @@
+"""What the tests of the engine share: tiny real datasets, configurations, divisions made by hand, and errors relative to a reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dnc_dist.clustering.division import Division, make_division
+from dnc_dist.config import RunConfig, parse_tree
+from dnc_dist.data.index import open_index
+from dnc_dist.data.readers import folder
+from dnc_dist.data.shards import write_shards
+from dnc_dist.engine.objective import DncObjective
+from dnc_dist.progress import Progress
+
+SIZE, CLASSES, PER_CLASS = 16, 12, 6
+# Fewer test classes, and so shards, than ranks: one of four ranks has nothing to embed.
+TEST_CLASSES = 3
+
+
+def make_dataset(place: Path) -> Path:
+    """A prepared dataset of noisy patterns: 12 x 6 training and 3 x 6 test images of 16 pixels."""
+    generator = np.random.default_rng(5)
+    for split, classes in (("train", CLASSES), ("test", TEST_CLASSES)):
+        for label in range(classes):
+            pattern = generator.uniform(40, 215, (4, 4, 3)).repeat(4, 0).repeat(4, 1)
+            for number in range(PER_CLASS):
+                path = place / "pictures" / split / f"{split}{label:02d}" / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = pattern + generator.normal(0, 50, pattern.shape)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
+    write_shards(folder.read(place / "pictures"), place / "data")
+    return place / "data"
+
+
+def damage(root: Path, place: Path, train: tuple[int, ...], test: tuple[int, ...]) -> Path:
+    """A copy of a dataset in which these positions of the views hold bytes that are no image; sizes are unchanged."""
+    index = open_index(root)
+    broken = [int(index.view(name).rows[at]) for name, positions in (("train", train), ("test", test)) for at in positions]
+    place.mkdir(parents=True)
+    for path in root.iterdir():
+        (place / path.name).symlink_to(path)
+    for row in broken:
+        copy = place / index.shard_paths[index.columns["shard"][row]].name
+        content = bytearray(copy.read_bytes())
+        start, size = (int(index.columns[name][row]) for name in ("offset", "size"))
+        content[start : start + size] = b"x" * size
+        copy.unlink()
+        copy.write_bytes(content)
+    return place
+
+
+def config(root: Path, run: Path, **changes: dict[str, Any]) -> RunConfig:
+    """A configuration of the tiny network without anything random; ``changes`` are keys by section."""
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"dir": str(run.parent), "name": run.name, "seed": 3},
+        "data": {"root": str(root), "image_size": SIZE, "crop": 1.0, "augment": "none", "workers": 0},
+        "model": {"backbone": "conv4", "weights": "none", "embedding_dim": 16, "batch_norm": "global", "dropout": 0.0},
+        "loss": {"name": "margin"},
+        "division": {"num_learners": 4, "every": 1, "backbone_frozen_epochs": 0, "mask_penalty": 0.3},
+        "schedule": {"epochs": 1, "batch_size": 24, "samples_per_class": 3},
+        "optim": {"lr": 0.001},
+        "evaluation": {"batch_size": 7},
+        "tracker": {"kind": "jsonl", "log_every": 1},
+    }
+    for section, values in changes.items():
+        tree[section] = tree[section] | values if section in tree else values
+    return parse_tree(tree, "test")
+
+
+def division_by_hand(labels: NDArray[np.int64], level: int, only: int | None = None) -> Division:
+    """Learner c % level takes the rows of class c; ``only`` so many rows of each learner, the rest is left out."""
+    learner = labels % level
+    if only is not None:
+        for a in range(level):
+            learner[np.flatnonzero(learner == a)[only:]] = -1
+    division = make_division(np.maximum(learner, 0), labels, level, np.empty((level, 0), np.float32), epoch=0)
+    return Division(learner.astype(np.int16), level, division.centroids, 0, np.bincount(learner[learner >= 0], minlength=level), 0)
+
+
+def shake(objective: DncObjective, level: int) -> None:
+    """Give masks, boundaries and BatchNorm values that are not those of the start; leaves of a learner stay equal."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        masks = objective.masks
+        if masks.kind == "learned":
+            parents = torch.randn(level, masks.embedding_dim, generator=generator) + 0.7
+            masks.masks.copy_(parents.repeat_interleave(masks.num_learners // level, 0))
+        for name, value in objective.named_parameters():
+            if value.dim() <= 1:  # beta, BatchNorm, the bias
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+            elif name.startswith("backbone"):
+                value.mul_(2.0)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest expected size; the size itself where 0 is expected; inf for a NaN."""
+    difference, size = float((found - expected).abs().max()), float(expected.abs().max())
+    error = difference / size if size else difference
+    return error if error == error else float("inf")
+
+
+def silent() -> Progress:
+    """Progress that writes nothing."""
+    return Progress(False)
