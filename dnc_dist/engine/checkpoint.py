@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dnc_dist import distributed
-from dnc_dist.config import RunConfig, dump_config, parse_tree
+from dnc_dist.config import RunConfig, dump_config, load_config
 from dnc_dist.engine.state import TrainState
 from dnc_dist.errors import InputError
 
@@ -125,16 +124,19 @@ class Checkpoints:
         wanted = self._pointer(which) if which in ("latest", "best") else which
         if wanted is None and not self.tags():
             return None
+        if which != "latest" and wanted not in self.tags():
+            raise InputError(f"{self.folder} has no checkpoint {wanted or which}; it has {', '.join(self.tags()) or 'none'}")
         candidates = [tag for tag in reversed(self.tags()) if wanted is None or tag <= wanted] if which == "latest" else [str(wanted)]
         messages: list[str] = []
         for tag in candidates:
             if (damage := self._damage(tag)) is None:
                 return tag, messages
             messages.append(f"checkpoint {self.folder / tag} is damaged ({damage}); not used")
-        raise InputError("\n".join([*messages, f"{self.folder}: no usable checkpoint; remove the folder to start over"]))
+        cure = "remove the folder to start over" if which == "latest" else "choose another one"
+        raise InputError("\n".join([*messages, f"{self.folder}: no usable checkpoint; {cure}"]))
 
-    def load(self, engine: Any, tag: str) -> TrainState:
-        """Collective. Restore the engine and return the train state.
+    def load(self, engine: Any, tag: str) -> None:
+        """Collective. Restore parameters and optimizer of the engine.
 
         Raises:
             InputError: the checkpoint was written by another number of processes.
@@ -145,17 +147,16 @@ class Checkpoints:
                 f"{self.folder / tag} was written by {ranks} processes and this run has {distributed.world_size()}; "
                 f"start with --nproc {ranks}"
             )
-        path, client_state = engine.load_checkpoint(str(self.folder), tag)
+        path, _ = engine.load_checkpoint(str(self.folder), tag)
         if path is None:
             raise InputError(f"{self.folder / tag}: DeepSpeed could not read this checkpoint")
-        return TrainState.from_state_dict(client_state["train_state"])
 
     def has_best(self) -> bool:
         """Whether a checkpoint was marked as the best."""
         return self._pointer("best") is not None
 
     def read(self, tag: str) -> tuple[dict[str, Any], TrainState]:
-        """The objective's weights and the train state, for inference: without an engine, on any number of processes."""
+        """The objective's weights and the train state; needs no engine, on any number of processes."""
         content = torch.load(self.folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
         return content["module"], TrainState.from_state_dict(content["train_state"])
 
@@ -164,8 +165,17 @@ def prepare_run_dir(cfg: RunConfig, resume: str) -> None:
     """Create the run directory with its ``config.yaml``, or check that it belongs to this very run. Rank 0 only.
 
     Raises:
-        InputError: the directory holds another run, or ``resume`` is "never" and it holds any.
+        InputError: the directory holds another run, or ``resume`` is "never" and it holds any, or it cannot be written.
     """
+    try:
+        _prepare(cfg, resume)
+    except OSError as error:
+        raise InputError(
+            f"{cfg.run.path} cannot be written ({error.strerror}); set run.dir to a folder that every process may write to"
+        ) from error
+
+
+def _prepare(cfg: RunConfig, resume: str) -> None:
     path = cfg.run.path / "config.yaml"
     if not path.exists() or not Checkpoints(cfg.run.path, cfg.checkpoint.keep).tags():
         if not path.exists() and cfg.run.path.exists() and any(cfg.run.path.iterdir()):
@@ -190,12 +200,12 @@ def load_run_config(run_dir: Path) -> RunConfig:
     """The configuration that a run directory was made with.
 
     Raises:
-        InputError: this is no run directory.
+        InputError: this is no run directory, or its ``config.yaml`` was damaged.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} is no run directory: it has no config.yaml; give the folder that `dnc-dist launch` printed")
-    return parse_tree(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    return load_config(path)
 
 
 def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:

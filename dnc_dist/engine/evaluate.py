@@ -123,7 +123,7 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
     Args:
         run_dir: a run directory.
         protocol: instead of the configured one.
-        checkpoint: "best" (the newest one, if no split selected a best), "latest", or a tag.
+        checkpoint: "best" (the last one, if no split selected a best), "last", or a tag.
 
     Raises:
         InputError: no run, no checkpoint, or no test split there.
@@ -131,7 +131,8 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
     cfg = load_run_config(run_dir)
     cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": run_dir.parent, "name": run_dir.name})})
     checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
-    which = "latest" if checkpoint == "best" and not checkpoints.has_best() else checkpoint
+    newest = checkpoint == "last" or (checkpoint == "best" and not checkpoints.has_best())
+    which = "latest" if newest else checkpoint
     found = checkpoints.find(which)
     if found is None:
         raise InputError(f"{run_dir} has no checkpoint yet; train it with `dnc-dist launch`")

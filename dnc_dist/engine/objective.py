@@ -165,13 +165,16 @@ class DncObjective(nn.Module):
         labels, learner = distributed.gather_rows(torch.stack([rows.labels, rows.learner], 1), group=group).unbind(1)
         present = [a for a in range(learners) if bool((learner == a).any())]
         losses = {a: self.loss(z[learner == a], labels[learner == a], None if masks is None else masks[a]) for a in present}
-        # A group without a decodable row still takes part in the backward's collectives.
-        loss = torch.stack(list(losses.values())).mean() if losses else z.sum() * 0
         share = 1.0 / distributed.group_size(group)
         values = torch.zeros(2 * learners + 1, dtype=torch.float64, device=z.device)
         for a, value in losses.items():
             values[a], values[learners + a] = share * value.detach(), share
         values[-1] = float(stop)
         sums, counts, stopped = distributed.all_reduce_sum(values).split([learners, learners, 1])
+        in_step = (counts > 0).sum().clamp(min=1)
         per_learner = torch.where(counts > 0, sums / counts.clamp(min=1e-12), torch.nan)
-        return loss, {"loss": per_learner.nanmean(), "learner_loss": per_learner, "stop": stopped[0]}
+        stats = {"loss": torch.where(counts > 0, per_learner, 0.0).sum() / in_step, "learner_loss": per_learner, "stop": stopped[0]}
+        # A group without a decodable row has no loss, but takes part in the backward's collectives with the same parameters.
+        nothing = 0 * sum((parameter.sum() for parameter in self.loss.parameters()), z.sum())
+        scale = (distributed.world_size() * share / in_step).to(z.dtype)
+        return nothing + scale * torch.stack(list(losses.values()) or [nothing]).sum(), stats

@@ -7,16 +7,26 @@ import sys
 from pathlib import Path
 
 from dnc_dist import distributed
+from dnc_dist.errors import InputError
 
 _ROOT = logging.getLogger("dnc_dist")
 
 
 def open_log(run_dir: Path) -> None:
-    """Begin to write; warnings of other ranks reach the file only."""
+    """Begin to write; warnings of other ranks reach the file only.
+
+    Raises:
+        InputError: this rank cannot write there, for example because another machine does not share the folder.
+    """
     close_log()
     _ROOT.setLevel(logging.INFO)
     _ROOT.propagate = False
-    file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    try:
+        file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"rank {distributed.rank()} cannot write {run_dir / 'log.txt'} ({error.strerror}); run.dir must be a folder that all machines share"
+        ) from error
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {distributed.rank()}: %(message)s"))
     if not distributed.is_main():
         file.setLevel(logging.WARNING)

@@ -23,7 +23,7 @@ class TrainState:
     division: Division | None = None
     """The division in force; None before the first."""
     best: dict[str, Any] | None = None
-    """{"value", "epoch", "step"} of the best evaluation so far on the split that selects."""
+    """{"epoch", "samples_seen", "metrics"} of the best evaluation so far on the split that selects; None if none selects."""
     baseline: dict[str, float] = field(default_factory=dict)
     """Retrieval metrics of the untrained network, if they were measured."""
     metrics: dict[str, Any] = field(default_factory=dict)

@@ -85,7 +85,7 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Collective. Train until all epochs are done; the RESULT values."""
-        if self.cfg.evaluation.at_start and not self.state.baseline:
+        if self.cfg.evaluation.at_start and self.state.step == 0:
             self.state.baseline = self.evaluate()
         while not plan.finished(self.cfg, self.state):
             shares = EpochShares()
@@ -193,15 +193,14 @@ class Trainer:
         return self.checkpoints.save(self.engine, self.state, best=best)
 
     def result(self) -> dict[str, Any]:
-        """The values of the RESULT line."""
-        state, metrics = self.state, self.state.metrics
-        chosen = {name: metrics.get(name) for name in ("recall@1", "map@r", "nmi", "protocol")}
-        values = {"run": str(self.cfg.run.path), "epoch": state.epoch, "samples_seen": state.samples_seen, **chosen}
+        """The values of the RESULT line: of the selected epoch, or of the last one."""
+        state = self.state
+        chosen = state.best or {"epoch": state.epoch, "samples_seen": state.samples_seen, "metrics": state.metrics}
+        metrics = {name: chosen["metrics"].get(name) for name in ("recall@1", "map@r", "nmi", "protocol")}
+        values = {"run": str(self.cfg.run.path), "epoch": chosen["epoch"], "samples_seen": chosen["samples_seen"], **metrics}
         values["selected_on"] = self.selected_on
         if state.baseline:
             values["untrained_recall@1"] = state.baseline.get("recall@1")
-        if state.best is not None and self.selected_on != "last":
-            values["best"] = state.best
         return values
 
     def close(self) -> None:
@@ -215,15 +214,10 @@ class Trainer:
         name = {"validation": "validation/recall@1", "test": "recall@1"}.get(self.selected_on)
         if name is None or name not in self.state.metrics or not plan.evaluation_due(self.cfg, self.state.epoch - 1):
             return False
-        value = self.state.metrics[name]
-        if self.state.best is not None and self.state.best["value"] >= value:
+        state = self.state
+        if state.best is not None and state.best["metrics"][name] >= state.metrics[name]:
             return False
-        self.state.best = {
-            "value": value,
-            "epoch": self.state.epoch,
-            "step": self.state.step,
-            "recall@1": self.state.metrics.get("recall@1"),
-        }
+        state.best = {"epoch": state.epoch, "samples_seen": state.samples_seen, "metrics": state.metrics}
         return True
 
     def _resume(self, resume: str) -> TrainState:
@@ -244,12 +238,14 @@ class Trainer:
         tag, messages = found
         for message in messages:
             _log.info(message)
-        state = self.checkpoints.load(self.engine, tag)
+        # Before the weights: other data may have another number of classes, and so other shapes.
+        _, state = self.checkpoints.read(tag)
         if state.data_hash != fresh.data_hash:
             raise InputError(
                 f"data.root={self.cfg.data.root} holds other images or labels than the run in {self.cfg.run.path} began with; "
                 "give the old data.root, or set run.name to start another run"
             )
+        self.checkpoints.load(self.engine, tag)
         return state
 
     def _report_failed(self) -> int:

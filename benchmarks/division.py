@@ -1,0 +1,78 @@
+"""One learner against several, at the same number of samples seen: every configuration with every seed, some runs at a time.
+
+    python benchmarks/division.py configs/glyph64_one.yaml configs/glyph64_divided.yaml --data data/glyph64 --seeds 3 --jobs 2
+
+Appends one JSON line per run to benchmarks/results/division.jsonl (metrics by epoch, machine, versions, commit) and prints mean and
+standard deviation over the seeds. Runs lie in --runs and are resumed, so that the script can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "division.jsonl"
+
+
+def train(config: Path, seed: int, data: Path, runs: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train one configuration with one seed on one core; what it reached, epoch by epoch."""
+    name = f"{config.stem}-seed{seed}"
+    values = [f"data.root={data}", f"run.dir={runs}", f"run.name={name}", f"run.seed={seed}", "tracker.kind=jsonl", *overrides]
+    command = [sys.executable, "-m", "dnc_dist", "train", str(config), *(part for value in values for part in ("--set", value))]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
+    lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    evaluations = {line["epoch"]: round(100 * line["recall@1"], 2) for line in lines if line["kind"] == "evaluation"}
+    result = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    return {
+        "config": config.stem,
+        "seed": seed,
+        "overrides": overrides,
+        "recall@1": evaluations,
+        "map@r": round(100 * result["map@r"], 2),
+        "samples_seen": result["samples_seen"],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {package: version(package) for package in ("torch", "deepspeed", "faiss-cpu")},
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip(),
+    }
+
+
+def main() -> None:
+    """Run the matrix."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("configs", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--runs", type=Path, default=Path("runs/division"))
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
+    jobs = [(config, seed) for seed in range(args.seeds) for config in args.configs]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = list(pool.map(lambda job: train(*job, args.data, args.runs, args.overrides), jobs))
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in found)
+    for config in args.configs:
+        lines = [line for line in found if line["config"] == config.stem]
+        for epoch in lines[0]["recall@1"]:
+            values = [line["recall@1"][epoch] for line in lines]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            print(f"{config.stem}: recall@1 after {epoch} epochs {statistics.mean(values):.2f} ± {spread:.2f} ({len(values)} seeds)")
+
+
+if __name__ == "__main__":
+    main()

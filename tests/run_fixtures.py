@@ -1,0 +1,252 @@
+"""What the tests of whole runs share: a tiny dataset and configuration, the command line as real processes, and what a run left behind.
+
+``start`` forks the command line from a server that has imported everything once: real processes with their own exit codes,
+signals and output, without the seconds that an import of torch and DeepSpeed takes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+SIZE = 16
+_SERVER = mp.get_context("forkserver")
+# All that a training imports in its course; DeepSpeed's optimizers bring torch's compiler, the slowest of them.
+_SERVER.set_forkserver_preload(
+    [
+        "dnc_dist.commands.train",
+        "dnc_dist.engine.trainer",
+        "dnc_dist.report",
+        "matplotlib.backends.backend_agg",
+        "deepspeed.runtime.zero.muon.original_muon",
+        "tests.run_fixtures",
+    ]
+)
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Values that two runs may not share: how long things took, and how much memory they needed.
+_OF_THE_CLOCK = ("seconds", "images_per_second", "share_data", "share_divide", "share_evaluate", "memory_mb")
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a process ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The values of the RESULT line, the last one on stdout."""
+        assert self.code == 0, self
+        last = self.out.splitlines()[-1]
+        assert last.startswith("RESULT "), self.out
+        return json.loads(last.removeprefix("RESULT "))
+
+    @property
+    def error(self) -> str:
+        """The one message with which wrong input ends."""
+        assert self.code == 2, self
+        assert "Traceback" not in self.err + self.out, self.err
+        assert self.err.startswith("error: ") and self.err.count("error: ") == 1, self.err
+        return self.err.removeprefix("error: ").rstrip("\n")
+
+
+class Running:
+    """A command line that runs in its own process group."""
+
+    def __init__(self, process: BaseProcess, out: Path, err: Path) -> None:
+        self._process, self._out, self._err = process, out, err
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def wait(self, timeout: float = 120) -> Done:
+        self._process.join(timeout)
+        if self._process.is_alive():
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self._err.read_text()}")
+        code = self._process.exitcode
+        assert code is not None
+        return Done(code, self._out.read_text(), self._err.read_text())
+
+    def kill(self) -> None:
+        """SIGKILL to the process and all it started, as a machine that goes down does."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._process.join()
+
+    def signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def wait_until(self, condition: Callable[[], Any], timeout: float = 60) -> None:
+        """Wait for something that the process does."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.alive(), Done(self._process.exitcode or 0, self._out.read_text(), self._err.read_text())
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.005)
+
+
+def _main(arguments: list[str], folder: str, out: str, err: str, environment: dict[str, str], before: Callable[[], None] | None) -> None:
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    for name in (*_RANK_VARIABLES, "WANDB_MODE", "WANDB_API_KEY"):
+        if name not in environment:
+            os.environ.pop(name, None)
+    torch.set_num_threads(1)
+    for number, name in ((1, out), (2, err)):
+        target = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(target, number)
+        os.close(target)
+    # The server's own were opened before; the console of a user is line-buffered or better.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    if before is not None:
+        before()
+    from dnc_dist.cli import main
+
+    main()
+
+
+def _entry(arguments: list[str], *rest: Any) -> None:
+    sys.argv = ["dnc-dist", *arguments]
+    _main(arguments, *rest)
+
+
+def start(
+    arguments: Sequence[str | Path], folder: Path, *, env: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
+) -> Running:
+    """Start ``dnc-dist ARGUMENTS`` in a folder; ``before`` (a module-level function) is called first in that process."""
+    count = len(list(folder.glob(".std-*.out")))
+    out, err = folder / f".std-{count}.out", folder / f".std-{count}.err"
+    out.touch(), err.touch()
+    process = _SERVER.Process(
+        target=_entry, args=([str(part) for part in arguments], str(folder), str(out), str(err), dict(env or {}), before)
+    )
+    process.start()
+    return Running(process, out, err)
+
+
+def dnc(*arguments: str | Path, folder: Path, timeout: float = 120, **options: Any) -> Done:
+    """Run ``dnc-dist ARGUMENTS`` in a folder to its end."""
+    return start(arguments, folder, **options).wait(timeout)
+
+
+def without_report() -> None:
+    """For ``before``: a training that does not draw its report, which takes longer than the training."""
+    import dnc_dist.report
+
+    dnc_dist.report.build_report = lambda run: run / "report.html"
+
+
+def draw_folder(place: Path, train: Mapping[str, int], test: Mapping[str, int], seed: int = 5) -> Path:
+    """``place/split/class/n.png``: noisy 16 px patterns, so many of each class."""
+    generator = np.random.default_rng(seed)
+    for split, classes in (("train", train), ("test", test)):
+        for name, count in classes.items():
+            pattern = generator.uniform(40, 215, (4, 4, 3)).repeat(4, 0).repeat(4, 1)
+            (place / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = (pattern + generator.normal(0, 40, pattern.shape)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / split / name / f"{number}.png")
+    return place
+
+
+def make_dataset(place: Path, classes: int = 16, per_class: int = 8, seed: int = 5) -> Path:
+    """A prepared dataset: so many training classes, half as many for testing."""
+    from dnc_dist.data.readers import folder
+    from dnc_dist.data.shards import write_shards
+
+    train = {f"train{number:02d}": per_class for number in range(classes)}
+    test = {f"test{number:02d}": 6 for number in range(classes // 2)}
+    write_shards(folder.read(draw_folder(place / "pictures", train, test, seed)), place / "data")
+    shutil.rmtree(place / "pictures")
+    return place / "data"
+
+
+def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with the values of another one put over it."""
+    return {**tree, **{name: merged(tree.get(name, {}), value) if isinstance(value, Mapping) else value for name, value in changes.items()}}
+
+
+def write_config(folder: Path, root: Path, name: str = "run", **sections: Mapping[str, Any]) -> Path:
+    """A YAML file for four quick epochs of 1, 2, 4, 4 learners and a conquer phase; ``sections`` are put over it."""
+    tree = {
+        "run": {"dir": "runs"},
+        "data": {"root": str(root), "image_size": SIZE, "crop": 1.0, "augment": "light", "workers": 0},
+        "model": {"backbone": "conv4", "weights": "none", "embedding_dim": 16, "batch_norm": "global", "dropout": 0.1},
+        "division": {"num_learners": 4, "every": 1, "conquer_from": 3, "backbone_frozen_epochs": 0},
+        "schedule": {"epochs": 4, "batch_size": 16, "samples_per_class": 4, "decay": "cosine"},
+        "optim": {"lr": 0.003, "mask_lr_mult": 10},
+        "evaluation": {"recall_at": [1, 2]},
+        "tracker": {"kind": "jsonl", "log_every": 1},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(merged(tree, sections)))
+    return path
+
+
+def metrics(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The complete lines of ``metrics.jsonl``; of one kind, if given."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def last_step(run: Path) -> int:
+    """The newest step in ``metrics.jsonl``."""
+    return max((line["step"] for line in metrics(run, "train")), default=0)
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    """All lines of ``metrics.jsonl`` without what depends on the clock: equal runs have equal ones, in the same order."""
+    return [{name: value for name, value in line.items() if name not in _OF_THE_CLOCK} for line in metrics(run)]
+
+
+def divisions(run: Path) -> dict[str, dict[str, Any]]:
+    """The content of each division file."""
+    found = {}
+    for path in sorted((run / "divisions").iterdir()):
+        with np.load(path, allow_pickle=False) as file:
+            found[path.name] = {name: file[name].tolist() for name in file.files}
+    return found
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Bit for bit the same curve (every step once) and the same divisions."""
+    assert timeless(run) == timeless(reference)
+    assert divisions(run) == divisions(reference)
+    lines = [(line["kind"], line["step"], line["epoch"]) for line in metrics(run)]
+    assert len(lines) == len(set(lines))
+
+
+@contextmanager
+def no_process_left(pids: Sequence[int]) -> Iterator[None]:
+    """Afterwards none of these processes runs any more."""
+    yield
+    deadline = time.monotonic() + 20
+    while [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"still there: {pids}"
+        time.sleep(0.05)
