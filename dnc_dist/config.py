@@ -319,6 +319,11 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
         )
     if sch.warmup >= sch.epochs:
         yield f"schedule.warmup={sch.warmup} must be less than schedule.epochs={sch.epochs}"
+    if 1 not in cfg.evaluation.recall_at:
+        yield (
+            f"evaluation.recall_at={list(cfg.evaluation.recall_at)} must contain 1: recall@1 stands in RESULT "
+            "and selects the best checkpoint"
+        )
     if isinstance(cfg.loss, MarginLossConfig) and cfg.loss.cutoff >= cfg.loss.nonzero_loss_cutoff:
         yield f"loss.cutoff={cfg.loss.cutoff} must be below loss.nonzero_loss_cutoff={cfg.loss.nonzero_loss_cutoff}"
 

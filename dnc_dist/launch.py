@@ -190,7 +190,10 @@ def verdict(codes: Mapping[int, int | None], errors: Mapping[int, Mapping[str, A
         return EXIT_INPUT, f"error: {errors[rank]['message']}"
     if rank in errors:
         error = errors[rank]
-        return EXIT_FAILED, f"{error['traceback'].rstrip()}\nrank {rank} failed: {error['type']}: {error['message']}"
+        # The message of an error in a loader's process is that process's whole traceback, which has just been shown.
+        *_, last = str(error["message"]).rstrip().splitlines() or [""]
+        brief = last if "in DataLoader worker process" in error["message"] else f"{error['type']}: {error['message']}"
+        return EXIT_FAILED, f"{error['traceback'].rstrip()}\nrank {rank} failed: {brief}"
     if code < 0:
         return EXIT_FAILED, f"rank {rank} was killed by {signal.Signals(-code).name}"
     return EXIT_INPUT if code == EXIT_INPUT else EXIT_FAILED, f"rank {rank} ended with exit code {code}"

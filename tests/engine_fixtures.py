@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def make_dataset(place: Path) -> Path:
     return place / "data"
 
 
-def damage(root: Path, place: Path, train: tuple[int, ...], test: tuple[int, ...]) -> Path:
+def damage(root: Path, place: Path, train: Sequence[int], test: Sequence[int] = ()) -> Path:
     """A copy of a dataset in which these positions of the views hold bytes that are no image; sizes are unchanged."""
     index = open_index(root)
     broken = [int(index.view(name).rows[at]) for name, positions in (("train", train), ("test", test)) for at in positions]
@@ -56,7 +57,7 @@ def damage(root: Path, place: Path, train: tuple[int, ...], test: tuple[int, ...
     return place
 
 
-def config(root: Path, run: Path, **changes: dict[str, Any]) -> RunConfig:
+def config(root: Path, run: Path, /, **changes: dict[str, Any]) -> RunConfig:
     """A configuration of the tiny network without anything random; ``changes`` are keys by section."""
     tree: dict[str, dict[str, Any]] = {
         "run": {"dir": str(run.parent), "name": run.name, "seed": 3},
@@ -75,11 +76,12 @@ def config(root: Path, run: Path, **changes: dict[str, Any]) -> RunConfig:
 
 
 def division_by_hand(labels: NDArray[np.int64], level: int, only: int | None = None) -> Division:
-    """Learner c % level takes the rows of class c; ``only`` so many rows of each learner, the rest is left out."""
+    """Learner c % level takes the rows of class c; ``only`` 2 or 3: two rows of its first class and one of the next."""
     learner = labels % level
     if only is not None:
         for a in range(level):
-            learner[np.flatnonzero(learner == a)[only:]] = -1
+            rows = np.flatnonzero(learner == a)
+            learner[np.setdiff1d(rows, rows[[0, 1, PER_CLASS][:only]])] = -1
     sizes = np.bincount(learner[learner >= 0], minlength=level)
     return Division(learner.astype(np.int16), level, np.empty((level, 0), np.float32), 0, sizes, int((learner < 0).sum()))
 
@@ -97,6 +99,11 @@ def shake(objective: DncObjective, level: int) -> None:
                 value.add_(0.1 * torch.randn(value.shape, generator=generator))
             elif name.startswith("backbone"):
                 value.mul_(2.0)
+        for name, buffer in objective.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("running_var"):
+                buffer.mul_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
 def smooth(module: nn.Module) -> nn.Module:

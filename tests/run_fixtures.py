@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import resource
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from PIL import Image
@@ -82,7 +83,7 @@ class Running:
     def alive(self) -> bool:
         return self._process.is_alive()
 
-    def wait(self, timeout: float = 120) -> Done:
+    def wait(self, timeout: float = 240) -> Done:
         self._process.join(timeout)
         if self._process.is_alive():
             self.kill()
@@ -99,13 +100,22 @@ class Running:
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
-    def wait_until(self, condition: Callable[[], Any], timeout: float = 60) -> None:
-        """Wait for something that the process does."""
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.alive(), Done(self._process.exitcode or 0, self._out.read_text(), self._err.read_text())
-            assert time.monotonic() < deadline, "waited in vain"
-            time.sleep(0.005)
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something that the process does; it must not end before."""
+        wait_until(lambda: condition() or not self.alive())
+        assert self.alive(), self.wait()
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 180) -> None:
+    """Wait until something is true.
+
+    Raises:
+        AssertionError: it is not after ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
 
 
 def _main(arguments: list[str], folder: str, out: str, err: str, environment: dict[str, str], before: Callable[[], None] | None) -> None:
@@ -140,7 +150,8 @@ def start(
     """Start ``dnc-dist ARGUMENTS`` in a folder; ``before`` (a module-level function) is called first in that process."""
     count = len(list(folder.glob(".std-*.out")))
     out, err = folder / f".std-{count}.out", folder / f".std-{count}.err"
-    out.touch(), err.touch()
+    out.touch()
+    err.touch()
     process = _SERVER.Process(
         target=_entry, args=([str(part) for part in arguments], str(folder), str(out), str(err), dict(env or {}), before)
     )
@@ -148,7 +159,7 @@ def start(
     return Running(process, out, err)
 
 
-def dnc(*arguments: str | Path, folder: Path, timeout: float = 120, **options: Any) -> Done:
+def dnc(*arguments: str | Path, folder: Path, timeout: float = 240, **options: Any) -> Done:
     """Run ``dnc-dist ARGUMENTS`` in a folder to its end."""
     return start(arguments, folder, **options).wait(timeout)
 
@@ -157,7 +168,41 @@ def without_report() -> None:
     """For ``before``: a training that does not draw its report, which takes longer than the training."""
     import dnc_dist.report
 
-    dnc_dist.report.build_report = lambda run: run / "report.html"
+    dnc_dist.report.build_report = lambda run_dir: run_dir / "report.html"
+
+
+def killed_when_writing(name: str, tag: str) -> None:
+    """For ``before``: the process group is killed just before the pointer or list of files of this name is written for a checkpoint."""
+    from dnc_dist.engine import checkpoint
+
+    write = checkpoint.write_atomically
+
+    def writing(path: Path, text: str) -> None:
+        if path.name == name and tag in f"{path.parent.name} {text}":
+            os.killpg(0, signal.SIGKILL)
+        write(path, text)
+
+    checkpoint.write_atomically = writing
+
+
+def with_small_files(limit: int) -> None:
+    """For ``before``: no file may grow beyond so many bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def signalled_in(phase: str, step: int, number: signal.Signals) -> None:
+    """For ``before``: the process gets the signal when ``trainer.phase`` begins at this step."""
+    without_report()
+    from dnc_dist.engine import trainer
+
+    function = getattr(trainer.Trainer, phase)
+
+    def signalled(self: Any, *args: Any) -> Any:
+        if self.state.step == step:
+            os.kill(os.getpid(), number)
+        return function(self, *args)
+
+    setattr(trainer.Trainer, phase, signalled)
 
 
 def draw_folder(place: Path, train: Mapping[str, int], test: Mapping[str, int], seed: int = 5) -> Path:
@@ -183,6 +228,33 @@ def make_dataset(place: Path, classes: int = 16, per_class: int = 8, seed: int =
     write_shards(folder.read(draw_folder(place / "pictures", train, test, seed)), place / "data")
     shutil.rmtree(place / "pictures")
     return place / "data"
+
+
+_GLYPHS: list[tuple[Path, Done, Done]] = []
+
+
+def glyphs_on_two_processes(factory: pytest.TempPathFactory) -> tuple[Path, Done, Done]:
+    """A folder with prepared characters, ``run.yaml`` and what ``launch --nproc 2`` left of it (made once for all modules).
+
+    Returns:
+        The folder, and how ``data prepare`` and ``launch`` ended.
+    """
+    if _GLYPHS:
+        return _GLYPHS[0]
+    folder = factory.mktemp("glyphs")
+    prepared = dnc("data", "prepare", "glyphs", "--classes", "60", "--image-size", "16", "--out", "glyphs", folder=folder)
+    write_config(
+        folder,
+        Path("glyphs"),
+        data={"workers": 1},
+        schedule={"batch_size": 32},
+        engine={"zero": 1},
+        evaluation={"at_start": True},
+        checkpoint={"every_steps": 3},
+        tracker={"kind": "wandb"},
+    )
+    _GLYPHS.append((folder, prepared, dnc("launch", "run.yaml", "--nproc", "2", folder=folder)))
+    return _GLYPHS[0]
 
 
 def merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,13 +312,3 @@ def assert_same_run(run: Path, reference: Path) -> None:
     assert divisions(run) == divisions(reference)
     lines = [(line["kind"], line["step"], line["epoch"]) for line in metrics(run)]
     assert len(lines) == len(set(lines))
-
-
-@contextmanager
-def no_process_left(pids: Sequence[int]) -> Iterator[None]:
-    """Afterwards none of these processes runs any more."""
-    yield
-    deadline = time.monotonic() + 20
-    while [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < deadline, f"still there: {pids}"
-        time.sleep(0.05)

@@ -124,9 +124,10 @@ def test_train_ends_with_the_result(config_file: str, monkeypatch: pytest.Monkey
         return {"run": cfg.run.name, "recall@1": 0.5}
 
     stub(monkeypatch, "dnc_dist.engine.trainer", train=train)
+    stub(monkeypatch, "dnc_dist.report", build_report=lambda run: run / "report.html")
     assert cli.run(["train", config_file, "--set", "optim.lr=0.5", "--resume", "never"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "training 0.5 never"
+    assert lines[:2] == ["training 0.5 never", "report: runs/exp/report.html"]
     assert lines[-1].startswith("RESULT ") and json.loads(lines[-1].removeprefix("RESULT ")) == {"run": "exp", "recall@1": 0.5}
 
 

@@ -16,7 +16,7 @@ def batch(num_rows: int = 24, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor,
     return normalize(raw), torch.arange(num_rows) // 3, torch.arange(num_rows) // 12, torch.arange(num_rows) * 11
 
 
-@pytest.mark.parametrize(("learn_beta", "shape"), [("fixed", None), ("scalar", ()), ("class", (8,))])
+@pytest.mark.parametrize(("learn_beta", "shape"), [("fixed", None), ("scalar", (1,)), ("class", (8,))])
 def test_beta(learn_beta, shape):
     loss = MarginLoss(8, beta=1.1, learn_beta=learn_beta).double()
     parameters = dict(loss.named_parameters())

@@ -14,6 +14,7 @@ import torch
 
 from dnc_dist import cli
 from dnc_dist.data.index import open_index
+from dnc_dist.launch import verdict
 from tests.run_fixtures import Done, dnc, draw_folder, make_dataset, metrics, without_report, write_config
 
 
@@ -95,7 +96,7 @@ def test_folders_that_nothing_can_be_learned_from(
     source = draw_folder(tmp_path / "pictures", train, {"t": 2} if train else {})
     source.mkdir(exist_ok=True)
     assert cli.run(["data", "prepare", "folder", "--root", str(source), "--out", str(tmp_path / "data")]) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert message in Done(2, "", err).error
     assert not (tmp_path / "data").exists() and os.listdir(tmp_path) == ["pictures"]
 
@@ -106,17 +107,17 @@ def test_folders_that_nothing_can_be_learned_from(
         (["data.root=nowhere"], "nowhere holds no prepared data set (manifest.json is missing)"),
         (["division.num_learners=16", "schedule.epochs=9"], "division.num_learners=16"),
         (["evaluation.select_on=validation"], "evaluation.select_on=validation, but"),
-        (["data.validation_classes=0.99"], "data.validation_classes=0.99 of 16 training classes leaves 15 for validation and 1 for training"),
+        (
+            ["data.validation_classes=0.99"],
+            "data.validation_classes=0.99 of 16 training classes leaves 15 for validation and 1 for training",
+        ),
         (["model.backbone=resnet5"], "model.backbone=resnet5"),
         (["model.weights=nowhere.pth"], "model.weights=nowhere.pth"),
         (["model.weights=text.pth"], "model.weights=text.pth"),
         (["model.weights=other.pth"], "model.weights=other.pth"),
-        (["run.dir=text.pth"], "run.dir"),
-        (["run.dir=/proc/nothing"], "run.dir"),
+        (["run.dir=text.pth"], "text.pth/fresh cannot be written (Not a directory); set run.dir to a folder"),
+        (["run.dir=/proc/nothing"], "/proc/nothing/fresh cannot be written (No such file or directory); set run.dir to a folder"),
         (["run.name=foreign"], "runs/foreign exists and is no run directory (it has no config.yaml); set run.dir or run.name"),
-        (["division.mask_penalty=0.5"], "runs/run holds a run with other values of division.mask_penalty (0.01 -> 0.5)"),
-        (["model.embedding_dim=32", "run.seed=1"], "model.embedding_dim (16 -> 32), run.seed (0 -> 1)"),
-        (["data.root=other/data"], "data.root=other/data holds other images or labels"),
     ],
 )
 def test_what_only_a_start_can_find(changes: list[str], message: str, place: Path) -> None:
@@ -124,26 +125,29 @@ def test_what_only_a_start_can_find(changes: list[str], message: str, place: Pat
     torch.save({"stem.weight": torch.zeros(3)}, place / "other.pth")
     (place / "runs" / "foreign").mkdir(exist_ok=True)
     (place / "runs" / "foreign" / "thesis.tex").touch()
-    before = sorted(place.rglob("*"))
-    name = [] if "holds" in message and "data set" not in message or "->" in message else ["run.name=fresh"]
-    error = dnc("train", "run.yaml", *change(*name, *changes), folder=place).error
+    error = dnc("train", "run.yaml", *change("run.name=fresh", *changes), folder=place).error
     assert message in error and "\n" not in error
-    left = [path for path in place.rglob("*") if path not in before and not path.name.startswith(".std-")]
-    assert [path for path in left if "checkpoints" in path.parts] == []
 
 
 @pytest.mark.parametrize(
-    ("resume", "message"),
+    ("arguments", "message"),
     [
-        ("never", "runs/run already holds a run; use --resume auto to go on with it, or set run.name to start another"),
-        ("nowhere", "--resume nowhere is no checkpoint of runs/run"),
-        ("runs/run/checkpoints/step-00000099", "step-00000099"),
-        ("runs/run/checkpoints", "is no checkpoint of runs/run"),
+        (change("division.mask_penalty=0.5"), "runs/run holds a run with other values of division.mask_penalty (0.01 -> 0.5); undo"),
+        (change("model.embedding_dim=32", "run.seed=1"), "model.embedding_dim (16 -> 32), run.seed (0 -> 1)"),
+        (change("engine.zero=0"), "engine.zero (1 -> 0)"),
+        (change("data.root=other/data"), "data.root=other/data holds other images or labels than the run in runs/run began with"),
+        (["--resume", "never"], "runs/run already holds a run; use --resume auto to go on with it, or set run.name to start another"),
+        (["--resume", "nowhere"], "--resume nowhere is no checkpoint of runs/run"),
+        (["--resume", "runs/run/checkpoints"], "--resume runs/run/checkpoints is no checkpoint of runs/run"),
+        (["--resume", "runs/run/checkpoints/step-00000099"], "has no checkpoint step-00000099; it has step-00000008"),
     ],
 )
-def test_resume_options(resume: str, message: str, place: Path) -> None:
-    error = dnc("train", "run.yaml", "--resume", resume, folder=place).error
-    assert message in error
+def test_what_a_run_cannot_go_on_with(arguments: list[str], message: str, place: Path) -> None:
+    run = place / "runs" / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+    error = dnc("train", "run.yaml", *arguments, folder=place).error
+    assert message in error and "\n" not in error
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"} == before
 
 
 def test_a_truncated_shard_is_named(place: Path) -> None:
@@ -175,7 +179,9 @@ def test_unreadable_images_are_counted_and_named_and_cost_no_more(workers: int, 
         with index.shard_paths[index.columns["shard"][row]].open("r+b") as file:
             file.seek(int(index.columns["offset"][row]))
             file.write(b"\0" * 200)
-    changes = change(f"data.root={root.name}", f"run.name={root.name}", f"data.workers={workers}", "schedule.epochs=2", "division.num_learners=2")
+    changes = change(
+        f"data.root={root.name}", f"run.name={root.name}", f"data.workers={workers}", "schedule.epochs=2", "division.num_learners=2"
+    )
     done = dnc("train", "run.yaml", *changes, folder=place, before=without_report)
     assert done.result["recall@1"] > 0
     run = place / "runs" / root.name
@@ -193,7 +199,29 @@ def test_commands_on_what_is_no_run(place: Path, tmp_path: Path, capsys: pytest.
         for run in ("runs/nothing", "runs/empty", "data"):
             error = dnc(command, run, folder=place).error
             assert run in error and "\n" not in error
-    # A run that died before its first checkpoint.
-    shutil.copytree(place / "runs" / "run", place / "runs" / "young")
+    # A run that died before its first checkpoint, one whose disk was damaged, and one whose config.yaml was edited.
+    for name in ("young", "rotten", "edited"):
+        shutil.copytree(place / "runs" / "run", place / "runs" / name)
     shutil.rmtree(place / "runs" / "young" / "checkpoints")
     assert "runs/young has no checkpoint yet" in dnc("evaluate", "runs/young", folder=place).error
+    model = place / "runs" / "rotten" / "checkpoints" / "step-00000008" / "mp_rank_00_model_states.pt"
+    model.write_bytes(bytes(model.stat().st_size))
+    for arguments in (["evaluate", "runs/rotten"], ["train", "run.yaml", *change("run.name=rotten")]):
+        assert "step-00000008/mp_rank_00_model_states.pt is damaged; remove" in dnc(*arguments, folder=place).error
+    (place / "runs" / "edited" / "config.yaml").write_text("a: [")
+    for arguments in (["evaluate", "runs/edited"], ["report", "runs/edited"], ["train", "run.yaml", *change("run.name=edited")]):
+        assert "runs/edited/config.yaml" in dnc(*arguments, folder=place).error
+
+
+def test_an_error_in_a_loader_process_is_shown_once() -> None:
+    inner = "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback\nFileNotFoundError: No such file: 'a.tar'\n"
+    record = {"time": 1.0, "type": "FileNotFoundError", "message": inner, "traceback": f"Traceback\nFileNotFoundError: {inner}"}
+    code, message = verdict({0: 1, 1: None}, {0: record})
+    assert code == 1 and message.count("Original Traceback") == 1
+    assert message.splitlines()[-1] == "rank 0 failed: FileNotFoundError: No such file: 'a.tar'"
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_result(place: Path) -> None:
+    (place / "runs" / "run" / "report.html").mkdir()
+    done = dnc("train", "run.yaml", folder=place)
+    assert done.code == 1 and done.out.splitlines()[-1].startswith("RESULT {")

@@ -64,6 +64,9 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
     if main:
         from dnc_dist.report import build_report
 
-        sys.stdout.write(f"report: {build_report(cfg.run.path)}\n")
-        sys.stdout.write(f"RESULT {json.dumps(result)}\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(f"report: {build_report(cfg.run.path)}\n")
+        finally:
+            # A report that cannot be written must not cost the result of the training.
+            sys.stdout.write(f"RESULT {json.dumps(result)}\n")
+            sys.stdout.flush()

@@ -51,14 +51,27 @@ class Checkpoints:
         self.folder, self.keep = run_dir / "checkpoints", keep
 
     def save(self, engine: Any, state: TrainState, *, best: bool = False) -> Path:
-        """Collective. Write a checkpoint of the engine and the state, move ``latest`` (and ``best``) to it, prune old ones."""
+        """Collective. Write a checkpoint of the engine and the state, move ``latest`` (and ``best``) to it, prune others.
+
+        The newest ``keep`` up to this one stay, and the best. What is newer than this one was abandoned by a resume before it.
+
+        Raises:
+            OSError: it cannot be written; the checkpoints before it are untouched.
+        """
         tag, temporary = f"step-{state.step:08d}", f".step-{state.step:08d}.tmp"
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / temporary, ignore_errors=True)
         distributed.barrier()
         client_state = {"train_state": state.state_dict(), "world_size": distributed.world_size()} | _UNIVERSAL
-        engine.save_checkpoint(str(self.folder), tag=temporary, client_state=client_state, save_latest=False)
+        try:
+            engine.save_checkpoint(str(self.folder), tag=temporary, client_state=client_state, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            # On a full disk torch's writer only speaks of positions; other RuntimeErrors come from lost peers.
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise OSError(f"{self.folder / tag} cannot be written, {free:.0f} MB are free there; `--resume auto` goes on later") from error
         distributed.barrier()
         if distributed.is_main():
             self._publish(temporary, tag, best)
@@ -85,10 +98,20 @@ class Checkpoints:
         write_atomically(self.folder / "latest", tag)
         if best:
             write_atomically(self.folder / "best", tag)
-        kept = set(self.tags()[-self.keep :]) | {self._pointer("best"), self._pointer("latest")}
-        for old in self.tags():
-            if old not in kept:
-                shutil.rmtree(self.folder / old)
+        if (self._pointer("best") or "") > tag:
+            (self.folder / "best").unlink()
+        past = [old for old in self.tags() if old <= tag]
+        for old in set(self.tags()) - set(past[-self.keep :]) - {self._pointer("best")}:
+            shutil.rmtree(self.folder / old)
+
+    def clean_up(self) -> None:
+        """Undo what a crash interrupted: put back a checkpoint that was about to be replaced, remove half-written ones."""
+        for replaced in self.folder.glob(".step-*.old"):
+            final = self.folder / replaced.name.removeprefix(".").removesuffix(".old")
+            if not final.exists():
+                replaced.rename(final)
+        for left in self.folder.glob(".step-*"):
+            shutil.rmtree(left)
 
     def tags(self) -> list[str]:
         """Published checkpoints, oldest first."""
@@ -157,7 +180,11 @@ class Checkpoints:
 
     def read(self, tag: str) -> tuple[dict[str, Any], TrainState]:
         """The objective's weights and the train state; needs no engine, on any number of processes."""
-        content = torch.load(self.folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        path = self.folder / tag / "mp_rank_00_model_states.pt"
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:  # damaged bytes make the reader fail in any way
+            raise InputError(f"{path} is damaged; remove {path.parent} to use the checkpoint before it") from error
         return content["module"], TrainState.from_state_dict(content["train_state"])
 
 
@@ -177,13 +204,15 @@ def prepare_run_dir(cfg: RunConfig, resume: str) -> None:
 
 def _prepare(cfg: RunConfig, resume: str) -> None:
     path = cfg.run.path / "config.yaml"
-    if not path.exists() or not Checkpoints(cfg.run.path, cfg.checkpoint.keep).tags():
+    checkpoints = Checkpoints(cfg.run.path, cfg.checkpoint.keep)
+    if not path.exists() or not checkpoints.tags():
         if not path.exists() and cfg.run.path.exists() and any(cfg.run.path.iterdir()):
             raise InputError(
                 f"{cfg.run.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
             )
         cfg.run.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, dump_config(cfg))
+        write_config(cfg)
+        checkpoints.clean_up()
         return
     if resume == "never":
         raise InputError(f"{cfg.run.path} already holds a run; use --resume auto to go on with it, or set run.name to start another")
@@ -193,7 +222,12 @@ def _prepare(cfg: RunConfig, resume: str) -> None:
             f"{cfg.run.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, "
             "or set run.name to start another"
         )
-    write_atomically(path, dump_config(cfg))
+    checkpoints.clean_up()
+
+
+def write_config(cfg: RunConfig) -> None:
+    """Write ``config.yaml`` into the run directory."""
+    write_atomically(cfg.run.path / "config.yaml", dump_config(cfg))
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
@@ -209,7 +243,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
 
 
 def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
-    """Keys of the fixed sections, and the seed, whose values differ, as ``section.key (old -> new)``."""
+    """Keys of the fixed sections, and further fixed keys, whose values differ, as ``section.key (old -> new)``."""
     changes = []
     for section in FIXED_SECTIONS:
         old, new = getattr(before, section).model_dump(mode="json"), getattr(now, section).model_dump(mode="json")
@@ -218,4 +252,7 @@ def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
                 changes.append(f"{section}.{key} ({old.get(key)} -> {new.get(key)})")
     if before.run.seed != now.run.seed:
         changes.append(f"run.seed ({before.run.seed} -> {now.run.seed})")
+    if before.engine.zero != now.engine.zero:
+        # DeepSpeed lays its checkpoints out by stage and cannot read those of another one.
+        changes.append(f"engine.zero ({before.engine.zero} -> {now.engine.zero})")
     return changes

@@ -25,7 +25,8 @@ def open_log(run_dir: Path) -> None:
         file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"rank {distributed.rank()} cannot write {run_dir / 'log.txt'} ({error.strerror}); run.dir must be a folder that all machines share"
+            f"rank {distributed.rank()} cannot write {run_dir / 'log.txt'} ({error.strerror}); "
+            "run.dir must be a folder that all machines share"
         ) from error
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {distributed.rank()}: %(message)s"))
     if not distributed.is_main():

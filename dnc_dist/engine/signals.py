@@ -1,15 +1,15 @@
-"""A request to stop: SIGTERM, SIGUSR1 and SIGUSR2 set a flag; all ranks agree on the step at which they act on it."""
+"""A request to stop: SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set a flag; all ranks agree on the step at which they act on it."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether this process was asked to stop. Installing it twice or being signalled twice changes nothing."""
+    """Whether this process was asked to stop. Being signalled twice changes nothing, but a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -20,4 +20,6 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.requested = True

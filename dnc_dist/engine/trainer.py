@@ -15,7 +15,7 @@ from dnc_dist import distributed
 from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
 from dnc_dist.engine import plan
-from dnc_dist.engine.checkpoint import Checkpoints, prepare_run_dir
+from dnc_dist.engine.checkpoint import Checkpoints, prepare_run_dir, write_config
 from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
@@ -71,6 +71,8 @@ class Trainer:
         self.engine = build_engine(self.objective, cfg)
         self.groups = distributed.rank_groups(cfg.division.learners_per_step)
         self.state = self._resume(resume)
+        # Only now: an attempt that was refused must leave no trace in the run.
+        distributed.on_main(write_config, cfg)
         self.tracker = build_tracker(
             cfg.tracker.kind,
             cfg.run.path,
@@ -110,8 +112,6 @@ class Trainer:
         if not plan.division_needs_features(self.cfg, self.state):
             division = whole(self.data.train.labels, epoch=epoch)
         else:
-            if self.state.step:
-                self.save()
             division, failed = cluster(self.objective, self.data, self.cfg, self.state, stop=self.stop, progress=self.progress)
             self.failed.update(failed)
         self.state.division = division
@@ -157,9 +157,12 @@ class Trainer:
                 phase.update(1, log.note)
                 # Read one step late, so that a device is never waited for.
                 if stopping is not None and bool(stopping):
+                    log.flush(state.step, state.epoch)
                     raise Stopped(f"in epoch {state.epoch} after step {state.step}")
                 stopping = stats["stop"]
                 if cfg.checkpoint.every_steps and state.step % cfg.checkpoint.every_steps == 0 and state.batches_done < len(schedule):
+                    # What a resume from here does not see again; and a loss that is not finite must not reach a checkpoint.
+                    log.flush(state.step, state.epoch)
                     self.save()
                 shares.rows += rows
         log.flush(state.step, state.epoch)

@@ -19,7 +19,7 @@ class MarginLoss(nn.Module):
         num_classes: C, the size of a learned β per class.
         margin: half-width of the band around β in which pairs are active.
         beta: boundary β between positive and negative distances, or its first value if it is learned.
-        learn_beta: "fixed", "scalar" (one parameter ()) or "class" (one parameter (C,)).
+        learn_beta: "fixed", "scalar" (one parameter (1,)) or "class" (one parameter (C,)).
         cutoff, nonzero_loss_cutoff, mode, effective_dim: constants of the sampling, see `dnc_kernels.sample_pairs`.
 
     Raises:
@@ -50,11 +50,12 @@ class MarginLoss(nn.Module):
             raise InputError(f"loss.cutoff={cutoff} must lie between 0 and loss.nonzero_loss_cutoff={nonzero_loss_cutoff}")
         self.margin, self.cutoff, self.nonzero_loss_cutoff = margin, cutoff, nonzero_loss_cutoff
         self.mode, self.effective_dim = mode, effective_dim
-        value = torch.full((num_classes,) if learn_beta == "class" else (), float(beta))
+        self.learn_beta = learn_beta
         if learn_beta == "fixed":
-            self.register_buffer("beta", value)
+            self.register_buffer("beta", torch.tensor(float(beta)))
         else:
-            self.beta = nn.Parameter(value)
+            # No 0-d parameter: DeepSpeed broadcasts them as bytes, which a 0-d tensor cannot be viewed as.
+            self.beta = nn.Parameter(torch.full((num_classes if learn_beta == "class" else 1,), float(beta)))
 
     def forward(
         self,
@@ -80,7 +81,7 @@ class MarginLoss(nn.Module):
         return dnc_kernels.margin_loss(
             z,
             labels,
-            beta=self.beta,
+            beta=self.beta[0] if self.learn_beta == "scalar" else self.beta,
             margin=self.margin,
             num_learners=num_learners,
             learner=learner,

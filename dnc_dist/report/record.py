@@ -115,7 +115,7 @@ def read_run(run_dir: Path) -> RunRecord:
     """Read a run directory.
 
     Raises:
-        InputError: it is none, or nothing has been logged yet.
+        InputError: it is none, or nothing has been logged yet, or a file of it is damaged.
     """
     metrics = run_dir / METRICS_FILE
     if not run_dir.is_dir():
@@ -126,5 +126,8 @@ def read_run(run_dir: Path) -> RunRecord:
     if not lines:
         raise InputError(f"{metrics} has no line yet; wait for the first training step to be logged")
     config_path = run_dir / "config.yaml"
-    config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+    try:
+        config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{config_path} is damaged; delete it, `dnc-dist report` works without") from error
     return RunRecord(run_dir, lines, config if isinstance(config, dict) else {}, load_gallery(run_dir), _epoch_ends(lines))
