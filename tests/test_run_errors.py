@@ -135,6 +135,7 @@ def test_what_only_a_start_can_find(changes: list[str], message: str, place: Pat
         (change("division.mask_penalty=0.5"), "runs/run holds a run with other values of division.mask_penalty (0.01 -> 0.5); undo"),
         (change("model.embedding_dim=32", "run.seed=1"), "model.embedding_dim (16 -> 32), run.seed (0 -> 1)"),
         (change("engine.zero=0"), "engine.zero (1 -> 0)"),
+        (change("schedule.epoch=over"), "schedule.epoch (dataset -> over)"),
         (change("data.root=other/data"), "data.root=other/data holds other images or labels than the run in runs/run began with"),
         (["--resume", "never"], "runs/run already holds a run; use --resume auto to go on with it, or set run.name to start another"),
         (["--resume", "nowhere"], "--resume nowhere is no checkpoint of runs/run"),
@@ -148,6 +149,20 @@ def test_what_a_run_cannot_go_on_with(arguments: list[str], message: str, place:
     error = dnc("train", "run.yaml", *arguments, folder=place).error
     assert message in error and "\n" not in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"} == before
+
+
+def test_a_run_that_another_process_trains_is_left_alone(place: Path) -> None:
+    (place / "runs" / "busy").mkdir()
+    holding = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", holding, str(place / "runs" / "busy" / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    error = dnc("train", "run.yaml", *change("run.name=busy"), folder=place).error
+    other.communicate("")
+    assert "another process is training in runs/busy" in error and "\n" not in error
 
 
 def test_a_truncated_shard_is_named(place: Path) -> None:

@@ -6,11 +6,14 @@ renames the tag and moves the pointer ``latest`` by rename. A crash at any momen
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -23,6 +26,9 @@ FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
 FREE_KEYS = {("data", "root"), ("data", "workers")}
 _MANIFEST = "files.json"
+_LOCK = ".lock"
+_log = logging.getLogger(__name__)
+_locks: list[TextIO] = []
 # Lets DeepSpeed convert a ZeRO 1 or 2 checkpoint for another number of ranks.
 _UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
@@ -206,11 +212,12 @@ def _prepare(cfg: RunConfig, resume: str) -> None:
     path = cfg.run.path / "config.yaml"
     checkpoints = Checkpoints(cfg.run.path, cfg.checkpoint.keep)
     if not path.exists() or not checkpoints.tags():
-        if not path.exists() and cfg.run.path.exists() and any(cfg.run.path.iterdir()):
+        if not path.exists() and cfg.run.path.exists() and any(entry.name != _LOCK for entry in cfg.run.path.iterdir()):
             raise InputError(
                 f"{cfg.run.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
             )
         cfg.run.path.mkdir(parents=True, exist_ok=True)
+        _lock(cfg.run.path)
         write_config(cfg)
         checkpoints.clean_up()
         return
@@ -222,7 +229,25 @@ def _prepare(cfg: RunConfig, resume: str) -> None:
             f"{cfg.run.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, "
             "or set run.name to start another"
         )
+    _lock(cfg.run.path)
     checkpoints.clean_up()
+
+
+def _lock(run_dir: Path) -> None:
+    """Take the run directory for the life of this process: two trainings in one would destroy each other's checkpoints.
+
+    A record lock belongs to the process alone; the loader's forked workers, which may outlive it for a moment, do not hold it.
+    """
+    file = (run_dir / _LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another process is training in {run_dir}; wait for it, stop it, or set run.name to start another run") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        _log.warning("%s: this file system has no locks; take care that only one training at a time uses the folder", run_dir)
+    _locks.append(file)
 
 
 def write_config(cfg: RunConfig) -> None:
@@ -252,6 +277,10 @@ def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
                 changes.append(f"{section}.{key} ({old.get(key)} -> {new.get(key)})")
     if before.run.seed != now.run.seed:
         changes.append(f"run.seed ({before.run.seed} -> {now.run.seed})")
+    for key in ("batch_size", "samples_per_class", "epoch"):
+        # A checkpoint counts the batches of its epoch, and these say what a batch is.
+        if getattr(before.schedule, key) != getattr(now.schedule, key):
+            changes.append(f"schedule.{key} ({getattr(before.schedule, key)} -> {getattr(now.schedule, key)})")
     if before.engine.zero != now.engine.zero:
         # DeepSpeed lays its checkpoints out by stage and cannot read those of another one.
         changes.append(f"engine.zero ({before.engine.zero} -> {now.engine.zero})")
