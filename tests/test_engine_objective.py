@@ -126,6 +126,25 @@ def test_frozen_backbone_has_no_gradient_and_the_rest_has(root: Path, loss: dict
         torch.testing.assert_close(before, after, rtol=0, atol=1e-5 * float(after.abs().max()))
 
 
+@pytest.mark.parametrize("loss", [{}, PROXY])
+def test_an_undecodable_image_counts_as_if_it_were_not_there(root: Path, loss: dict[str, Any]) -> None:
+    _, objective, batch = prepare(root, 4, loss=loss)
+    assert batch.learner.unique().numel() == 1
+    # Of a later learner: learner 0 must not be taken for one that is present.
+    batch = batch._replace(learner=torch.full_like(batch.learner, 2))
+    broken = torch.zeros_like(batch.valid)
+    broken[[3, 7]] = True
+    with_broken = batch._replace(valid=~broken, learner=torch.where(broken, -1, batch.learner))
+    without = batch._replace(
+        **{name: getattr(batch, name)[~broken] for name in ("images", "labels", "learner", "rows", "positions", "valid")}
+    )
+    phase = Phase(STEP, 4, conquer=False, backbone_frozen=False)
+    (found, stats), (expected, oracle) = objective(with_broken, phase), objective(without, phase)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert stats["loss"] == pytest.approx(oracle["loss"].item(), rel=1e-5)
+    assert stats["learner_loss"].isfinite().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("kind", ["learned", "fixed", "sliced"])
 def test_conquer_trains_the_whole_embedding_without_masks(root: Path, kind: str) -> None:
     changes: dict[str, Any] = {"model": {"masks": kind}, "division": {"mode": "flat"}}

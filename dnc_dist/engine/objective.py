@@ -135,9 +135,8 @@ class DncObjective(nn.Module):
             references = References(distributed.gather_rows(rows.z, grad="sum", group=group), *columns.unbind(1))
         out = self.loss(rows.z, rows.labels, rows.learner, rows.row_ids, learners, self.seed, step, references)
         names = sorted(out.stats)
-        present = torch.zeros(learners, dtype=torch.float64, device=rows.z.device)
-        present.index_fill_(0, rows.learner.clamp(min=0), 1.0)
-        present = present * (rows.learner >= 0).any()
+        # One slot more, in front, for rows of no learner.
+        present = torch.zeros(learners + 1, dtype=torch.float64, device=rows.z.device).index_fill_(0, rows.learner + 1, 1.0)[1:]
         local = torch.cat(
             [
                 out.learner_num_active.double(),

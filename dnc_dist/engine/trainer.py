@@ -269,8 +269,8 @@ class Trainer:
             f"ZeRO {cfg.engine.zero}"
         )
         _log.info(
-            f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class: {negatives} negatives for every anchor; "
-            f"{cfg.loss.name} loss, {dnc_kernels.implementation_note(distributed.device())}"
+            f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class, so {negatives} of other classes for "
+            f"every anchor; {cfg.loss.name} loss, {dnc_kernels.implementation_note(distributed.device())}"
         )
         if state.step:
             _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")
