@@ -74,6 +74,7 @@ def extract(
                 phase.update(advance)
             if distributed.any_rank(stop.requested):
                 raise Stopped(f"during {name}")
+        phase.update(num_rows - seen)
     objective.train(was_training)
     if values is None:
         values = torch.zeros(0, _width(objective, compute))

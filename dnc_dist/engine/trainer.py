@@ -125,7 +125,7 @@ class Trainer:
         self.tracker.log("division", self.state.step, epoch, values)
         _log.info(
             f"epoch {epoch}: {division.num_learners} learner(s) of {', '.join(map(str, division.sizes))} images, "
-            f"{division.left_out} left out, {division.matched_share:.0%} kept theirs ({seconds:.1f} s)"
+            f"{division.left_out} left out, {division.matched_share:.0%} kept their learner ({seconds:.1f} s)"
         )
 
     def train_epoch(self, shares: EpochShares) -> None:
