@@ -57,7 +57,7 @@ class DncObjective(nn.Module):
         self.seed, self.mask_penalty, self.autocast = seed, mask_penalty, autocast
 
     def forward(
-        self, batch: Batch, phase: Phase, *, group: ProcessGroup | None = None, stop: bool = False
+        self, batch: Batch, phase: Phase, *, group: ProcessGroup | None = None, max_positives: int | None = None, stop: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective. Loss and statistics of one step.
 
@@ -65,6 +65,7 @@ class DncObjective(nn.Module):
             batch: this rank's rows of the step's global batch.
             phase: where the training stands.
             group: the ranks that share this rank's learners; None: all.
+            max_positives: upper bound of an image's positives in the global batch; None: counted, which waits for a GPU.
             stop: this rank was asked to stop; ``stats["stop"]`` tells on how many ranks that is so.
 
         Returns:
@@ -88,7 +89,7 @@ class DncObjective(nn.Module):
         rows, masks = self._project(embeddings, batch, phase)
         learners = phase.level if not phase.conquer else 1
         if self.loss.kind == "pairwise":
-            loss, stats = self._pairwise(rows, learners, phase.step, group, stop)
+            loss, stats = self._pairwise(rows, learners, phase.step, group, max_positives, stop)
         else:
             loss, stats = self._whole_batch(rows, masks, learners, group, stop)
         penalty = embeddings.new_zeros(())
@@ -127,13 +128,15 @@ class DncObjective(nn.Module):
         learner = torch.where(batch.valid, batch.learner, -1)
         return Rows(dnc_kernels.project(embeddings, learner, masks), batch.labels, learner, batch.rows), masks
 
-    def _pairwise(self, rows: Rows, learners: int, step: int, group: ProcessGroup | None, stop: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _pairwise(
+        self, rows: Rows, learners: int, step: int, group: ProcessGroup | None, max_positives: int | None, stop: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Local anchors against the references of all ranks of the group."""
         references = None
         if distributed.group_size(group) > 1:
             columns = distributed.gather_rows(torch.stack([rows.labels, rows.learner, rows.row_ids], 1), group=group)
             references = References(distributed.gather_rows(rows.z, grad="sum", group=group), *columns.unbind(1))
-        out = self.loss(rows.z, rows.labels, rows.learner, rows.row_ids, learners, self.seed, step, references)
+        out = self.loss(rows.z, rows.labels, rows.learner, rows.row_ids, learners, self.seed, step, references, max_positives)
         names = sorted(out.stats)
         # One slot more, in front, for rows of no learner.
         present = torch.zeros(learners + 1, dtype=torch.float64, device=rows.z.device).index_fill_(0, rows.learner + 1, 1.0)[1:]

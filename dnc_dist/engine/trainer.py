@@ -135,6 +135,7 @@ class Trainer:
         conquer = plan.conquering(cfg, state.epoch)
         schedule = self.data.schedule(state.division, state.epoch, conquer=conquer)
         rows_in_step = np.diff(schedule.starts)
+        max_positives = schedule.max_rows_per_class(self.data.train.labels) - 1
         first_step = state.step - state.batches_done
         log = StepLog(self.tracker, cfg.tracker.log_every)
         # The ranks that share this rank's learner in a step of m learners; None: all of them.
@@ -147,7 +148,13 @@ class Trainer:
             for batch in batches:
                 rates = plan.learning_rates(cfg, state, len(schedule))
                 set_learning_rates(self.engine, rates)
-                loss, stats = self.engine(batch.to(distributed.device()), plan.phase(cfg, state), group=group, stop=self.stop.requested)
+                loss, stats = self.engine(
+                    batch.to(distributed.device()),
+                    plan.phase(cfg, state),
+                    group=group,
+                    max_positives=max_positives,
+                    stop=self.stop.requested,
+                )
                 self.engine.backward(loss)
                 self.engine.step()
                 rows = int(rows_in_step[state.batches_done])
