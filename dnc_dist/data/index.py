@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ class DatasetIndex:
 
     def __len__(self) -> int:
         return int(self.manifest["num_rows"])
+
+    def __reduce__(self) -> tuple[Callable[[Path], DatasetIndex], tuple[Path]]:
+        # Another process maps the columns itself instead of receiving a copy.
+        return open_index, (self.root,)
 
     @property
     def content_hash(self) -> str:

@@ -1,8 +1,7 @@
-"""What the loaders of training and of sequential passes share: the batch, how rows become one, and their workers' start."""
+"""What the loaders of training and of sequential passes share: the batch, and how rows become one."""
 
 from __future__ import annotations
 
-import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -46,12 +45,6 @@ class Request(NamedTuple):
     labels: NDArray[np.int64]
     learner: NDArray[np.int64]
     positions: NDArray[np.int64]
-
-
-def leave_signals(worker: int) -> None:
-    """Leave signals to the training process: SLURM sends them to every process of a step, and the last batches are still needed."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def load_image(data: bytes, geometry: Geometry, uniforms: Tensor | None) -> Tensor | None:

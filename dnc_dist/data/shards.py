@@ -266,7 +266,7 @@ class ShardReader:
     """Reads the encoded image of a row by its offset; keeps a few shards open. Safe to fork and to pickle."""
 
     def __init__(self, index: DatasetIndex) -> None:
-        self.paths = index.shard_paths
+        self.index, self.paths = index, index.shard_paths
         self.shard, self.offset, self.size = (index.columns[name] for name in ("shard", "offset", "size"))
         self._files: OrderedDict[int, FileIO] = OrderedDict()
 
@@ -296,5 +296,5 @@ class ShardReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict()}
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[DatasetIndex]]:
+        return ShardReader, (self.index,)

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.index import DatasetIndex, RowView, row_key
-from dnc_dist.data.loading import Batch, Request, assemble, dummy, leave_signals, load_image
+from dnc_dist.data.loading import Batch, Request, assemble, dummy, load_image
 from dnc_dist.data.shards import ShardReader
 from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
+from dnc_dist.data.workers import worker_context, worker_start
 from dnc_dist.rng import uniform
 
 _log = logging.getLogger(__name__)
@@ -55,8 +56,7 @@ class _Requests(Sampler[Request]):
 class TrainBatches:
     """Batches of this rank over the steps of a schedule, loaded ahead by workers.
 
-    Workers are forked (once, at the first epoch, and kept): they start in milliseconds and share the mapped index. That is safe
-    here because they only run Pillow, NumPy and single-threaded torch on the CPU and never touch the process group or a device.
+    Workers are started once, at the first epoch, and kept.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class TrainBatches:
             prefetch_factor=prefetch if workers else None,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=leave_signals,
-            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=worker_start(),
+            multiprocessing_context=worker_context(workers),
             generator=torch.Generator(),  # without its own, a loader draws from the global one, which a resume would have to replay
         )
 
@@ -222,8 +222,8 @@ class SequentialBatches:
             num_workers=workers,
             prefetch_factor=prefetch if workers else None,
             pin_memory=pin_memory,
-            worker_init_fn=leave_signals,
-            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=worker_start(),
+            multiprocessing_context=worker_context(workers),
             generator=torch.Generator(),
         )
 

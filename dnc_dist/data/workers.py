@@ -1,0 +1,54 @@
+"""How loader workers are started: forked from a small server process that has imported what they need and has one thread.
+
+Not forked from the training process: that one has threads of gloo, autograd and the tracker, and in a child that is forked while
+one of them is about to come or go, CPython 3.11 can wait for ever for a lock that nobody will release. Nor spawned: every worker
+of every pass would import torch anew.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.context import BaseContext
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def worker_context(workers: int) -> BaseContext | None:
+    """The multiprocessing context of a loader with so many workers; None without any. The server starts with the first worker."""
+    if not workers:
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dnc_dist.data.worker_server"])
+    return context
+
+
+def worker_start() -> Callable[[int], None]:
+    """What every worker of this process runs first."""
+    return partial(_start, os.getpid())
+
+
+def _start(trainer: int, worker: int) -> None:
+    leave_signals()
+    threading.Thread(target=_follow, args=(trainer,), daemon=True).start()
+
+
+def leave_signals() -> None:
+    """Leave signals to the training process: SLURM sends them to every process of a step, and the last batches are still needed."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _follow(trainer: int) -> None:
+    """End this worker once the training process is gone; its parent, the server, lives as long as a worker does."""
+    while True:
+        time.sleep(1)
+        try:
+            os.kill(trainer, 0)
+        except ProcessLookupError:
+            os._exit(1)
