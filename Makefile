@@ -7,6 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+comma := ,
 EXTRA := $(if $(shell command -v nvidia-smi),gpu,cpu)
 # The first of these that is new enough and can make virtual environments; PYTHON=... chooses another.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
@@ -26,14 +28,23 @@ help:
 	@echo "make clean        remove the virtual environment and caches; runs/ and data/ stay"
 
 # torch first and alone: DeepSpeed looks for it when it is built. DS_BUILD_OPS=0: no operator is compiled at installation.
-$(STAMP): pyproject.toml constraints.txt
+define install
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "no Python 3.11 or newer with the venv module was found; install one (Debian: python3-venv) or give PYTHON=/path/to/python" >&2; exit 2; fi
-	@echo "installing into $(VENV) with $(PYTHON), extras: $(EXTRA),test"
+	@echo "installing into $(VENV) with $(PYTHON), extras: $(1)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@DS_BUILD_OPS=0 $(PIP) --editable ".[$(EXTRA),test]"
+	@DS_BUILD_OPS=0 $(PIP) --editable ".[$(1)]"
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,$(EXTRA))
 	@touch $@
+
+# What runs the product, and what tests it: Triton among it, whose interpreter and compiler need no GPU.
+$(TEST_STAMP): pyproject.toml constraints.txt
+	$(call install,$(EXTRA)$(comma)test)
+	@touch $(STAMP) $@
 
 quickstart: $(STAMP)
 	@[ -f data/glyphs/manifest.json ] || { rm -rf data/glyphs && $(BIN)/dnc-dist data prepare glyphs --out data/glyphs; }
@@ -41,12 +52,12 @@ quickstart: $(STAMP)
 	@$(BIN)/dnc-dist launch configs/quickstart.yaml --nproc 2
 	@echo "report: $(RUN)/report.html"
 
-lint: $(STAMP)
+lint: $(TEST_STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

@@ -119,7 +119,7 @@ def _groups() -> dict[int, ProcessGroup]:
     return distributed.rank_groups(LEARNERS)
 
 
-def _outcome(case: Case, cfg: RunConfig) -> Outcome:
+def step_outcome(case: Case, cfg: RunConfig) -> Outcome:
     data = RunData(cfg)
     objective = build_objective(cfg, data.train.num_classes).train()
     shake(objective, case.level)
@@ -166,7 +166,7 @@ def _curve(cfg: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
     return torch.stack(losses), {name: value.detach() - before[name] for name, value in objective.named_parameters()}
 
 
-def _errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+def errors_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Errors of the tensors of backbone, head, masks and loss and of running statistics, each as one vector; the largest of a tensor."""
     parts: dict[str, list[str]] = {}
     for name in found:
@@ -184,21 +184,21 @@ def _compute(roots: dict[str, str], place: str) -> dict[str, Any]:
     run = Path(place) / "run"
     errors: dict[str, Any] = {}
     for number, (name, case) in enumerate(CASES.items()):
-        found = _outcome(case, config(Path(roots[case.data]), run, **case.changes))
+        found = step_outcome(case, config(Path(roots[case.data]), run, **case.changes))
         if alone:
             torch.save(found, f"{place}/{number}.pt")
         elif distributed.is_main():
             expected: Outcome = torch.load(f"{place}/{number}.pt", weights_only=False)
             assert found.stats.keys() == expected.stats.keys() and found.tensors.keys() == expected.tensors.keys()
             stats = {key: relative_error(value.nan_to_num(-1), expected.stats[key].nan_to_num(-1)) for key, value in found.stats.items()}
-            errors[name] = {"scaled loss": relative_error(found.loss, expected.loss), **stats, **_errors(found.tensors, expected.tensors)}
+            errors[name] = {"scaled loss": relative_error(found.loss, expected.loss), **stats, **errors_of(found.tensors, expected.tensors)}
     for zero in (0, 1, 2) if distributed.world_size() in ZERO_WORLDS else ():
         losses, changes = _curve(config(Path(roots["whole"]), run, **ZERO_CHANGES, engine={"zero": zero}))
         if alone and zero == 0:
             torch.save((losses, changes), f"{place}/curve.pt")
         elif distributed.is_main():
             expected_losses, expected_changes = torch.load(f"{place}/curve.pt")
-            errors[f"ZeRO {zero}"] = {"losses": relative_error(losses, expected_losses), **_errors(changes, expected_changes)}
+            errors[f"ZeRO {zero}"] = {"losses": relative_error(losses, expected_losses), **errors_of(changes, expected_changes)}
     return errors
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dnc_dist import distributed
+from dnc_dist.clustering.device import Backend, choose_backend
 from dnc_dist.clustering.division import MIN_CLASSES, Division, check_num_learners, make_division, match, whole
 from dnc_dist.clustering.kmeans import REPLICATED_ROWS, kmeans
 from dnc_dist.clustering.repair import class_sizes, repair
@@ -34,6 +35,7 @@ def divide(
     iterations: int = 100,
     trials: int = TRIALS,
     replicated_rows: int = REPLICATED_ROWS,
+    backend: Backend = "auto",
 ) -> Division:
     """Collective. Cluster, match to the previous division, and (hierarchical) split every cluster in two until ``target``.
 
@@ -51,13 +53,14 @@ def divide(
         start: of the first k-means; "previous" begins at the previous division's centroids, so learners keep more of their rows.
         iterations: of each k-means, at most.
         trials: k-means runs per level until every cluster is trainable.
-        replicated_rows: up to so many rows the result is equal bit for bit for any number of ranks.
+        replicated_rows: up to so many rows the result is equal bit for bit for any number of ranks (with Triton: of equal GPUs).
+        backend: of each k-means; ``auto`` is Triton where it serves this rank's device, else FAISS.
 
     Returns:
         The same division on every rank.
 
     Raises:
-        InputError: too few classes for ``target`` learners, or fewer rows than learners.
+        InputError: too few classes for ``target`` learners, fewer rows than learners, or a backend that does not run here.
         FloatingPointError: features that are not finite.
     """
     check_num_learners(labels, target)
@@ -68,7 +71,7 @@ def divide(
         return whole(labels, epoch=epoch)
     rows = spread_rows(features_local, row_start, len(labels), replicated_rows)
     # The same seed in every epoch, as the published implementation: features that hardly moved give the same clusters.
-    divider = _Divider(rows, labels, seed_for(seed, "division"), iterations, trials, replicated_rows)
+    divider = _Divider(rows, labels, seed_for(seed, "division"), iterations, trials, replicated_rows, backend)
     cluster = np.zeros(len(labels), np.int64)
     if level > 1:
         init = torch.from_numpy(previous.centroids) if previous is not None and start == "previous" else None
@@ -98,9 +101,13 @@ def divide(
 class _Divider:
     """The k-means runs of one division, and what they report."""
 
-    def __init__(self, rows: Rows, labels: np.ndarray, seed: int, iterations: int, trials: int, replicated_rows: int) -> None:
+    def __init__(
+        self, rows: Rows, labels: np.ndarray, seed: int, iterations: int, trials: int, replicated_rows: int, backend: Backend
+    ) -> None:
         self.rows, self.labels, self.seed = rows, labels, seed
         self.iterations, self.trials, self.replicated_rows = iterations, trials, replicated_rows
+        self.backend = choose_backend(backend, distributed.device())
+        self.device = distributed.device() if self.backend == "triton" else torch.device("cpu")
         self.trials_run, self.rejoined = 0, 0
 
     def cluster(self, k: int, init: Tensor | None, min_classes: int) -> np.ndarray:
@@ -153,7 +160,7 @@ class _Divider:
     ) -> tuple[np.ndarray, Tensor, float]:
         """Collective. One more trial: (M,) clusters of all rows, (k, F) centroids, objective."""
         result = kmeans(
-            rows.local,
+            rows.local.to(self.device),
             k,
             seed=seed_for(self.seed, "trial", self.trials_run),
             iterations=self.iterations,
@@ -164,6 +171,7 @@ class _Divider:
             init=init,
             restrict=None if parent is None else torch.from_numpy(rows.mine(parent)),
             replicated_rows=self.replicated_rows,
+            backend=self.backend,
         )
         self.trials_run += 1
         return rows.gather(result.assignment).numpy(), result.centroids, result.objective

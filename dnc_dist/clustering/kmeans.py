@@ -1,13 +1,12 @@
 """Lloyd's k-means on the rows of this rank: per iteration one all-reduce whose size does not depend on the number of rows.
 
-The nearest centroid of a row is the argmin of float64 distances, the lowest index winning: FAISS finds the two nearest in
-float32, and rows whose two distances are closer than float32 can tell are decided again in float64. So neither BLAS,
-threads nor block shapes show in the result.
+``device.py`` runs it on a GPU; the rest here is the FAISS path on the CPU. There the nearest centroid of a row is the argmin
+of float64 distances, the lowest index winning: FAISS finds the two nearest in float32, and rows whose two distances are
+closer than float32 can tell are decided again in float64. So neither BLAS, threads nor block shapes show in the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import faiss
@@ -16,32 +15,15 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from dnc_dist.clustering.centroids import WORK_ELEMENTS, Collective, KMeansResult, first_centroids, split_empty
+from dnc_dist.clustering.device import Backend, choose_backend, lloyd_on_device
 from dnc_dist.errors import InputError
 from dnc_dist.exact import gram_error, squared_distance
-from dnc_dist.rng import numpy_generator, seed_for
 
 REPLICATED_ROWS = 100_000
 """Up to so many rows every rank gathers all of them and runs the same k-means; its result is then equal bit for bit for any W."""
 
-SAMPLE_ROWS = 65_536
-SAMPLE_ROWS_PER_CENTROID = 256
 SUM_BLOCK = 8192
-WORK_ELEMENTS = 1 << 21
-SPLIT_TRIES = 10_000
-SPLIT_PERTURBATION = 1 / 1024
-
-Collective = Callable[[Tensor], Tensor]
-
-
-class KMeansResult(NamedTuple):
-    """The clusters of the local rows; ``assignment`` is the argmin for exactly these ``centroids``."""
-
-    assignment: Tensor  # (n,) int64
-    distance: Tensor  # (n,) float32, squared
-    centroids: Tensor  # (k, D) float32
-    objective: float  # sum of squared distances over all ranks
-    iterations: int  # updates of the centroids
-    splits: int  # empty clusters that were given half of another one
 
 
 class _Segment(NamedTuple):
@@ -70,6 +52,7 @@ def kmeans(
     init: Tensor | None = None,
     restrict: Tensor | None = None,
     replicated_rows: int = REPLICATED_ROWS,
+    backend: Backend = "auto",
 ) -> KMeansResult:
     """Collective. Cluster rows that are spread over ranks, until no row moves or ``iterations`` updates are done.
 
@@ -84,25 +67,28 @@ def kmeans(
         init: (k, D) warm start instead of k-means++.
         restrict: (n,) parent of each row in 0..k/2-1: the row competes between centroids 2p and 2p+1 only.
         replicated_rows: up to so many rows all ranks gather the rows and run the same k-means.
+        backend: ``triton`` on the device of ``x_local``, or ``faiss`` on the CPU; ``auto`` is triton where it serves a GPU.
 
     Returns:
-        The result for the local rows. A cluster may be empty if there are fewer distinct rows than clusters.
+        The result for the local rows, on the CPU. Of two centroids that are equally near within float32 rounding, Triton may
+        give either. A cluster may be empty if there are fewer distinct rows than clusters.
 
     Raises:
-        InputError: fewer rows than centroids.
+        InputError: fewer rows than centroids; triton where it does not run.
         FloatingPointError: rows that are not finite.
     """
     total = x_local.shape[0] if num_rows is None else num_rows
     if total < k:
         raise InputError(f"{total} rows cannot be divided into {k} clusters; set division.num_learners to at most the number of rows")
+    lloyd = lloyd_on_device if choose_backend(backend, x_local.device) == "triton" else _lloyd
     if total <= replicated_rows:
-        n = x_local.shape[0]
-        x_local = gather(x_local)
+        n, device = x_local.shape[0], x_local.device
+        x_local = gather(x_local).to(device)
         restrict = None if restrict is None else gather(restrict)
-        result = _lloyd(x_local, k, seed, iterations, 0, _alone, _alone, init, restrict)
+        result = lloyd(x_local, k, seed, iterations, 0, _alone, _alone, init, restrict)
         local = slice(row_start, row_start + n)
         return result._replace(assignment=result.assignment[local], distance=result.distance[local])
-    return _lloyd(x_local, k, seed, iterations, row_start, all_reduce, gather, init, restrict)
+    return lloyd(x_local, k, seed, iterations, row_start, all_reduce, gather, init, restrict)
 
 
 def nearest(x_local: Tensor, centroids: Tensor) -> Tensor:
@@ -143,7 +129,7 @@ def _lloyd(
         raise FloatingPointError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
     warm = None if init is None else _numpy(init).copy()
-    centroids = _start(x, parent, rows_of_parent, children, seed, row_start, gather) if warm is None else warm
+    centroids = first_centroids(torch.from_numpy(x), parent, rows_of_parent, children, seed, row_start, gather) if warm is None else warm
     order = np.argsort(parent, kind="stable")
     if restrict is not None:
         x, norms = x[order], norms[order]
@@ -168,7 +154,7 @@ def _lloyd(
         counts = packed[-2 - k : -2]
         means = packed[: -2 - k].reshape(sums.shape) / np.maximum(counts, 1)[:, None]
         centroids = np.where(counts[:, None] > 0, means, c).astype(np.float32)
-        splits += _split_empty(centroids, counts.astype(np.int64), rows_of_parent, seed, iteration)
+        splits += split_empty(centroids, counts.astype(np.int64), rows_of_parent, seed, iteration)
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order))
     distance = np.empty(len(x), np.float32)
@@ -214,69 +200,3 @@ def sum_by_group(x: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarra
         one_hot = csr_matrix((np.ones(len(member)), np.argsort(member, kind="stable"), np.append(0, ends)), shape=(num_groups, len(member)))
         sums += one_hot @ x[at : at + SUM_BLOCK].astype(np.float64)
     return sums
-
-
-def _uniform(seed: int, row_start: int, n: int) -> np.ndarray:
-    """(n,) uniform numbers of the rows from ``row_start`` on: a row's number depends on its global index only."""
-    philox = np.random.Philox(seed_for(seed, "k-means sample")).advance(row_start // 4)
-    return np.random.Generator(philox).random(n + row_start % 4)[row_start % 4 :]
-
-
-def _start(
-    x: np.ndarray, parent: np.ndarray, rows_of_parent: np.ndarray, children: int, seed: int, row_start: int, gather: Collective
-) -> np.ndarray:
-    """Collective. (k, D) first centroids: k-means++ (Arthur and Vassilvitskii 2007) per parent on a sample shared by all ranks."""
-    parents = len(rows_of_parent)
-    quota = max(SAMPLE_ROWS_PER_CENTROID * children, SAMPLE_ROWS // parents)
-    chosen = _uniform(seed, row_start, len(x)) < (quota / np.maximum(rows_of_parent, 1))[parent]
-    sample = gather(torch.from_numpy(x[chosen])).numpy()
-    sample_parent = gather(torch.from_numpy(parent[chosen])).numpy()
-    centroids = np.zeros((parents * children, x.shape[1]), np.float32)
-    for p in range(parents):
-        rows = sample if parents == 1 else sample[sample_parent == p]
-        if len(rows):
-            centroids[p * children : (p + 1) * children] = _plus_plus(rows, children, numpy_generator(seed, "k-means++", p))
-    return centroids
-
-
-def _plus_plus(rows: np.ndarray, k: int, random: np.random.Generator) -> np.ndarray:
-    step = max(1, WORK_ELEMENTS // rows.shape[1])
-    chosen = [int(random.integers(len(rows)))]
-    distance = np.full(len(rows), np.inf)
-    while len(chosen) < k:
-        for at in range(0, len(rows), step):
-            block = slice(at, at + step)
-            np.minimum(distance[block], squared_distance(rows[block], rows[chosen[-1]]), out=distance[block])
-        mass = np.cumsum(distance)
-        point = random.random() * mass[-1]
-        # With no distance left (fewer distinct rows than centroids) any row does: its cluster stays empty or is split.
-        chosen.append(min(int(np.searchsorted(mass, point, side="right")), len(rows) - 1))
-    return rows[chosen]
-
-
-def _split_empty(centroids: np.ndarray, counts: np.ndarray, rows_of_parent: np.ndarray, seed: int, iteration: int) -> int:
-    """Give every empty cluster half of another one, in place, as FAISS does (``Clustering.cpp``, ``split_clusters``).
-
-    The donor is found by walking round the clusters and accepting j with probability (n_j - 1) / (n - k); both get its
-    centroid, perturbed by 1/1024 in opposite directions. With parents, children take from their sibling only.
-    """
-    if counts.all():
-        return 0
-    children = len(counts) // len(rows_of_parent)
-    random = numpy_generator(seed, "split", iteration)
-    splits = 0
-    for empty in np.flatnonzero(counts == 0):
-        parent = int(empty) // children
-        siblings = np.arange(parent * children, (parent + 1) * children)
-        if counts[siblings].max() < 2:
-            continue
-        accept = (counts[siblings] - 1) / max(1, rows_of_parent[parent] - children)
-        tries = random.random(SPLIT_TRIES) < np.resize(accept, SPLIT_TRIES)
-        donor = siblings[int(tries.argmax()) % children] if tries.any() else siblings[counts[siblings].argmax()]
-        sign = np.where(np.arange(centroids.shape[1]) % 2 == 0, SPLIT_PERTURBATION, -SPLIT_PERTURBATION).astype(np.float32)
-        centroids[empty] = centroids[donor] * (1 + sign)
-        centroids[donor] *= 1 - sign
-        counts[empty] = counts[donor] // 2
-        counts[donor] -= counts[empty]
-        splits += 1
-    return splits

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dnc_dist import distributed
-from dnc_dist.clustering.kmeans import SUM_BLOCK, Collective, sum_by_group
+from dnc_dist.clustering.centroids import Collective
+from dnc_dist.clustering.kmeans import SUM_BLOCK, sum_by_group
 
 
 class Rows(NamedTuple):
@@ -44,7 +45,7 @@ class Rows(NamedTuple):
 
 
 def _all_reduce(tensor: Tensor) -> Tensor:
-    return distributed.all_reduce_sum(tensor.to(distributed.device())).cpu()
+    return distributed.all_reduce_sum(tensor.to(distributed.device())).to(tensor.device)
 
 
 def _gather(tensor: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ def cluster(
         start=div.start,
         iterations=div.kmeans_iterations,
         trials=div.trials,
+        backend=div.kmeans_backend,
     )
     learner_of = np.full(len(view), -1, np.int16)
     learner_of[valid] = division.learner_of

@@ -29,12 +29,16 @@ from dnc_dist.rng import uniform
 
 
 class Rows(NamedTuple):
-    """What the loss needs of some rows: z (n, D) unit embeddings; labels, learner, row_ids (n,) int64, learner -1 in no pair."""
+    """What the loss needs of some rows: z (n, D) unit embeddings; labels, learner, row_ids (n,) int64, learner -1 in no pair.
+
+    With ``masks`` (k, D), z holds embeddings that the loss has yet to project.
+    """
 
     z: Tensor
     labels: Tensor
     learner: Tensor
     row_ids: Tensor
+    masks: Tensor | None = None
 
 
 class DncObjective(nn.Module):
@@ -86,7 +90,10 @@ class DncObjective(nn.Module):
             embeddings = self.head(features, dropped).float()
         set_valid_rows(self.backbone, None)
 
-        rows, masks = self._project(embeddings, batch, phase)
+        masks = None if phase.conquer else self.masks.level_masks(phase.level)
+        # With references from other ranks embeddings are projected before they are gathered; alone, the loss does it in one go.
+        gathered = self.loss.kind != "pairwise" or distributed.group_size(group) > 1
+        rows = self._rows(embeddings, batch, masks, project=gathered)
         learners = phase.level if not phase.conquer else 1
         if self.loss.kind == "pairwise":
             loss, stats = self._pairwise(rows, learners, phase.step, group, max_positives, stop)
@@ -119,14 +126,15 @@ class DncObjective(nn.Module):
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
-    def _project(self, embeddings: Tensor, batch: Batch, phase: Phase) -> tuple[Rows, Tensor | None]:
-        """Unit embeddings of the learners' subspaces and the level's masks (k, D); when conquering the whole embedding and None."""
-        if phase.conquer:
+    def _rows(self, embeddings: Tensor, batch: Batch, masks: Tensor | None, *, project: bool) -> Rows:
+        """The batch in the subspaces of its learners; without masks (conquer) in the whole embedding, as one learner."""
+        if masks is None:
             z = inference(embeddings, self.masks.kind, self.masks.num_learners)
-            return Rows(z, batch.labels, torch.where(batch.valid, 0, -1), batch.rows), None
-        masks = self.masks.level_masks(phase.level)
+            return Rows(z, batch.labels, torch.where(batch.valid, 0, -1), batch.rows)
         learner = torch.where(batch.valid, batch.learner, -1)
-        return Rows(dnc_kernels.project(embeddings, learner, masks), batch.labels, learner, batch.rows), masks
+        if not project:
+            return Rows(embeddings, batch.labels, learner, batch.rows, masks)
+        return Rows(dnc_kernels.project(embeddings, learner, masks), batch.labels, learner, batch.rows)
 
     def _pairwise(
         self, rows: Rows, learners: int, step: int, group: ProcessGroup | None, max_positives: int | None, stop: bool
@@ -136,7 +144,7 @@ class DncObjective(nn.Module):
         if distributed.group_size(group) > 1:
             columns = distributed.gather_rows(torch.stack([rows.labels, rows.learner, rows.row_ids], 1), group=group)
             references = References(distributed.gather_rows(rows.z, grad="sum", group=group), *columns.unbind(1))
-        out = self.loss(rows.z, rows.labels, rows.learner, rows.row_ids, learners, self.seed, step, references, max_positives)
+        out = self.loss(rows.z, rows.labels, rows.learner, rows.row_ids, learners, self.seed, step, references, max_positives, rows.masks)
         names = sorted(out.stats)
         # One slot more, in front, for rows of no learner.
         present = torch.zeros(learners + 1, dtype=torch.float64, device=rows.z.device).index_fill_(0, rows.learner + 1, 1.0)[1:]

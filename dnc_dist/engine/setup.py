@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+import dnc_kernels
 from dnc_dist import distributed
+from dnc_dist.clustering.device import Backend, choose_backend
 from dnc_dist.config import RunConfig
 from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
+from dnc_dist.errors import InputError
 from dnc_dist.loss import build_loss
 from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.embedding import EmbeddingHead
@@ -41,6 +44,20 @@ def build_objective(cfg: RunConfig, num_classes: int) -> DncObjective:
         mask_penalty=cfg.division.mask_penalty,
         autocast=autocast_dtype(cfg),
     ).to(distributed.device())
+
+
+def kernels_note(kmeans_backend: Backend) -> str:
+    """What computes mining, loss and k-means on this rank's device, for the start of a run.
+
+    Raises:
+        InputError: DNC_KERNELS or division.kmeans_backend names something that does not exist or cannot run here.
+    """
+    device = distributed.device()
+    try:
+        note = dnc_kernels.implementation_note(device)
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+    return f"{note}; k-means by {choose_backend(kmeans_backend, device)}"
 
 
 def autocast_dtype(cfg: RunConfig) -> torch.dtype | None:

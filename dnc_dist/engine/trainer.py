@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-import dnc_kernels
 from dnc_dist import distributed
 from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
@@ -20,7 +19,7 @@ from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.runlog import close_log, open_log
-from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
+from dnc_dist.engine.setup import build_engine, build_objective, kernels_note, set_learning_rates
 from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
@@ -61,6 +60,7 @@ class Trainer:
         self.cfg, self.stop = cfg, stop
         self.progress = Progress(distributed.is_main())
         self.failed: set[str] = set()
+        self.kernels = kernels_note(cfg.division.kmeans_backend)
         self.data = RunData(cfg)
         self.selected_on, _ = self.data.selection_view()
         check_num_learners(self.data.train.labels, cfg.division.num_learners)
@@ -277,7 +277,7 @@ class Trainer:
         )
         _log.info(
             f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class, so {negatives} of other classes for "
-            f"every anchor; {cfg.loss.name} loss, {dnc_kernels.implementation_note(distributed.device())}"
+            f"every anchor; {cfg.loss.name} loss, {self.kernels}"
         )
         if state.step:
             _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")

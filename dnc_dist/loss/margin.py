@@ -68,6 +68,7 @@ class MarginLoss(nn.Module):
         step: Tensor | int,
         references: References | None = None,
         max_positives: int | None = None,
+        masks: Tensor | None = None,
     ) -> dnc_kernels.MarginLossOutput:
         """Sums per learner over the active pairs of the local anchors; the caller adds ranks and divides.
 
@@ -77,12 +78,14 @@ class MarginLoss(nn.Module):
             seed, step: key of the draws, int or 0-d int64 tensor.
             references: rows of all ranks of these learners; None: the anchors themselves.
             max_positives: upper bound of an anchor's positives; None counts them (on a GPU one wait for the device).
+            masks: (K, D), where z holds embeddings that are yet to be projected; not together with references.
         """
         return dnc_kernels.margin_loss(
             z,
             labels,
             beta=self.beta[0] if self.learn_beta == "scalar" else self.beta,
             margin=self.margin,
+            masks=masks,
             num_learners=num_learners,
             learner=learner,
             ref_z=None if references is None else references.z,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dnc_kernels import reference
 from dnc_kernels.contract import MarginLossOutput, Pairs
 from dnc_kernels.dispatch import dispatched, implementation, implementation_note
+from dnc_kernels.reference import negative_weights
 
 __all__ = [
     "MarginLossOutput",
@@ -26,5 +27,4 @@ project = dispatched(reference.project)
 sample_pairs = dispatched(reference.sample_pairs)
 margin_loss_on_pairs = dispatched(reference.margin_loss_on_pairs)
 margin_loss = dispatched(reference.margin_loss)
-negative_weights = dispatched(reference.negative_weights)
 lloyd_step = dispatched(reference.lloyd_step)

@@ -71,10 +71,14 @@ def integer_column(name: str, value: Tensor, like: Tensor) -> Tensor:
     return value.long()
 
 
-def check_below(name: str, value: Tensor, limit: int, allowed: str) -> None:
-    """On CPU: ValueError if an entry is `limit` or more. Elsewhere nothing, as reading it would wait for the device."""
-    if value.device.type == "cpu" and value.numel() and int(value.max()) >= limit:
-        raise ValueError(f"{name} contains {int(value.max())}; allowed are {allowed}")
+def check_below(name: str, value: Tensor, limit: int, allowed: str, *, lowest: int | None = None) -> None:
+    """On CPU: ValueError if an entry is `limit` or more or below `lowest`. Elsewhere nothing, as reading it would wait for the device."""
+    if value.device.type != "cpu" or not value.numel():
+        return
+    smallest, largest = int(value.min()), int(value.max())
+    for worst, wrong in ((largest, largest >= limit), (smallest, lowest is not None and smallest < lowest)):
+        if wrong:
+            raise ValueError(f"{name} contains {worst}; allowed are {allowed}")
 
 
 def anchors_and_references(

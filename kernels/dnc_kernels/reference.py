@@ -76,6 +76,8 @@ def margin_loss_on_pairs(
 
     Raises:
         ValueError: wrong shapes, types or devices; on CPU also a label without β or a learner beyond `num_learners`.
+            Elsewhere nothing waits for the device: a label without β makes the loss NaN and is counted in
+            `stats["labels_beyond_beta"]`.
     """
     check_matrix("z", z)
     labels = integer_column("labels", labels, z)
@@ -98,10 +100,13 @@ def margin_loss_on_pairs(
         check_below("learner", learner, num_learners, f"-1 (in no learner) to num_learners-1={num_learners - 1}")
         pair_learner = learner[anchor]
         slot_used = slot_used & (pair_learner >= 0)
+    beyond_beta = torch.zeros_like(labels, dtype=torch.bool)
     if beta.ndim == 1:
+        classes = beta.shape[0]
         in_learner = labels if learner is None else labels.masked_fill(learner < 0, 0)
-        check_below("labels", in_learner, beta.shape[0], f"0 to {beta.shape[0] - 1}, one per entry of beta")
-        beta = beta[labels[anchor].clamp(0, max(0, beta.shape[0] - 1))]
+        check_below("labels", in_learner, classes, f"0 to {classes - 1}, one per entry of beta", lowest=0)
+        beyond_beta = (in_learner < 0) | (in_learner >= classes)
+        beta = beta[labels[anchor].clamp(0, max(0, classes - 1))].masked_fill(beyond_beta[anchor], torch.nan)
 
     # `embedding` gathers rows as z[anchor] does; its backward is faster on CPU and adds in a fixed order on a GPU.
     difference = embedding(anchor, _computed(z)) - embedding(pairs.other.clamp_min(0), _computed(references))
@@ -120,6 +125,7 @@ def margin_loss_on_pairs(
     found, known = distance.detach(), slot_used & pairs.positive
     unknown = slot_used & ~pairs.positive
     stats = dict(pairs.stats or {}) | {
+        "labels_beyond_beta": beyond_beta.sum(),
         "positive_pairs": known.sum(),
         "negative_pairs": unknown.sum(),
         "active_positive_pairs": (known & active).sum(),

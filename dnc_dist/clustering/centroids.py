@@ -1,0 +1,102 @@
+"""What all backends of k-means share: the result, where it begins, and what becomes of empty clusters.
+
+Both decisions fall on the host, in the same way on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnc_dist.exact import squared_distance
+from dnc_dist.rng import numpy_generator, seed_for
+
+SAMPLE_ROWS = 65_536
+SAMPLE_ROWS_PER_CENTROID = 256
+WORK_ELEMENTS = 1 << 21
+SPLIT_TRIES = 10_000
+SPLIT_PERTURBATION = 1 / 1024
+
+Collective = Callable[[Tensor], Tensor]
+
+
+class KMeansResult(NamedTuple):
+    """The clusters of the local rows; ``assignment`` is the argmin for exactly these ``centroids``."""
+
+    assignment: Tensor  # (n,) int64
+    distance: Tensor  # (n,) float32, squared
+    centroids: Tensor  # (k, D) float32
+    objective: float  # sum of squared distances over all ranks
+    iterations: int  # updates of the centroids
+    splits: int  # empty clusters that were given half of another one
+
+
+def _uniform(seed: int, row_start: int, n: int) -> np.ndarray:
+    """(n,) uniform numbers of the rows from ``row_start`` on: a row's number depends on its global index only."""
+    philox = np.random.Philox(seed_for(seed, "k-means sample")).advance(row_start // 4)
+    return np.random.Generator(philox).random(n + row_start % 4)[row_start % 4 :]
+
+
+def first_centroids(
+    x: Tensor, parent: np.ndarray, rows_of_parent: np.ndarray, children: int, seed: int, row_start: int, gather: Collective
+) -> np.ndarray:
+    """Collective. (k, D) k-means++ (Arthur and Vassilvitskii 2007) per parent on a sample shared by all ranks."""
+    parents = len(rows_of_parent)
+    quota = max(SAMPLE_ROWS_PER_CENTROID * children, SAMPLE_ROWS // parents)
+    chosen = _uniform(seed, row_start, len(x)) < (quota / np.maximum(rows_of_parent, 1))[parent]
+    taken = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
+    sample = gather(x[taken]).cpu().numpy()
+    sample_parent = gather(torch.from_numpy(parent[chosen]).to(x.device)).cpu().numpy()
+    centroids = np.zeros((parents * children, x.shape[1]), np.float32)
+    for p in range(parents):
+        rows = sample if parents == 1 else sample[sample_parent == p]
+        if len(rows):
+            centroids[p * children : (p + 1) * children] = _plus_plus(rows, children, numpy_generator(seed, "k-means++", p))
+    return centroids
+
+
+def _plus_plus(rows: np.ndarray, k: int, random: np.random.Generator) -> np.ndarray:
+    step = max(1, WORK_ELEMENTS // rows.shape[1])
+    chosen = [int(random.integers(len(rows)))]
+    distance = np.full(len(rows), np.inf)
+    while len(chosen) < k:
+        for at in range(0, len(rows), step):
+            block = slice(at, at + step)
+            np.minimum(distance[block], squared_distance(rows[block], rows[chosen[-1]]), out=distance[block])
+        mass = np.cumsum(distance)
+        point = random.random() * mass[-1]
+        # With no distance left (fewer distinct rows than centroids) any row does: its cluster stays empty or is split.
+        chosen.append(min(int(np.searchsorted(mass, point, side="right")), len(rows) - 1))
+    return rows[chosen]
+
+
+def split_empty(centroids: np.ndarray, counts: np.ndarray, rows_of_parent: np.ndarray, seed: int, iteration: int) -> int:
+    """Give every empty cluster half of another one, in place, as FAISS does (``Clustering.cpp``, ``split_clusters``).
+
+    The donor is found by walking round the clusters and accepting j with probability (n_j - 1) / (n - k); both get its
+    centroid, perturbed by 1/1024 in opposite directions. With parents, children take from their sibling only.
+    """
+    if counts.all():
+        return 0
+    children = len(counts) // len(rows_of_parent)
+    random = numpy_generator(seed, "split", iteration)
+    splits = 0
+    for empty in np.flatnonzero(counts == 0):
+        parent = int(empty) // children
+        siblings = np.arange(parent * children, (parent + 1) * children)
+        if counts[siblings].max() < 2:
+            continue
+        accept = (counts[siblings] - 1) / max(1, rows_of_parent[parent] - children)
+        tries = random.random(SPLIT_TRIES) < np.resize(accept, SPLIT_TRIES)
+        donor = siblings[int(tries.argmax()) % children] if tries.any() else siblings[counts[siblings].argmax()]
+        sign = np.where(np.arange(centroids.shape[1]) % 2 == 0, SPLIT_PERTURBATION, -SPLIT_PERTURBATION).astype(np.float32)
+        centroids[empty] = centroids[donor] * (1 + sign)
+        centroids[donor] *= 1 - sign
+        counts[empty] = counts[donor] // 2
+        counts[donor] -= counts[empty]
+        splits += 1
+    return splits

@@ -1,0 +1,136 @@
+"""Lloyd's k-means on the device, with the fused Lloyd step; starts, splits and results are those of the FAISS path.
+
+The host reads what a step found only when the next step is under way, so the device never waits for it: a step that began
+before the host knew that no row moves, or that a cluster is empty, is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnc_dist.clustering.centroids import Collective, KMeansResult, first_centroids, split_empty
+from dnc_dist.errors import InputError
+from dnc_kernels import implementation, implementation_note, lloyd_step
+
+Backend = Literal["auto", "triton", "faiss"]
+
+BLOCK_ELEMENTS = 1 << 24
+
+
+def choose_backend(backend: Backend, device: torch.device) -> Literal["triton", "faiss"]:
+    """What runs k-means on rows of this device: for ``auto`` Triton on a GPU that it serves, else FAISS.
+
+    Raises:
+        InputError: Triton is asked for where it does not run.
+    """
+    if backend == "faiss" or (backend == "auto" and device.type != "cuda"):
+        return "faiss"
+    if implementation(device) == "triton":
+        return "triton"
+    if backend == "auto":
+        return "faiss"
+    raise InputError(
+        f"division.kmeans_backend=triton does not run on device {device} ({implementation_note(device)}); "
+        "set division.kmeans_backend to auto or faiss"
+    )
+
+
+class _Step(NamedTuple):
+    """A Lloyd step that may still be running."""
+
+    centroids: Tensor  # (k, D) float32 before the step
+    assignment: Tensor  # (n,) int64 to these centroids
+    updated: Tensor  # (k, D) float32 after it; an empty cluster keeps its centroid
+    read: Callable[[], np.ndarray]  # waits for the step; (k + 1,): rows of every cluster, rows that moved, over all ranks
+
+
+def lloyd_on_device(
+    x: Tensor,
+    k: int,
+    seed: int,
+    iterations: int,
+    row_start: int,
+    all_reduce: Collective,
+    gather: Collective,
+    init: Tensor | None,
+    restrict: Tensor | None,
+) -> KMeansResult:
+    """Collective. k-means of the rows (n, D) of this rank on their device; arguments, result and errors as ``kmeans``."""
+    x = x.detach().float().contiguous()
+    parent = np.zeros(len(x), np.int64) if restrict is None else restrict.cpu().numpy().astype(np.int64)
+    parents = 1 if restrict is None else k // 2
+    broken = int((~torch.linalg.vector_norm(x, torch.inf, dim=1).isfinite()).sum())
+    head = np.append(np.bincount(parent, minlength=parents), broken)
+    head = all_reduce(torch.from_numpy(head).to(x.device)).cpu().numpy()
+    if head[-1]:
+        raise FloatingPointError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
+    rows_of_parent = head[:-1]
+    if init is None:
+        init = torch.from_numpy(first_centroids(x, parent, rows_of_parent, k // parents, seed, row_start, gather))
+    own = None if restrict is None else torch.from_numpy(parent).to(x.device)
+
+    def start(centroids: Tensor, previous: Tensor) -> _Step:
+        return _start(x, centroids, own, previous, all_reduce)
+
+    step = start(init.detach().to(x.device, torch.float32), torch.full((len(x),), -1, device=x.device))
+    splits = 0
+    for iteration in range(iterations):
+        ahead = start(step.updated, step.assignment)
+        *counts, moved = step.read()
+        if moved == 0:
+            break
+        if not all(counts):
+            centroids = step.updated.cpu().numpy()
+            split = split_empty(centroids, np.array(counts, np.int64), rows_of_parent, seed, iteration)
+            if split:
+                splits += split
+                ahead = start(torch.from_numpy(centroids).to(x.device), step.assignment)
+        step = ahead
+    else:
+        iteration = iterations
+    distance = _squared_distance(x, step.centroids, step.assignment)
+    objective = float(all_reduce(distance.sum(dtype=torch.float64)[None]))
+    return KMeansResult(step.assignment.cpu(), distance.cpu(), step.centroids.cpu(), objective, iteration, splits)
+
+
+def _start(x: Tensor, centroids: Tensor, parent: Tensor | None, previous: Tensor, all_reduce: Collective) -> _Step:
+    """Collective. Enqueue a step: one pass over x, one all-reduce of sums (k, D), counts (k,) and the number of moved rows."""
+    k, width = centroids.shape
+    assignment, _, sums, counts = lloyd_step(x, centroids, restrict=parent)
+    moved = (assignment != previous).sum(dtype=torch.float64)
+    packed = all_reduce(torch.cat([sums.flatten(), counts.double(), moved[None]]))
+    total = packed[: k * width].view(k, width)
+    rows = packed[k * width : -1, None]
+    updated = torch.where(rows > 0, total / rows.clamp_min(1), centroids.double()).float()
+    return _Step(centroids, assignment, updated, _read_later(packed[k * width :]))
+
+
+def _read_later(values: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy values to the host; the result waits for that copy, not for what is enqueued after it."""
+    if values.device.type != "cuda":
+        return values.numpy
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def read() -> np.ndarray:
+        event.synchronize()
+        return copy.numpy()
+
+    return read
+
+
+def _squared_distance(x: Tensor, centroids: Tensor, assignment: Tensor) -> Tensor:
+    """(n,) float32 squared distance of every row to its centroid, by direct difference."""
+    distance = torch.empty(len(x), device=x.device)
+    size = max(1, BLOCK_ELEMENTS // x.shape[1])
+    for at in range(0, len(x), size):
+        rows = slice(at, at + size)
+        distance[rows] = (x[rows] - centroids[assignment[rows]]).square().sum(1)
+    return distance

@@ -1,0 +1,92 @@
+"""One pass over the rows of z: who can be in a pair, which columns are in use, and a copy that matrix units multiply well.
+
+The copy holds each row in canonical order as float16 numbers of z * 2**8. For float32 z each number is a sum of two,
+high + low: 22 bits of mantissa, so three products (high high + high low + low high) are as good as one in float32.
+The factor keeps the low parts of unit vectors above float16's subnormal range; it asks for |z| < 255, unit rows have |z| <= 1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SCALE = tl.constexpr(256.0)
+USABLE, ZERO, NOT_FINITE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NARROWEST, WIDEST_BLOCK = 16, 64  # of a column block: what a matrix instruction takes, what a tile holds
+TILE_ROWS = 16
+
+
+class RowFacts(NamedTuple):
+    """Facts of rows in canonical order.
+
+    `halves` (n, blocks, parts, width) float16: the scaled copy, columns in blocks of `width`, padded with zeros.
+    `norm_squared` (n,) float32, inf for a row that can be in no pair; `state` (n,) int32: USABLE, ZERO or NOT_FINITE.
+    `live_start`, `live_end` (n,) int32: first and one past the last column that is not zero (a sliced mask leaves few).
+    """
+
+    halves: Tensor
+    norm_squared: Tensor
+    state: Tensor
+    live_start: Tensor
+    live_end: Tensor
+
+
+@triton.jit(do_not_specialize=["n"])
+def _row_facts_kernel(
+    z, order, halves, norm_squared, state, live_start, live_end, n, columns, blocks,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = place < n
+    row = tl.load(order + place, mask=inside, other=0)
+    total = tl.zeros((ROWS,), tl.float32)
+    num_infinite = tl.zeros((ROWS,), tl.int32)
+    first, last = tl.full((ROWS,), 2147483647, tl.int32), tl.full((ROWS,), 0, tl.int32)
+    for block in range(0, blocks):
+        column = block * WIDTH + tl.arange(0, WIDTH)
+        mask = inside[:, None] & (column < columns)[None, :]
+        value = tl.load(z + (row * columns)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(value * value, 1)
+        finite = tl.abs(value) < float("inf")
+        num_infinite += tl.sum((~finite).to(tl.int32), 1)
+        live = value != 0
+        first = tl.minimum(first, tl.min(tl.where(live, column[None, :], 2147483647), 1))
+        last = tl.maximum(last, tl.max(tl.where(live, column[None, :] + 1, 0), 1))
+        # A row that is not finite is in no pair; as zeros it cannot make a product slow or infinite either.
+        scaled = tl.where(finite, value * SCALE, 0.0)
+        high = scaled.to(tl.float16)
+        target = halves + ((place.to(tl.int64) * blocks + block) * (PARTS * WIDTH))[:, None] + tl.arange(0, WIDTH)[None, :]
+        tl.store(target, high, mask=inside[:, None])
+        if PARTS == 2:
+            tl.store(target + WIDTH, (scaled - high.to(tl.float32)).to(tl.float16), mask=inside[:, None])
+    found = tl.where(num_infinite > 0, NOT_FINITE, tl.where(last > 0, USABLE, ZERO))
+    tl.store(norm_squared + place, tl.where(found == USABLE, total, float("inf")), mask=inside)
+    tl.store(state + place, found, mask=inside)
+    tl.store(live_start + place, tl.minimum(first, last), mask=inside)
+    tl.store(live_end + place, last, mask=inside)
+
+
+def num_parts(z: Tensor) -> int:
+    """Float16 numbers per value of z that keep its mantissa."""
+    return 2 if z.dtype == torch.float32 else 1
+
+
+def row_facts(z: Tensor, order: Tensor, parts: int) -> RowFacts:
+    """Facts and copy in so many parts of the rows z[order]; z (n, D), order (n,) int64."""
+    z = z.contiguous()
+    n, columns = z.shape
+    width = min(WIDEST_BLOCK, max(NARROWEST, triton.next_power_of_2(columns)))
+    blocks = triton.cdiv(columns, width)
+    facts = RowFacts(
+        torch.empty(n, blocks, parts, width, dtype=torch.float16, device=z.device),
+        torch.empty(n, dtype=torch.float32, device=z.device),
+        *(torch.empty(n, dtype=torch.int32, device=z.device) for _ in range(3)),
+    )
+    if n:
+        grid = (triton.cdiv(n, TILE_ROWS),)
+        _row_facts_kernel[grid](z, order, *facts, n, columns, blocks, ROWS=TILE_ROWS, WIDTH=width, PARTS=parts, num_warps=4)
+    return facts

@@ -1,0 +1,70 @@
+"""What the compiler makes of the default configurations for an A100 and an H100, without a GPU: no spill, tensor cores, wide loads."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    command = [sys.executable, str(ROOT / "tests" / "triton_compile.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def named(lines: list[dict]) -> list[str]:
+    shown = ("stack", "registers", "shared", "products", "wgmma", "mma", "loads_16_bytes")
+    return [
+        f"{line['kernel']} for sm_{line['architecture']}, {line['case']}: {', '.join(f'{name} {line[name]}' for name in shown)}; {line['variant']}"
+        for line in lines
+    ]
+
+
+def launched_kernels() -> set[str]:
+    """Names of the jitted functions that some module of the package launches as `name[grid](...)`."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "kernels" / "dnc_kernels").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    jitted = {
+        node.name for node in nodes if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
+    }
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    return jitted & {func.value.id for func in calls if isinstance(func, ast.Subscript) and isinstance(func.value, ast.Name)}
+
+
+def test_every_kernel_is_compiled(report):
+    kernels = launched_kernels()
+    assert kernels
+    for architecture in SHARED_LIMIT:
+        assert kernels - {line["kernel"] for line in report["kernels"] if line["architecture"] == architecture} == set()
+
+
+def test_nothing_spills(report):
+    assert named([line for line in report["kernels"] if line["stack"]]) == []
+
+
+def test_shared_memory_is_within_the_limit(report):
+    assert named([line for line in report["kernels"] if line["shared"] > SHARED_LIMIT[line["architecture"]]]) == []
+
+
+def test_products_run_on_tensor_cores_from_wide_loads(report):
+    products = [line for line in report["kernels"] if line["products"]]
+    assert products
+    assert named([line for line in products if not line["wgmma"] + line["mma"]]) == []
+    assert named([line for line in products if not line["loads_16_bytes"]]) == []
+
+
+def test_other_sizes_and_numbers_compile_nothing_new(report):
+    assert named(report["recompiled"]) == []

@@ -1,0 +1,237 @@
+"""Sampling kernels against the reference: the same positives, counts and draws, for any tile, order and shape."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dnc_kernels import philox, race, race_keys, reference_sampling, sampling
+from dnc_kernels.contract import Pairs
+from dnc_kernels.ordering import COUNTED_ROWS, canonical_order
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEAR_TIE = 1e-3  # of the float64 keys of a draw that differs from the reference's
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles_in_the_interpreter(monkeypatch):
+    if DEVICE.type == "cpu":  # it takes as long for a large tile as for a small one
+        monkeypatch.setattr(race, "default_tile", lambda *_: race.Tile(64, 128, 4, 1))
+
+
+def unit_rows(num_rows: int, dim: int, seed: int = 0) -> Tensor:
+    return normalize(torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed)))
+
+
+def shuffled_ids(num_rows: int, start: int = 0) -> Tensor:
+    return start + torch.randperm(10 * num_rows, generator=torch.Generator().manual_seed(num_rows))[:num_rows]
+
+
+def on_device(given: dict) -> dict:
+    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in given.items()}
+
+
+def keys(z: Tensor, labels: Tensor, given: dict) -> Tensor:
+    """Race keys (B, G) in float64, columns in the order of the references as given."""
+    given = dict(given)
+    seed, step, mode = given.pop("seed", 0), given.pop("step", 0), given.pop("mode", "paper")
+    given.pop("max_positives", None)
+    weights = {name: given.pop(name) for name in ("cutoff", "nonzero_loss_cutoff", "effective_dim") if name in given}
+    anchors, references = reference_sampling.anchors_and_references(
+        z,
+        labels,
+        *(given.get(name) for name in ("learner", "row_ids", "ref_z", "ref_labels", "ref_learner", "ref_row_ids")),
+    )
+    _, order, position = reference_sampling._canonical_order(references)
+    draws = philox.exponentials(philox.draw_words(anchors.row_ids, int(position.max()) + 1, seed, step)).log()
+    log_weight = reference_sampling.negative_weights(z, labels, mode=mode, **weights, **given).log()
+    return log_weight - torch.empty_like(log_weight).index_copy_(1, order, draws[:, position])
+
+
+def assert_same(z: Tensor, labels: Tensor, **given) -> Pairs:
+    """The kernels find what the reference finds; the rare draw that differs is a near tie. Returns the kernels' pairs."""
+    expected = reference_sampling.sample_pairs(z, labels, **given)
+    pairs = sampling.sample_pairs(z.to(DEVICE), labels.to(DEVICE), **on_device(given))
+    found = Pairs(*(column.cpu() for column in pairs[:3]), {name: value.cpu() for name, value in pairs.stats.items()})
+    assert {name: int(value) for name, value in found.stats.items()} == {name: int(value) for name, value in expected.stats.items()}
+    assert torch.equal(found.anchor, expected.anchor) and torch.equal(found.positive, expected.positive)
+    assert torch.equal(found.other >= 0, expected.other >= 0)
+    different = found.other != expected.other
+    assert not (different & found.positive).any()
+    if different.any():
+        print(f"{int(different.sum())} of {int((found.other >= 0).sum())} draws differ")
+        assert int(different.sum()) <= 2
+        key = keys(z, labels, given)
+        anchor = found.anchor[different]
+        assert bool(((key[anchor, found.other[different]] - key[anchor, expected.other[different]]).abs() < NEAR_TIE).all())
+    return found
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+@pytest.mark.parametrize("dim", [1, 5, 17, 64, 130])
+def test_square(mode, dim):
+    labels, learner = torch.arange(53) % 11, torch.arange(53) // 2 % 4 - 1
+    given = {"learner": learner, "row_ids": shuffled_ids(53, 2**33), "mode": mode, "seed": (5 << 32) + 7, "step": 9}
+    found = assert_same(unit_rows(53, dim), labels, nonzero_loss_cutoff=1.5, **given)
+    assert int(found.stats["anchors"]) == int((learner >= 0).sum())
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_rectangular(mode):
+    z, labels, learner, row_ids = unit_rows(75, 12), torch.arange(75) % 11, torch.arange(75) // 5 % 3, shuffled_ids(75)
+    own, order = slice(31, 48), torch.randperm(75, generator=torch.Generator().manual_seed(1))
+    references = {"ref_z": z[order], "ref_labels": labels[order], "ref_learner": learner[order], "ref_row_ids": row_ids[order]}
+    given = {"learner": learner, "row_ids": row_ids, "mode": mode, "seed": torch.tensor(-3), "step": torch.tensor(2**40 + 1)}
+    whole = assert_same(z, labels, max_positives=9, **given)
+    given |= {"learner": learner[own], "row_ids": row_ids[own]}
+    part = assert_same(z[own], labels[own], max_positives=9, **given, **references)
+    # A slice of the anchors draws what the whole batch draws for them, whatever the order of the references.
+    chosen = order[part.other.clamp_min(0)].where(part.other >= 0, part.other).view(17, 18)
+    assert torch.equal(chosen, whole.other.view(75, 18)[own])
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_draws_do_not_depend_on_the_tile(mode, monkeypatch):
+    z, labels, learner = unit_rows(50, 24), torch.arange(50) % 13, (torch.arange(50) % 7 > 4).long()
+    drawn = []
+    for tile in [race.Tile(16, 64, 4, 3), race.Tile(64, 32, 4, 1), race.Tile(32, 256, 4, 1)]:
+        monkeypatch.setattr(race, "default_tile", lambda *_, tile=tile: tile)
+        drawn.append(assert_same(z, labels, learner=learner, mode=mode, seed=11).other)
+    assert all(torch.equal(drawn[0], other) for other in drawn)
+
+
+@triton.jit
+def _words_kernel(row_ids, seed, step, words, log2_draws, num_positions, TILE: tl.constexpr, ANCHORS: tl.constexpr):
+    base, offset, counters = race_keys.tile_positions(tl.program_id(0), TILE)
+    position = base + offset
+    row_id = tl.load(row_ids + tl.arange(0, ANCHORS))
+    word = race_keys.draw_words(counters, row_id.to(tl.int32), (row_id >> 32).to(tl.int32), tl.load(seed), tl.load(step), ANCHORS, TILE)
+    target = tl.arange(0, ANCHORS)[:, None] * num_positions + position[None, :]
+    tl.store(words + target, word.to(tl.int64), mask=position[None, :] < num_positions)
+    tl.store(log2_draws + target, race_keys.log2_exponentials(word), mask=position[None, :] < num_positions)
+
+
+@pytest.mark.parametrize("tile", [16, 64, 256])
+def test_words_and_exponentials_are_those_of_the_contract(tile):
+    row_ids = torch.cat([shuffled_ids(14), torch.tensor([2**40 + 3, -5])])
+    seed, step, num_positions = -(2**50) + 1, 2**35 + 6, 600
+    words = torch.full((16, num_positions), -1, device=DEVICE)
+    log2_draws = torch.empty(16, num_positions, device=DEVICE)
+    numbers = (torch.tensor(value, device=DEVICE) for value in (seed, step))
+    _words_kernel[(triton.cdiv(num_positions, 256) * 256 // tile,)](
+        row_ids.to(DEVICE), *numbers, words, log2_draws, num_positions, TILE=tile, ANCHORS=16
+    )
+    expected = philox.draw_words(row_ids, num_positions, seed, step)
+    assert torch.equal(words.cpu(), expected)
+    offset = log2_draws.cpu().double() - philox.exponentials(expected).log2()
+    assert float(offset.max() - offset.min()) < 2e-4  # a common offset would change no order
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_more_than_a_philox_block_and_more_draws_than_are_kept_at_once(mode):
+    z = unit_rows(300, 8)
+    labels = torch.cat([torch.full((12,), 7), torch.arange(288) + 10])
+    given = {"row_ids": torch.arange(14), "ref_z": z, "ref_labels": labels, "ref_row_ids": torch.arange(300), "max_positives": 40}
+    found = assert_same(z[:14], labels[:14], nonzero_loss_cutoff=1.9, mode=mode, **given)
+    drawn = found.other.view(14, 80)[:12, 40:]
+    assert (drawn[:, :11] >= 0).all() and (drawn[:, 11:] == -1).all() and int(drawn.max()) > 256
+
+
+def test_sliced_rows_of_several_learners_meet_in_a_tile():
+    z, learner = torch.zeros(60, 200), torch.arange(60) % 3
+    for k in range(3):
+        z[learner == k, 70 * k : 70 * k + 40] = unit_rows(20, 40, seed=k)
+    assert_same(z, torch.arange(60) % 7, learner=learner, effective_dim=40, nonzero_loss_cutoff=1.6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    z, labels = unit_rows(50, 40).to(dtype), torch.arange(50) % 8
+    assert_same(z, labels, nonzero_loss_cutoff=1.6)
+    references = {"ref_z": unit_rows(50, 40), "ref_labels": labels, "ref_row_ids": torch.arange(50)}
+    assert_same(z[:9], labels[:9], row_ids=torch.arange(9), nonzero_loss_cutoff=1.6, **references)
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_rows_in_no_pair_are_counted(mode):
+    z = unit_rows(40, 6)
+    z[3, 1], z[5, 0], z[7], z[8] = torch.nan, torch.inf, 0.0, torch.nan
+    learner = torch.zeros(40, dtype=torch.int64)
+    learner[8] = -1
+    found = assert_same(z, torch.arange(40) // 4, learner=learner, mode=mode, nonzero_loss_cutoff=1.9)
+    assert not set(found.other.tolist()) & {3, 5, 7, 8}
+    assert [int(found.stats[name]) for name in ("non_finite_rows", "zero_rows", "anchors")] == [2, 1, 36]
+
+
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+def test_duplicates_and_antipodes(mode):
+    z = unit_rows(4, 16).repeat(4, 1)
+    assert_same(torch.cat([z, -z]), torch.arange(32) % 3, nonzero_loss_cutoff=2.1, mode=mode)
+
+
+@pytest.mark.parametrize("max_positives", [0, 2, None, 30])
+def test_bounds_on_the_positives(max_positives):
+    found = assert_same(unit_rows(33, 9), torch.arange(33) // 11, max_positives=max_positives, effective_dim=5.5)
+    assert found.other.shape == (33 * 2 * (10 if max_positives is None else max_positives),)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "labels"),
+    [(0, lambda n: n), (1, lambda n: n), (2, lambda n: 0 * n), (19, lambda n: 0 * n), (19, lambda n: n), (19, lambda n: n // 19)],
+)
+@pytest.mark.parametrize("max_positives", [None, 3])
+def test_few_rows_one_class_no_positives(num_rows, labels, max_positives):
+    assert_same(unit_rows(num_rows, 4), labels(torch.arange(num_rows)), max_positives=max_positives)
+
+
+def test_nobody_anywhere():
+    z, labels = unit_rows(5, 4), torch.arange(5) // 2
+    assert_same(z, labels, learner=torch.full((5,), -1), max_positives=2)
+    assert_same(z, labels, learner=torch.arange(5), max_positives=2)  # learners of one row
+    nothing = {"ref_z": z[:0], "ref_labels": labels[:0], "ref_row_ids": labels[:0]}
+    assert_same(z, labels, row_ids=torch.arange(5), **nothing)
+
+
+def test_rows_need_not_be_contiguous():
+    z = unit_rows(45, 10)
+    wide, columns = torch.zeros(45, 21), torch.arange(135).view(45, 3)
+    wide[:, 1::2] = z
+    given = {"learner": columns[:, 1] % 2, "row_ids": columns[:, 2]}
+    found = assert_same(wide[:, 1::2], columns[:, 0] % 6, **given)
+    expected = assert_same(z, columns[:, 0] % 6, **given)
+    assert torch.equal(found.other, expected.other)
+
+
+@pytest.mark.parametrize("num_rows", [1, 77, COUNTED_ROWS + 3])
+def test_canonical_order(num_rows):
+    random = torch.Generator().manual_seed(num_rows)
+    labels, learner, row_ids = (torch.randint(-3, 4, (num_rows,), generator=random) * 2**shift for shift in (0, 0, 40))
+    found = canonical_order(*(column.to(DEVICE) for column in (labels, learner, row_ids)))
+    expected = sorted(range(num_rows), key=lambda i: (int(learner[i]), int(labels[i]), int(row_ids[i])))
+    assert found.order.tolist() == expected
+    assert found.labels.tolist() == labels[expected].tolist() and found.row_ids.tolist() == row_ids[expected].tolist()
+
+
+def test_operator_is_well_formed_and_traced_without_data():
+    z, column = unit_rows(12, 8).to(DEVICE), (torch.arange(12) // 2 % 3).to(DEVICE)
+    number = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    arguments = (z, column, 0 * column, column, None, None, None, None, number, number, 0.5, 1.4, False, 8.0, 2)
+    torch.library.opcheck(torch.ops.dnc_kernels.sample_pairs, arguments)
+
+    def shapes(z: Tensor, seed: Tensor) -> Tensor:
+        return sampling.sample_pairs(z, column, seed=seed, max_positives=2).other + 1
+
+    compiled = torch.compile(shapes, backend="aot_eager", fullgraph=True)
+    for seed in (3, 4):
+        assert torch.equal(compiled(z, number + seed), shapes(z, number + seed))
+
+
+def test_what_the_kernels_do_not_take_is_refused():
+    with pytest.raises(ValueError, match="float64; the Triton kernels take"):
+        sampling.sample_pairs(unit_rows(4, 3).double().to(DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    with pytest.raises(ValueError, match="mode='papre'"):
+        sampling.sample_pairs(unit_rows(4, 3).to(DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE), mode="papre")

@@ -1,0 +1,245 @@
+"""Compile what the Triton functions launch by default, for GPUs that are not there, and report what ptxas made of it as JSON.
+
+    PYTHONPATH=kernels python tests/triton_compile.py [--workers 2] > report.json
+
+The public functions run on CPU tensors in front of a driver that names a GPU, compiles every launch exactly as that GPU
+would, and launches nothing. So this file knows no tile shape and no signature: what a user's call compiles is what is
+measured. Every case then runs again with other sizes, numbers and row orders, which must compile nothing new.
+It needs a process of its own, because Triton's interpreter and its compiler cannot live in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from dnc_kernels import kmeans, margin, race
+from dnc_kernels.contract import Pairs
+
+ARCHITECTURES = (80, 90)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+INSTRUCTIONS = {  # of the PTX, which ptxas turns into one machine instruction each
+    "wgmma": r"\bwgmma\.mma_async",
+    "mma": r"\bmma\.sync",
+    "loads_16_bytes": r"\bld\.global\.v4\.b32|\bcp\.async\.cg\.shared\.global [^;]*\], 0x10",
+    "loads": r"\bld\.global|\bcp\.async\.c[ag]",
+}
+
+
+class AbsentGpu:
+    """Stands in for Triton's driver: device number 90 is an sm_90."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+class Launches:
+    """While open, a launch compiles its kernel and stops there; fresh tensors are zeros, as nothing fills them."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+        self.compiled: dict[str, tuple[CompiledKernel, str]] = {}
+        self.case = ""
+
+    def __enter__(self) -> Launches:
+        triton.runtime.driver.set_active(AbsentGpu(self.architecture))
+        compile_only, launches = JITFunction.run, self
+
+        def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> CompiledKernel:
+            kernel = compile_only(self, *args, grid=grid, warmup=True, **options)
+            launches.compiled.setdefault(kernel.hash, (kernel, launches.case))
+            return kernel
+
+        default_tile = race.default_tile
+        replaced: list[tuple[Any, str, Any]] = [
+            (JITFunction, "run", run),
+            (torch, "empty", torch.zeros),
+            (torch, "empty_like", torch.zeros_like),
+            (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
+            # The one choice that depends on the device is told of the absent one.
+            (torch.cuda, "get_device_capability", lambda device=None: divmod(self.architecture, 10)),
+            (race, "default_tile", lambda num_anchors, device: default_tile(num_anchors, torch.device("cuda"))),
+        ]
+        for owner, name, value in replaced:
+            setattr(owner, name, value)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing to restore: the process ends with its task."""
+
+
+def resources(kernel: CompiledKernel) -> dict[str, int]:
+    """Registers and stack from the machine code (a spill shows as stack), instructions counted in the PTX."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", usage)}
+    counted = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()}
+    return {"registers": found["REG"], "stack": found["STACK"], "shared": kernel.metadata.shared, **counted}
+
+
+def describe(kernel: CompiledKernel, case: str, architecture: int) -> dict[str, Any]:
+    """One line of the report."""
+    names = kernel.src.fn.arg_names
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if isinstance(value, (int, float, str))}
+    pointers = sorted({kind for kind in kernel.src.signature.values() if kind.startswith("*")})
+    return {
+        "kernel": kernel.src.fn.__name__,
+        "module": kernel.src.fn.__module__,
+        "case": case,
+        "architecture": architecture,
+        "variant": constants | {"pointers": " ".join(pointers), "warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages},
+        "products": len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
+        **resources(kernel),
+    }
+
+
+def rows_of(rows: int, dim: int, learners: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Embeddings with label and learner."""
+    row = torch.arange(rows)
+    return {"z": torch.randn(rows, dim).to(dtype).requires_grad_(), "labels": row // 4, "learner": row % learners}
+
+
+def square(rows: int, dim: int, learners: int, dtype: torch.dtype = torch.float32, *, masks: bool = True, **options: Any) -> None:
+    """A training step of a batch with itself, with fused masks or without."""
+    given = rows_of(rows, dim, learners, dtype) | {"num_learners": learners, "max_positives": 3} | options
+    given["masks"] = torch.ones(learners, dim, requires_grad=True) if masks else None
+    beta = torch.full((rows,), 1.2, requires_grad=True)
+    margin.margin_loss(given.pop("z"), given.pop("labels"), beta=beta, **given).loss_sum.backward()
+
+
+def against_references(rows: int, references: int, dim: int, learners: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """A training step of local rows against the rows of all ranks."""
+    given = rows_of(rows, dim, learners, dtype) | {"num_learners": learners, "max_positives": 3, "row_ids": torch.arange(rows)} | options
+    given |= {f"ref_{name}": value for name, value in rows_of(references, dim, learners, dtype).items()}
+    given["ref_row_ids"] = torch.arange(references)
+    margin.margin_loss(given.pop("z"), given.pop("labels"), beta=1.2, **given).loss_sum.backward()
+
+
+def in_parts(rows: int, dim: int, learners: int, pairs: int) -> None:
+    """Projection, then the loss over a list of pairs."""
+    given = rows_of(rows, dim, learners, torch.float32)
+    z = margin.project(given["z"], given["learner"], torch.ones(learners, dim, requires_grad=True))
+    listed = Pairs(torch.arange(pairs) % rows, (7 * torch.arange(pairs)) % rows, torch.arange(pairs) % 2 == 0)
+    beta = torch.full((), 1.2, requires_grad=True)
+    out = margin.margin_loss_on_pairs(z, given["labels"], listed, beta=beta, learner=given["learner"], num_learners=learners)
+    out.loss_sum.backward()
+
+
+def lloyd(rows: int, dim: int, centroids: int, dtype: torch.dtype, *, restrict: bool = False) -> None:
+    """One step of k-means."""
+    parent = torch.zeros(rows, dtype=torch.int64) if restrict else None
+    kmeans.lloyd_step(torch.randn(rows, dim).to(dtype), torch.randn(centroids, dim), restrict=parent)
+
+
+Case = tuple[str, Callable[[], None], Callable[[], None]]  # name, call, a call that must compile nothing new
+
+
+def margin_cases() -> list[Case]:
+    """What training calls, small and large; other numbers stay within one tile table entry and one bucket of K and P."""
+    half, full = torch.bfloat16, torch.float32
+    other: dict[str, Any] = {"seed": 5, "step": 7, "margin": 0.3, "cutoff": 0.4, "nonzero_loss_cutoff": 1.3, "effective_dim": 100.0}
+    return [
+        ("small", lambda: square(128, 512, 4), lambda: square(97, 512, 3, **other)),
+        ("medium", lambda: square(8192, 512, 4), lambda: square(8191, 512, 3, **other)),
+        ("large", lambda: square(20000, 512, 4), lambda: square(19999, 512, 3, **other)),
+        ("wide", lambda: square(512, 2048, 4), lambda: square(500, 2048, 3)),
+        ("narrow", lambda: square(512, 64, 4), lambda: square(499, 64, 3)),
+        ("bfloat16", lambda: square(1024, 512, 4, half), lambda: square(1000, 512, 3, half)),
+        ("one learner", lambda: square(1024, 512, 1, masks=False), lambda: square(1000, 512, 1, masks=False)),
+        *(
+            (
+                f"{name}, {size}",
+                lambda rows=rows, given=given: square(rows, 512, 4, **given),
+                lambda rows=rows, given=given: square(rows - 5, 512, 3, **given),
+            )
+            for size, rows in (("small", 1024), ("medium", 8192), ("large", 20000))
+            for name, given in (("floors", {"mode": "reference"}), ("many positives", {"max_positives": 31}))
+        ),
+        *(
+            (
+                f"references, {dtype}",
+                lambda dtype=dtype: against_references(1024, 8192, 512, 4, dtype),
+                lambda dtype=dtype: against_references(1021, 8001, 512, 3, dtype, **other),
+            )
+            for dtype in (full, half)
+        ),
+        ("in parts", lambda: in_parts(1024, 512, 4, 3000), lambda: in_parts(1023, 512, 3, 2999)),
+    ]
+
+
+def kmeans_cases() -> list[Case]:
+    """Every route; another K stays within its bucket."""
+    return [
+        (
+            f"{dtype}, D={dim}, K={centroids}{', restricted' if restrict else ''}",
+            lambda given=(dim, centroids, dtype), restrict=restrict: lloyd(5000, *given, restrict=restrict),
+            lambda given=(dim, centroids - 2, dtype), restrict=restrict: lloyd(4001, *given, restrict=restrict),
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for dim, centroids, restrict in ((512, 4, False), (512, 32, False), (512, 32, True), (2048, 32, False), (512, 1000, False))
+    ]
+
+
+FAMILIES: dict[str, Callable[[], list[Case]]] = {"margin": margin_cases, "kmeans": kmeans_cases}
+
+
+def compile_family(task: tuple[str, int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Reports of a family's kernels on one architecture, and of those that the repetition with other numbers compiled anew."""
+    family, architecture = task
+    torch.set_num_threads(1)
+    with Launches(architecture) as launches:
+        cases = FAMILIES[family]()
+        for launches.case, call, _ in cases:
+            call()
+        first = len(launches.compiled)
+        for launches.case, _, repetition in cases:
+            repetition()
+    reports = [describe(kernel, case, architecture) for kernel, case in launches.compiled.values()]
+    return reports[:first], reports[first:]
+
+
+def main() -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    started = time.monotonic()
+    tasks = [(family, architecture) for family in FAMILIES for architecture in ARCHITECTURES]
+    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+        found = pool.map(compile_family, tasks, chunksize=1)
+    report = {
+        "triton": triton.__version__,
+        "seconds": round(time.monotonic() - started, 1),
+        "kernels": [line for lines, _ in found for line in lines],
+        "recompiled": [line for _, lines in found for line in lines],
+    }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
