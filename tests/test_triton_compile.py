@@ -26,11 +26,8 @@ def report() -> dict:
 
 
 def named(lines: list[dict]) -> list[str]:
-    shown = ("stack", "registers", "shared", "products", "wgmma", "mma", "loads_16_bytes")
-    return [
-        f"{line['kernel']} for sm_{line['architecture']}, {line['case']}: {', '.join(f'{name} {line[name]}' for name in shown)}; {line['variant']}"
-        for line in lines
-    ]
+    shown = ("stack", "registers", "shared", "products", "wgmma", "mma", "loads_16_bytes", "variant")
+    return [f"{line['kernel']} for sm_{line['architecture']}, {line['case']}: { {name: line[name] for name in shown} }" for line in lines]
 
 
 def launched_kernels() -> set[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import normalize
 
+import dnc_kernels
 from dnc_kernels import Pairs, reference
 from dnc_kernels import margin as kernels
 from dnc_kernels import margin_operators as operators
@@ -213,7 +214,9 @@ def test_labels_beyond_beta_make_the_loss_nan_and_are_counted():
     labels, learner = torch.tensor([0, 5, -1, 1, 9], device=DEVICE), torch.tensor([0, 0, 0, 0, -1], device=DEVICE)
     z, beta, pairs = normalize(random(5, 8)), torch.full((2,), 1.2, device=DEVICE), random_pairs(5, 5, 40)
     # The operator itself: the public function checks values on CPU.
-    out = operators.pair_loss_op(z, None, None, None, None, pairs.anchor, pairs.other, pairs.positive, labels, learner, beta, 0.2, 1)
+    out = operators.pair_loss_op(
+        z, None, None, None, None, pairs.anchor, pairs.other, pairs.positive, None, None, labels, learner, beta, 0.2, 1
+    )
     assert bool(out[0].isnan().all()) and int(out[2][5]) == 2
 
 
@@ -314,6 +317,60 @@ def test_steps_without_pairs_stay_connected_to_the_graph(case, masked):
         assert int(out.num_active) == 0 and float(out.loss_sum.detach()) == 0.0
 
 
+# --- live columns ---
+
+
+def sliced_step(rows: int, dim: int, learners: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """A step whose masks leave every learner dim / learners columns of its own."""
+    columns, embeddings, _, beta = step(rows, dim, learners)
+    blocks = torch.arange(dim, device=DEVICE) * learners // dim
+    return columns, embeddings, (blocks == torch.arange(learners, device=DEVICE)[:, None]).float(), beta
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_sliced_masks_equal_the_reference(gathered):
+    columns, embeddings, masks, beta = sliced_step(24, 132, 3)
+    learner, sampling = columns["learner"], {"nonzero_loss_cutoff": 1.9, "effective_dim": 44.0}
+    e, b = leaf(embeddings), leaf(beta)
+    z = kernels.project(e, learner, masks)
+    pairs = kernels.sample_pairs(z.detach(), **columns, **sampling)
+    if gathered:
+        refs = {"ref_z": z, **{f"ref_{name}": value for name, value in columns.items()}}
+        out = kernels.margin_loss(z, beta=b, num_learners=3, **columns, **refs, **sampling)
+    else:
+        out = kernels.margin_loss(e, beta=b, num_learners=3, masks=masks, **columns, **sampling)
+    exact_e, exact_b = leaf(embeddings, torch.float64), leaf(beta, torch.float64)
+    exact_z = reference.project(exact_e, learner, masks.double())
+    exact = reference.margin_loss_on_pairs(exact_z, columns["labels"], pairs, beta=exact_b, learner=learner, num_learners=3)
+    assert int(exact.num_active) > 20
+    assert_same_output(out, exact)
+    for found, expected in zip(
+        torch.autograd.grad(weighted(out), [e, b]), torch.autograd.grad(weighted(exact), [exact_e, exact_b]), strict=True
+    ):
+        assert_close(found, expected)
+
+
+def test_columns_that_no_row_uses_are_not_read():
+    columns, embeddings, masks, beta = sliced_step(18, 96, 3)
+    learner, labels = columns["learner"], columns["labels"]
+    z, inverse_norm = operators.project_op(embeddings, learner, masks)
+    slots = kernels.sample_slots(z, **columns, nonzero_loss_cutoff=1.9)
+    live = {"live": slots.live, "ref_live": slots.live}
+    poisoned = torch.where(masks[learner.clamp_min(0)] > 0, z, torch.nan)
+    poisoned_embeddings = torch.where(masks[learner.clamp_min(0)] > 0, embeddings, torch.nan)
+    upstream = torch.ones(3, device=DEVICE)
+    found = []
+    for rows, raw in ((z, embeddings), (poisoned, poisoned_embeddings)):
+        out = pair_loss(rows, rows, None, slots.others, None, labels, learner, beta, 0.2, 3, **live)
+        of_embeddings, of_masks, _ = masked_pair_gradient(
+            upstream, out.coefficient, rows, inverse_norm, raw, masks, slots.others, learner, live=slots.live
+        )
+        of_z, _, of_boundary = pair_gradient(upstream, out.coefficient, rows, None, None, slots.others, learner, **live)
+        found.append([*out, of_embeddings, of_masks, of_z, of_boundary])
+    assert int(found[0][2][-1]) > 20
+    assert all(torch.equal(clean, other) for clean, other in zip(*found, strict=True))
+
+
 # --- tiles, repeated runs, operators ---
 
 
@@ -342,10 +399,10 @@ def test_tile_shapes_agree_and_runs_repeat_bit_by_bit():
 
 
 def test_torch_compile_gives_the_same_and_compiles_once(monkeypatch):
-    monkeypatch.setattr(kernels, "check_below", lambda *_, **__: None)  # as on a GPU, where it reads no value
+    monkeypatch.setenv("DNC_KERNELS", "triton")
 
     def loss(e: Tensor, m: Tensor, b: Tensor, columns: dict, seed: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        out = kernels.margin_loss(e, beta=b, masks=m, num_learners=2, seed=seed, step=number, max_positives=3, **columns)
+        out = dnc_kernels.margin_loss(e, beta=b, masks=m, num_learners=2, seed=seed, step=number, max_positives=3, **columns)
         return out.learner_loss_sum, out.num_active
 
     columns, embeddings, masks, beta = step(8, 16, 1)
@@ -368,11 +425,11 @@ def test_the_operators_keep_their_promises():
     learner, pairs, e, m = columns["learner"], random_pairs(10, 10, 20), leaf(embeddings), leaf(masks)
     torch.library.opcheck(operators.project_op, (e, learner, m))
     z, inverse_norm = (value.detach() for value in operators.project_op(e, learner, m))
-    flat = (z.clone().requires_grad_(), None, None, None, None, *pairs[:3], columns["labels"], learner, leaf(beta), 0.2, 2)
+    flat = (z.clone().requires_grad_(), None, None, None, None, *pairs[:3], None, None, columns["labels"], learner, leaf(beta), 0.2, 2)
     torch.library.opcheck(operators.pair_loss_op, flat)
     slots = pairs.other.view(10, 2)
     torch.library.opcheck(
-        operators.pair_loss_op, (z, None, e, m, inverse_norm, None, slots, None, columns["labels"], learner, leaf(beta), 0.2, 2)
+        operators.pair_loss_op, (z, None, e, m, inverse_norm, None, slots, None, None, None, columns["labels"], learner, leaf(beta), 0.2, 2)
     )
 
 

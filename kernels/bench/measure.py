@@ -169,14 +169,14 @@ def ceilings(device: torch.device, *, quick: bool) -> dict[str, float]:
 
     In bytes, operations and instructions a second; the last two on CUDA only.
     """
-    size = 1 << 24 if quick or device.type == "cpu" else 1 << 31
-    source, target = torch.ones(size, dtype=torch.int8, device=device), torch.empty(size, dtype=torch.int8, device=device)
-    words = source.view(torch.float32)
+    size = 1 << (24 if quick else 31 if device.type == "cuda" else 28)
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
 
     def best(call: Callable[[], Any]) -> float:
         return time_phases({"call": call}, device, 0.1)["full_ms"][0] / 1e3
 
-    found = {"copy": 2 * size / best(lambda: target.copy_(source)), "read": size / best(words.sum)}
+    found = {"copy": 2 * size / best(lambda: target.copy_(source)), "read": size / best(source.sum)}
     if device.type == "cuda":
         side = 1024 if quick else 8192
         left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))

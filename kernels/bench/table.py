@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from bench import kmeans, margin
 from bench.measure import ROOT
 
 README, RESULTS = ROOT / "kernels" / "README.md", ROOT / "benchmarks" / "results"
@@ -17,6 +18,8 @@ SIZE = {
     "margin": {"masks": "masks", "learners": "K", "rows": "B", "dim": "D"},
     "kmeans": {"dtype": "x", "dim": "D", "rows": "N", "centroids": "K"},
 }
+MASKS = {"soft": 0, "sliced": 1}  # their order
+IMPLEMENTATIONS = {"margin": list(margin.IMPLEMENTATIONS), "kmeans": list(kmeans.IMPLEMENTATIONS)}
 TIME = {"margin": "full_ms", "kmeans": "iteration_ms"}
 SHORT = {"out of memory": "out of memory", "no time left in the budget": "not measured"}
 
@@ -49,13 +52,11 @@ def ours(row: dict[str, Any] | None, family: str) -> dict[str, str]:
 
 def device_table(family: str, rows: list[dict[str, Any]]) -> str:
     """The table of one device: a line a size, a column an implementation."""
-    implementations = [name for name in dict.fromkeys(row["implementation"] for row in rows) if name != "ceilings"]
-    ran = [
-        name for name in implementations if any(row["implementation"] == name and not row["outcome"].startswith("not run") for row in rows)
-    ]
+    present = {row["implementation"] for row in rows if not row["outcome"].startswith("not run")}
+    ran = [name for name in IMPLEMENTATIONS[family] if name in present]
     sizes = dict.fromkeys(tuple(row[name] for name in SIZE[family]) for row in rows if "rows" in row)
     table = []
-    for size in sorted(sizes):
+    for size in sorted(sizes, key=lambda size: [MASKS.get(value, value) for value in size]):
         at = {row["implementation"]: row for row in rows if tuple(row.get(name) for name in SIZE[family]) == size}
         line = dict(zip(SIZE[family].values(), map(str, size), strict=True)) | {name: cell(at.get(name), family) for name in ran}
         eager = at.get("eager", {})

@@ -72,8 +72,11 @@ def integer_column(name: str, value: Tensor, like: Tensor) -> Tensor:
 
 
 def check_below(name: str, value: Tensor, limit: int, allowed: str, *, lowest: int | None = None) -> None:
-    """On CPU: ValueError if an entry is `limit` or more or below `lowest`. Elsewhere nothing, as reading it would wait for the device."""
-    if value.device.type != "cpu" or not value.numel():
+    """On CPU: ValueError if an entry is `limit` or more or below `lowest`. Elsewhere nothing, as reading it would wait for the device.
+
+    Nor under torch.compile, which could not go on past a value.
+    """
+    if value.device.type != "cpu" or not value.numel() or torch.compiler.is_compiling():
         return
     smallest, largest = int(value.min()), int(value.max())
     for worst, wrong in ((largest, largest >= limit), (smallest, lowest is not None and smallest < lowest)):

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ TRITON_MODULES = {
     "margin_loss": "dnc_kernels.margin",
     "lloyd_step": "dnc_kernels.kmeans",
 }
+_triton_functions: dict[str, Callable[..., Any]] = {}  # filled at first use: a machine without Triton runs the reference
 
 
 @functools.cache
@@ -55,9 +56,7 @@ def implementation(device: torch.device | str) -> str:
     device = torch.device(device)
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "reference", "triton"):
-        raise RuntimeError(
-            f"{VARIABLE}={wanted}: does not exist; allowed are reference and triton, unset means the default"
-        )
+        raise RuntimeError(f"{VARIABLE}={wanted}: does not exist; allowed are reference and triton, unset means the default")
     if wanted == "triton":
         reason = _why_not_triton(device)
         if reason is not None:
@@ -69,6 +68,11 @@ def implementation(device: torch.device | str) -> str:
 @torch.compiler.assume_constant_result
 def _is_current(device: torch.device) -> bool:
     return device.type != "cuda" or device.index == torch.cuda.current_device()
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into an import
+def _load_triton(name: str) -> None:
+    _triton_functions[name] = getattr(importlib.import_module(TRITON_MODULES[name]), name)
 
 
 def implementation_note(device: torch.device | str) -> str:
@@ -95,7 +99,8 @@ def dispatched(function: Callable[P, R]) -> Callable[P, R]:
         device = first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
         if implementation(device) == "reference":
             return function(*args, **kwargs)
-        kernel = getattr(importlib.import_module(TRITON_MODULES[name]), name)
+        _load_triton(name)
+        kernel = _triton_functions[name]
         if _is_current(device):
             return kernel(*args, **kwargs)
         with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are

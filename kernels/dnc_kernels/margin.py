@@ -11,7 +11,7 @@ from torch import Tensor
 from dnc_kernels.contract import MarginLossOutput, Pairs, check_below, check_matrix, integer_column
 from dnc_kernels.margin_operators import pair_loss_op, project_op
 from dnc_kernels.pair_loss import COUNTS, DISTANCE_SUMS
-from dnc_kernels.sampling import sample_pairs
+from dnc_kernels.sampling import sample_pairs, sample_slots
 from dnc_kernels.target import check_dtypes
 
 __all__ = ["margin_loss", "margin_loss_on_pairs", "project", "sample_pairs"]
@@ -56,6 +56,7 @@ def _loss(
     other: Tensor,
     *,
     flat: tuple[Tensor, Tensor] | None,
+    live: tuple[Tensor, Tensor] | None,
     masked: tuple[Tensor, Tensor, Tensor] | None,
     stats: dict[str, Tensor] | None,
     beta: Tensor | float,
@@ -79,8 +80,9 @@ def _loss(
         check_below("labels", in_learner, beta.shape[0], f"0 to {beta.shape[0] - 1}, one per entry of beta", lowest=0)
     embeddings, masks, inverse_norm = masked or (None, None, None)
     anchor, positive = flat or (None, None)
+    own_live, ref_live = live or (None, None)
     learner_loss_sum, distance_sums, counts, _ = pair_loss_op(
-        z, ref_z, embeddings, masks, inverse_norm, anchor, other, positive, labels, learner, beta, margin, num_learners
+        z, ref_z, embeddings, masks, inverse_norm, anchor, other, positive, own_live, ref_live, labels, learner, beta, margin, num_learners
     )
     learner_num_active, named, num_active = counts.tensor_split((num_learners, num_learners + len(COUNTS)))
     stats = (
@@ -111,6 +113,7 @@ def margin_loss_on_pairs(
         labels,
         pairs.other.long(),
         flat=(pairs.anchor.long(), pairs.positive.bool()),
+        live=None,
         masked=None,
         stats=pairs.stats,
         beta=beta,
@@ -154,7 +157,7 @@ def margin_loss(
         with torch.no_grad():  # the backward of the loss goes through the projection by itself
             projected, inverse_norm = project_op(z, _checked_projection(z, learner, masks), masks)
         z, masked = projected, (z, masks, inverse_norm)
-    pairs = sample_pairs(
+    slots = sample_slots(
         z,
         labels,
         learner=learner,
@@ -174,10 +177,11 @@ def margin_loss(
     return _loss(
         z,
         labels,
-        pairs.other.view(z.shape[0], pairs.other.shape[0] // max(1, z.shape[0])),
+        slots.others,
         flat=None,
+        live=(slots.live, slots.live if ref_z is None else slots.ref_live),
         masked=masked,
-        stats=pairs.stats,
+        stats=slots.stats,
         beta=beta,
         margin=margin,
         learner=learner,

@@ -1,7 +1,8 @@
 """`torch.library` operators of projection and margin loss around the Triton kernels, with fakes and autograd.
 
 Shapes: B anchors, G references, D width, n pairs, K learners, C classes. Lists of pairs are flat, or padded: without
-`anchor` and `positive`, and `other` (B, slots). Operators take what the kernels take, and copy what is not contiguous.
+`anchor` and `positive`, and `other` (B, slots); `live` and `ref_live` as in pair_loss.py. Operators take what the kernels
+take, and copy what is not contiguous.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ def pair_loss_op(
     anchor: Tensor | None,
     other: Tensor,
     positive: Tensor | None,
+    live: Tensor | None,
+    ref_live: Tensor | None,
     labels: Tensor,
     learner: Tensor | None,
     beta: Tensor,
@@ -111,6 +114,8 @@ def pair_loss_op(
         beta.contiguous(),
         margin,
         num_learners,
+        live=live,
+        ref_live=ref_live,
     )
 
 
@@ -124,6 +129,8 @@ def _(
     anchor: Tensor | None,
     other: Tensor,
     positive: Tensor | None,
+    live: Tensor | None,
+    ref_live: Tensor | None,
     labels: Tensor,
     learner: Tensor | None,
     beta: Tensor,
@@ -141,6 +148,8 @@ def pair_gradient_op(
     ref_z: Tensor | None,
     anchor: Tensor | None,
     other: Tensor,
+    live: Tensor | None,
+    ref_live: Tensor | None,
     learner: Tensor | None,
     references: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +161,8 @@ def pair_gradient_op(
         _contiguous(anchor),
         other.contiguous(),
         _contiguous(learner),
+        live=live,
+        ref_live=ref_live,
         references=references,
     )
 
@@ -164,6 +175,8 @@ def _(
     ref_z: Tensor | None,
     anchor: Tensor | None,
     other: Tensor,
+    live: Tensor | None,
+    ref_live: Tensor | None,
     learner: Tensor | None,
     references: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,6 +194,7 @@ def masked_pair_gradient_op(
     embeddings: Tensor,
     masks: Tensor,
     other: Tensor,
+    live: Tensor | None,
     learner: Tensor | None,
     masks_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,6 +207,7 @@ def masked_pair_gradient_op(
         masks.contiguous(),
         other.contiguous(),
         _contiguous(learner),
+        live=live,
         masks_gradient=masks_gradient,
     )
 
@@ -206,6 +221,7 @@ def _(
     embeddings: Tensor,
     masks: Tensor,
     other: Tensor,
+    live: Tensor | None,
     learner: Tensor | None,
     masks_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,29 +233,31 @@ def _save_pair_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     _, distance_sums, counts, coefficient = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(distance_sums, counts, coefficient)
-    z, ref_z, embeddings, masks, inverse_norm, anchor, other, _, labels, learner, beta, _, _ = inputs
-    ctx.save_for_backward(z, ref_z, embeddings, masks, inverse_norm, anchor, other, labels, learner, beta, coefficient)
+    z, ref_z, embeddings, masks, inverse_norm, anchor, other, _, live, ref_live, labels, learner, beta, _, _ = inputs
+    ctx.save_for_backward(z, ref_z, embeddings, masks, inverse_norm, anchor, other, live, ref_live, labels, learner, beta, coefficient)
 
 
 def _pair_loss_gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    z, ref_z, embeddings, masks, inverse_norm, anchor, other, labels, learner, beta, coefficient = ctx.saved_tensors
+    z, ref_z, embeddings, masks, inverse_norm, anchor, other, live, ref_live, labels, learner, beta, coefficient = ctx.saved_tensors
     wanted = dict(zip(("z", "ref_z", "embeddings", "masks"), ctx.needs_input_grad, strict=False))
     of_z = of_ref_z = of_embeddings = of_masks = of_beta = None
     if gradient is not None:
         if embeddings is None:
-            of_z, of_ref_z, of_boundary = pair_gradient_op(gradient, coefficient, z, ref_z, anchor, other, learner, wanted["ref_z"])
+            of_z, of_ref_z, of_boundary = pair_gradient_op(
+                gradient, coefficient, z, ref_z, anchor, other, live, ref_live, learner, wanted["ref_z"]
+            )
         else:
             of_embeddings, of_masks, of_boundary = masked_pair_gradient_op(
-                gradient, coefficient, z, inverse_norm, embeddings, masks, other, learner, wanted["masks"]
+                gradient, coefficient, z, inverse_norm, embeddings, masks, other, live, learner, wanted["masks"]
             )
-        if ctx.needs_input_grad[10]:
+        if ctx.needs_input_grad[12]:
             of_beta = _beta_gradient(of_boundary, labels, beta)
     return (
         of_z,
         of_ref_z if wanted["ref_z"] else None,
         of_embeddings,
         of_masks if wanted["masks"] else None,
-        *[None] * 6,
+        *[None] * 8,
         of_beta,
         None,
         None,

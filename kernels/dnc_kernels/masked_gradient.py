@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dnc_kernels.grouping import group
 from dnc_kernels.pair_gradient import incoming_pairs, own_pairs, pairs_at_once
+from dnc_kernels.pair_loss import used_columns
 from dnc_kernels.projection import MaskChunks, masked_row, padded, row_gradient, rows_of_chunk, warps
 
 
@@ -24,6 +25,7 @@ def masked_pair_gradient_kernel(
     inverse_norm,  # (B,) float32
     embeddings,  # (B, D)
     masks,  # (K, D)
+    live,  # (B, 2) int32, read if LIVE
     other,  # (n,) int64
     coefficient,  # (n,) float32
     gradient,  # (K,) float32, of the learners' sums
@@ -42,6 +44,7 @@ def masked_pair_gradient_kernel(
     num_masks,
     rows_per_chunk,
     width,
+    LIVE: tl.constexpr,
     HAS_LEARNER: tl.constexpr,
     MASKS_GRADIENT: tl.constexpr,
     MASKS: tl.constexpr,
@@ -59,15 +62,15 @@ def masked_pair_gradient_kernel(
     for i in range(first, end):
         row = tl.cast(tl.load(order + i) if MASKS_GRADIENT else i, tl.int64)
         place = row * width + columns
-        z_row = tl.load(z + place, mask=inside, other=0.0)
+        z_row = tl.load(z + place, mask=used_columns(live, row, columns, width, LIVE), other=0.0)
         dz, of_boundary = own_pairs(
-            tl.zeros([WIDTH], tl.float32), z_row, row, z, other, coefficient, gradient, gradient_stride, num_learners, learner,
-            other, other, slots, width, True, HAS_LEARNER, PAIRS, WIDTH,
+            tl.zeros([WIDTH], tl.float32), z_row, row, z, live, other, coefficient, gradient, gradient_stride, num_learners, learner,
+            other, other, slots, width, True, LIVE, HAS_LEARNER, PAIRS, WIDTH,
         )  # fmt: skip
         tl.store(boundary_gradient + row, of_boundary)
         dz = incoming_pairs(
-            dz, z_row, row, z, other, coefficient, gradient, gradient_stride, num_learners, learner,
-            incoming_order, incoming_starts, slots, width, True, HAS_LEARNER, PAIRS, WIDTH,
+            dz, z_row, row, z, live, other, coefficient, gradient, gradient_stride, num_learners, learner,
+            incoming_order, incoming_starts, slots, width, True, LIVE, HAS_LEARNER, PAIRS, WIDTH,
         )  # fmt: skip
         embedding, mask = masked_row(embeddings, masks, num_masks, learner, row, place, columns, width, True, HAS_LEARNER)
         row_part, mask_part = row_gradient(dz, z_row, tl.load(inverse_norm + row), embedding, mask, True)
@@ -87,6 +90,7 @@ def masked_pair_gradient(
     other: Tensor,
     learner: Tensor | None,
     *,
+    live: Tensor | None = None,
     masks_gradient: bool = True,
     pairs: int | None = None,
     rows: int | None = None,
@@ -104,6 +108,7 @@ def masked_pair_gradient(
         inverse_norm,
         embeddings,
         masks,
+        flat if live is None else live,
         flat,
         coefficient,
         gradient,
@@ -121,6 +126,7 @@ def masked_pair_gradient(
         chunks.num_masks,
         chunks.size,
         width,
+        LIVE=live is not None,
         HAS_LEARNER=learner is not None,
         MASKS_GRADIENT=masks_gradient,
         MASKS=chunks.block,

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_kernels.grouping import group
+from dnc_kernels.pair_loss import used_columns
 from dnc_kernels.projection import padded, warps
 
 GATHERED = 512  # elements of partners' rows that a warp holds at once; with twice as many some variants spill
@@ -32,12 +33,13 @@ class Incidence(NamedTuple):
 
 
 @triton.jit
-def pull(total, z_row, partners, partner, coefficient, upstream, width, WIDTH: tl.constexpr):
+def pull(total, z_row, partners, live, partner, coefficient, upstream, width, LIVE: tl.constexpr, WIDTH: tl.constexpr):
     """total + Σ g c (z_row - z_partner) over a few pairs at once, so that the rows of the partners load together."""
     columns = tl.arange(0, WIDTH)
     used = (coefficient != 0)[:, None]  # a pair that is not, reads nothing and adds 0 whatever the row holds
-    place = partner.to(tl.int64)[:, None] * width + columns[None, :]
-    z_partner = tl.load(partners + place, mask=used & (columns < width)[None, :], other=0.0).to(tl.float32)
+    partner = partner.to(tl.int64)[:, None]
+    inside = used & used_columns(live, partner, columns[None, :], width, LIVE)
+    z_partner = tl.load(partners + partner * width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     return total + tl.sum(tl.where(used, (coefficient * upstream)[:, None] * (z_row[None, :] - z_partner), 0.0), 0)
 
 
@@ -57,6 +59,7 @@ def own_pairs(
     z_row,
     row,
     ref_z,
+    ref_live,
     other,
     coefficient,
     gradient,
@@ -68,6 +71,7 @@ def own_pairs(
     slots,
     width,
     PADDED: tl.constexpr,
+    LIVE: tl.constexpr,
     HAS_LEARNER: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -84,7 +88,7 @@ def own_pairs(
         value = tl.load(coefficient + pair, mask=inside, other=0.0)
         slopes += (value > 0).to(tl.int32) - (value < 0).to(tl.int32)
         partner = tl.load(other + pair, mask=value != 0, other=0)
-        total = pull(total, z_row, ref_z, partner, value, upstream, width, WIDTH)
+        total = pull(total, z_row, ref_z, ref_live, partner, value, upstream, width, LIVE, WIDTH)
     return total, -upstream * tl.sum(slopes, 0)
 
 
@@ -94,6 +98,7 @@ def incoming_pairs(
     z_row,
     row,
     z,
+    live,
     anchor,
     coefficient,
     gradient,
@@ -105,6 +110,7 @@ def incoming_pairs(
     slots,
     width,
     PADDED: tl.constexpr,
+    LIVE: tl.constexpr,
     HAS_LEARNER: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -118,7 +124,7 @@ def incoming_pairs(
         partner = pair // slots if PADDED else tl.load(anchor + pair, mask=inside, other=0)
         value = tl.load(coefficient + pair, mask=inside, other=0.0)
         upstream = upstream_of(gradient, gradient_stride, num_learners, learner, partner, HAS_LEARNER)
-        total = pull(total, z_row, z, partner, value, upstream, width, WIDTH)
+        total = pull(total, z_row, z, live, partner, value, upstream, width, LIVE, WIDTH)
     return total
 
 
@@ -126,6 +132,8 @@ def incoming_pairs(
 def pair_gradient_kernel(
     z,  # (B, D)
     ref_z,  # (G, D)
+    live,  # (B, 2) int32, read if LIVE
+    ref_live,  # (G, 2) int32, read if LIVE
     anchor,  # (n,) int64, not read if PADDED
     other,  # (n,) int64
     coefficient,  # (n,) float32
@@ -144,26 +152,27 @@ def pair_gradient_kernel(
     OWN: tl.constexpr,
     INCOMING: tl.constexpr,
     PADDED: tl.constexpr,
+    LIVE: tl.constexpr,
     HAS_LEARNER: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    inside = columns < width
+    inside = used_columns(live if OWN else ref_live, row, columns, width, LIVE)
     z_row = tl.load((z if OWN else ref_z) + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([WIDTH], tl.float32)
     if OWN:
         total, of_boundary = own_pairs(
-            total, z_row, row, ref_z, other, coefficient, gradient, gradient_stride, num_learners, learner,
-            own_order, own_starts, slots, width, PADDED, HAS_LEARNER, PAIRS, WIDTH,
+            total, z_row, row, ref_z, ref_live, other, coefficient, gradient, gradient_stride, num_learners, learner,
+            own_order, own_starts, slots, width, PADDED, LIVE, HAS_LEARNER, PAIRS, WIDTH,
         )  # fmt: skip
         tl.store(boundary_gradient + row, of_boundary)
     if INCOMING:
         total = incoming_pairs(
-            total, z_row, row, z, anchor, coefficient, gradient, gradient_stride, num_learners, learner,
-            incoming_order, incoming_starts, slots, width, PADDED, HAS_LEARNER, PAIRS, WIDTH,
+            total, z_row, row, z, live, anchor, coefficient, gradient, gradient_stride, num_learners, learner,
+            incoming_order, incoming_starts, slots, width, PADDED, LIVE, HAS_LEARNER, PAIRS, WIDTH,
         )  # fmt: skip
-    tl.store(row_gradient + row * width + columns, total.to(row_gradient.dtype.element_ty), mask=inside)
+    tl.store(row_gradient + row * width + columns, total.to(row_gradient.dtype.element_ty), mask=columns < width)
 
 
 def pairs_at_once(width: int) -> int:
@@ -180,12 +189,15 @@ def pair_gradient(
     other: Tensor,
     learner: Tensor | None,
     *,
+    live: Tensor | None = None,
+    ref_live: Tensor | None = None,
     references: bool = True,
     pairs: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of z and ref_z (empty without `references` or without ref_z), and of every anchor's boundary (B,) float32.
 
-    All tensors contiguous but `gradient` (K,); without `anchor`, `other` (B, slots) is a padded list.
+    All tensors contiguous but `gradient` (K,); without `anchor`, `other` (B, slots) is a padded list. `live` and `ref_live`
+    as in `pair_loss`.
     """
     num_anchors, width = z.shape
     padded_list = anchor is None
@@ -194,6 +206,7 @@ def pair_gradient(
     z_gradient, boundary_gradient = torch.empty_like(z), torch.empty(num_anchors, dtype=torch.float32, device=z.device)
     common = dict(
         PADDED=padded_list,
+        LIVE=live is not None,
         HAS_LEARNER=learner is not None,
         PAIRS=pairs or pairs_at_once(width),
         WIDTH=padded(width),
@@ -204,6 +217,8 @@ def pair_gradient(
         pair_gradient_kernel[(rows.shape[0],)](
             z,
             z if ref_z is None else ref_z,
+            flat if live is None else live,
+            flat if ref_live is None else ref_live,
             flat if anchor is None else anchor,
             flat,
             coefficient,

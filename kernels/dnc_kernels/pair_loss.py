@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dnc_kernels.projection import padded
 
+LAST = tl.constexpr(2147483647)
 PROGRAMS = 1024  # at most; each takes every 1024th block of pairs and writes one partial row
 ADDED = 4096  # elements of partial rows that are added at once
 
@@ -58,6 +59,15 @@ def default_tile(num_pairs: int, width: int) -> Tile:
     return Tile(min(32, 2048 // columns), columns, 4) if num_pairs < 16384 else Tile(32, min(64, columns), 4)
 
 
+@triton.jit
+def used_columns(live, row, columns, width, LIVE: tl.constexpr):
+    """Which columns of a row are to be read: beyond its live ones (rows.py) it holds zeros, as `other=0.0` gives them."""
+    if LIVE:
+        return (columns >= tl.load(live + 2 * row)) & (columns < tl.load(live + 2 * row + 1))
+    else:
+        return columns < width
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_anchors", "slots", "num_classes", "num_learners", "margin"])
 def pair_loss_kernel(
     z,  # (B, D)
@@ -65,6 +75,8 @@ def pair_loss_kernel(
     anchor,  # (n,) int64, not read if PADDED
     other,  # (n,) int64, -1 = empty
     positive,  # (n,) int8, not read if PADDED
+    live,  # (B, 2) int32, read if LIVE
+    ref_live,  # (G, 2) int32, read if LIVE
     labels,  # (B,) int64, read if PER_CLASS
     learner,  # (B,) int64, read if HAS_LEARNER
     beta,  # () or (C,)
@@ -79,6 +91,7 @@ def pair_loss_kernel(
     width,
     margin,
     PADDED: tl.constexpr,
+    LIVE: tl.constexpr,
     HAS_LEARNER: tl.constexpr,
     PER_CLASS: tl.constexpr,
     LEARNERS: tl.constexpr,
@@ -107,11 +120,18 @@ def pair_loss_kernel(
 
         # By direct difference: |a|² + |b|² - 2ab would lose small distances to cancellation.
         squares = tl.zeros([PAIRS, COLUMNS], tl.float32)
-        for block_of_columns in range(0, tl.cdiv(width, COLUMNS)):
-            columns = block_of_columns * COLUMNS + tl.arange(0, COLUMNS)
-            inside = used[:, None] & (columns < width)[None, :]
-            a = tl.load(z + row[:, None] * width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(ref_z + reference[:, None] * width + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        partner = tl.maximum(reference, 0)
+        first, end = 0, width
+        if LIVE:
+            starts = tl.minimum(tl.load(live + 2 * row, mask=used, other=LAST), tl.load(ref_live + 2 * partner, mask=used, other=LAST))
+            ends = tl.maximum(tl.load(live + 2 * row + 1, mask=used, other=0), tl.load(ref_live + 2 * partner + 1, mask=used, other=0))
+            first, end = tl.minimum(tl.min(starts, 0), width), tl.max(ends, 0)
+        for block_of_columns in range(first // COLUMNS, tl.cdiv(end, COLUMNS)):
+            columns = block_of_columns * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            own_columns = used[:, None] & used_columns(live, row[:, None], columns, width, LIVE)
+            a = tl.load(z + row[:, None] * width + columns, mask=own_columns, other=0.0).to(tl.float32)
+            ref_columns = used[:, None] & used_columns(ref_live, partner[:, None], columns, width, LIVE)
+            b = tl.load(ref_z + partner[:, None] * width + columns, mask=ref_columns, other=0.0).to(tl.float32)
             squares += (a - b) * (a - b)
         distance = tl.sqrt(tl.sum(squares, 1))
 
@@ -201,9 +221,14 @@ def pair_loss(
     margin: float,
     num_learners: int,
     *,
+    live: Tensor | None = None,
+    ref_live: Tensor | None = None,
     tile: Tile | None = None,
 ) -> PairLoss:
-    """Launch both kernels on contiguous tensors; without `anchor` and `positive`, `other` (B, slots) is a padded list."""
+    """Launch both kernels on contiguous tensors; without `anchor` and `positive`, `other` (B, slots) is a padded list.
+
+    `live` (B, 2) and `ref_live` (G, 2), both or neither: the columns that rows use (`rows.RowFacts`); others are not read.
+    """
     num_pairs, num_anchors, width = other.numel(), z.shape[0], z.shape[1]
     tile = tile or default_tile(num_pairs, width)
     device, per_class = z.device, beta.ndim == 1
@@ -217,6 +242,8 @@ def pair_loss(
         other if anchor is None else anchor,
         other,
         other if positive is None else positive.view(torch.int8),
+        other if live is None else live,
+        other if ref_live is None else ref_live,
         labels,
         labels if learner is None else learner,
         beta,
@@ -231,6 +258,7 @@ def pair_loss(
         width,
         margin,
         PADDED=anchor is None,
+        LIVE=live is not None,
         HAS_LEARNER=learner is not None,
         PER_CLASS=per_class,
         LEARNERS=triton.next_power_of_2(num_learners),

@@ -45,7 +45,7 @@ def _first_place(learners, labels, learner, label, n, ROWS: tl.constexpr, WITH_L
 
 @triton.jit(do_not_specialize=["num_anchors", "num_references", "num_slots"])
 def _positives_kernel(
-    anchor_order, anchor_labels, anchor_learner, anchor_ids, anchor_norm, anchor_state, live_start, live_end,
+    anchor_order, anchor_labels, anchor_learner, anchor_ids, anchor_norm, anchor_state, live,
     order, labels, learners, row_ids, norm_squared, windows, others,
     num_anchors, num_references, num_slots,
     ANCHORS: tl.constexpr, RUN: tl.constexpr,
@@ -82,8 +82,8 @@ def _positives_kernel(
     tl.store(window + RUN_START, run_low, mask=inside)
     tl.store(window + RUN_END, run_high, mask=inside)
     tl.store(window + NUM_POSITIVES, count, mask=inside)
-    tl.store(window + LIVE_START, tl.load(live_start + place, mask=inside, other=0), mask=inside)
-    tl.store(window + LIVE_END, tl.load(live_end + place, mask=inside, other=0), mask=inside)
+    tl.store(window + LIVE_START, tl.load(live + 2 * row, mask=inside, other=0), mask=inside)
+    tl.store(window + LIVE_END, tl.load(live + 2 * row + 1, mask=inside, other=0), mask=inside)
     tl.store(window + STATE, state, mask=inside)
     tl.store(window + ROW, row.to(tl.int32), mask=inside)
     tl.store(window + ID_LOW, row_id.to(tl.int32), mask=inside)

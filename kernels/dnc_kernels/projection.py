@@ -154,14 +154,14 @@ def project_backward_kernel(
 
 @triton.jit
 def masked_row(embeddings, masks, num_masks, learner, row, place, columns, width, HAS_MASKS: tl.constexpr, HAS_LEARNER: tl.constexpr):
-    """The embedding of a row and its mask, float32; neither is read where there are no masks."""
+    """The embedding of a row, where its mask is above 0, and the mask, float32; neither is read where there are no masks."""
     embedding = tl.zeros_like(columns).to(tl.float32)
     mask = embedding
     if HAS_MASKS:
-        embedding = tl.load(embeddings + place, mask=columns < width, other=0.0).to(tl.float32)
         # Beyond the last mask any will do: z is NaN there, and so will be the gradient.
         mask_row = tl.minimum(tl.maximum(tl.load(learner + row), 0), num_masks - 1) if HAS_LEARNER else 0
         mask = tl.load(masks + mask_row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
+        embedding = tl.load(embeddings + place, mask=mask > 0, other=0.0).to(tl.float32)
     return embedding, mask
 
 

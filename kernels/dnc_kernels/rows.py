@@ -25,19 +25,18 @@ class RowFacts(NamedTuple):
 
     `halves` (n, blocks, parts, width) float16: the scaled copy, columns in blocks of `width`, padded with zeros.
     `norm_squared` (n,) float32, inf for a row that can be in no pair; `state` (n,) int32: USABLE, ZERO or NOT_FINITE.
-    `live_start`, `live_end` (n,) int32: first and one past the last column that is not zero (a sliced mask leaves few).
+    `live` (n, 2) int32, in the order of z: first and one past the last column that is not zero (a sliced mask leaves few).
     """
 
     halves: Tensor
     norm_squared: Tensor
     state: Tensor
-    live_start: Tensor
-    live_end: Tensor
+    live: Tensor
 
 
 @triton.jit(do_not_specialize=["n"])
 def _row_facts_kernel(
-    z, order, halves, norm_squared, state, live_start, live_end, n, columns, blocks,
+    z, order, halves, norm_squared, state, live, n, columns, blocks,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -53,9 +52,8 @@ def _row_facts_kernel(
         total += tl.sum(value * value, 1)
         finite = tl.abs(value) < float("inf")
         num_infinite += tl.sum((~finite).to(tl.int32), 1)
-        live = value != 0
-        first = tl.minimum(first, tl.min(tl.where(live, column[None, :], 2147483647), 1))
-        last = tl.maximum(last, tl.max(tl.where(live, column[None, :] + 1, 0), 1))
+        first = tl.minimum(first, tl.min(tl.where(value != 0, column[None, :], 2147483647), 1))
+        last = tl.maximum(last, tl.max(tl.where(value != 0, column[None, :] + 1, 0), 1))
         # A row that is not finite is in no pair; as zeros it cannot make a product slow or infinite either.
         scaled = tl.where(finite, value * SCALE, 0.0)
         high = scaled.to(tl.float16)
@@ -66,8 +64,8 @@ def _row_facts_kernel(
     found = tl.where(num_infinite > 0, NOT_FINITE, tl.where(last > 0, USABLE, ZERO))
     tl.store(norm_squared + place, tl.where(found == USABLE, total, float("inf")), mask=inside)
     tl.store(state + place, found, mask=inside)
-    tl.store(live_start + place, tl.minimum(first, last), mask=inside)
-    tl.store(live_end + place, last, mask=inside)
+    tl.store(live + 2 * row, tl.minimum(first, last), mask=inside)
+    tl.store(live + 2 * row + 1, last, mask=inside)
 
 
 def num_parts(z: Tensor) -> int:
@@ -84,7 +82,8 @@ def row_facts(z: Tensor, order: Tensor, parts: int) -> RowFacts:
     facts = RowFacts(
         torch.empty(n, blocks, parts, width, dtype=torch.float16, device=z.device),
         torch.empty(n, dtype=torch.float32, device=z.device),
-        *(torch.empty(n, dtype=torch.int32, device=z.device) for _ in range(3)),
+        torch.empty(n, dtype=torch.int32, device=z.device),
+        torch.empty(n, 2, dtype=torch.int32, device=z.device),
     )
     if n:
         grid = (triton.cdiv(n, TILE_ROWS),)

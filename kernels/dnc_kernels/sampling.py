@@ -29,6 +29,15 @@ STATS = (
 )
 
 
+class Slots(NamedTuple):
+    """The drawn pairs, P slots for an anchor's positives and P for its negatives, -1 = empty; and which columns its rows use."""
+
+    others: Tensor  # (B, 2P) int64, rows of the references
+    stats: dict[str, Tensor]
+    live: Tensor  # (B, 2) int32, see rows.py
+    ref_live: Tensor  # (G, 2) int32, without references (0, 2)
+
+
 class Prepared(NamedTuple):
     """What sampling needs of the anchors and the references; without references both are the same."""
 
@@ -74,8 +83,8 @@ def _sample_pairs(
     floors: bool,
     effective_dim: float,
     num_slots: int,
-) -> tuple[Tensor, Tensor]:
-    """Slots (B, 2P) int64 of the pairs and the counts named by STATS, (7,) int64."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of Slots; the counts named by STATS as (7,) int64."""
     anchors, anchor_facts, references, facts = _prepare(z, labels, learner, row_ids, ref_z, ref_labels, ref_learner, ref_row_ids)
     others = torch.full((z.shape[0], 2 * num_slots), -1, dtype=torch.int64, device=z.device)
     stats = torch.zeros(len(STATS), dtype=torch.int64, device=z.device)
@@ -84,13 +93,17 @@ def _sample_pairs(
         windows, anchor_facts, facts, references.order, others, stats, seed, step,
         cutoff=cutoff, nonzero_loss_cutoff=nonzero_loss_cutoff, floors=floors, effective_dim=effective_dim,
     )  # fmt: skip
-    return others, stats
+    live = anchor_facts.live
+    return others, stats, live, live.new_empty(0, 2) if ref_z is None else facts.live
 
 
 @_sample_pairs.register_fake
-def _(z: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _(z: Tensor, labels: Tensor, learner: Tensor, row_ids: Tensor, ref_z: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     num_slots = others[-1]
-    return labels.new_empty(z.shape[0], 2 * num_slots), labels.new_empty(len(STATS))
+    live, ref_live = (
+        torch.empty(rows, 2, dtype=torch.int32, device=z.device) for rows in (z.shape[0], 0 if ref_z is None else ref_z.shape[0])
+    )
+    return labels.new_empty(z.shape[0], 2 * num_slots), labels.new_empty(len(STATS)), live, ref_live
 
 
 def _counter_word(value: Tensor | int, device: torch.device) -> Tensor:
@@ -101,6 +114,43 @@ def _counter_word(value: Tensor | int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
+def sample_slots(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    learner: Tensor | None = None,
+    ref_z: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+    ref_learner: Tensor | None = None,
+    row_ids: Tensor | None = None,
+    ref_row_ids: Tensor | None = None,
+    cutoff: float = 0.5,
+    nonzero_loss_cutoff: float = 1.4,
+    mode: str = "paper",
+    effective_dim: float | None = None,
+    seed: Tensor | int = 0,
+    step: Tensor | int = 0,
+    max_positives: int | None = None,
+) -> Slots:
+    """What `sample_pairs` draws, as it comes from the operator.
+
+    Raises:
+        ValueError: wrong shapes, types, devices or constants.
+    """
+    check_sampling(cutoff, nonzero_loss_cutoff, mode, effective_dim, max_positives)
+    anchors, references = anchors_and_references(z, labels, learner, row_ids, ref_z, ref_labels, ref_learner, ref_row_ids)
+    check_dtypes(z=z, ref_z=ref_z)
+    columns = (*anchors, *((None,) * 4 if ref_z is None else references))
+    if max_positives is None:
+        max_positives = _most_positives(*columns)
+    others, counts, live, ref_live = _sample_pairs(
+        *columns, _counter_word(seed, z.device), _counter_word(step, z.device),
+        cutoff, nonzero_loss_cutoff, mode == "reference", float(z.shape[1] if effective_dim is None else effective_dim),
+        min(max_positives, references.z.shape[0]),
+    )  # fmt: skip
+    return Slots(others, dict(zip(STATS, counts.unbind(), strict=True)), live, ref_live)
+
+
 def sample_pairs(
     z: Tensor,
     labels: Tensor,
@@ -127,20 +177,27 @@ def sample_pairs(
     Raises:
         ValueError: wrong shapes, types, devices or constants.
     """
-    check_sampling(cutoff, nonzero_loss_cutoff, mode, effective_dim, max_positives)
-    anchors, references = anchors_and_references(z, labels, learner, row_ids, ref_z, ref_labels, ref_learner, ref_row_ids)
-    check_dtypes(z=z, ref_z=ref_z)
-    columns = (*anchors, *((None,) * 4 if ref_z is None else references))
-    if max_positives is None:
-        max_positives = _most_positives(*columns)
-    num_slots = min(max_positives, references.z.shape[0])
-    slots, counts = _sample_pairs(
-        *columns, _counter_word(seed, z.device), _counter_word(step, z.device),
-        cutoff, nonzero_loss_cutoff, mode == "reference", float(z.shape[1] if effective_dim is None else effective_dim), num_slots,
-    )  # fmt: skip
-    anchor = torch.arange(z.shape[0], device=z.device)[:, None].expand_as(slots)
-    positive = (torch.arange(2 * num_slots, device=z.device) < num_slots).expand_as(slots)
-    return Pairs(anchor.reshape(-1), slots.reshape(-1), positive.reshape(-1), dict(zip(STATS, counts.unbind(), strict=True)))
+    slots = sample_slots(
+        z,
+        labels,
+        learner=learner,
+        ref_z=ref_z,
+        ref_labels=ref_labels,
+        ref_learner=ref_learner,
+        row_ids=row_ids,
+        ref_row_ids=ref_row_ids,
+        cutoff=cutoff,
+        nonzero_loss_cutoff=nonzero_loss_cutoff,
+        mode=mode,
+        effective_dim=effective_dim,
+        seed=seed,
+        step=step,
+        max_positives=max_positives,
+    )
+    num_slots = slots.others.shape[1] // 2
+    anchor = torch.arange(z.shape[0], device=z.device)[:, None].expand_as(slots.others)
+    positive = (torch.arange(2 * num_slots, device=z.device) < num_slots).expand_as(slots.others)
+    return Pairs(anchor.reshape(-1), slots.others.reshape(-1), positive.reshape(-1), slots.stats)
 
 
 def _most_positives(*columns: Tensor | None) -> int:
