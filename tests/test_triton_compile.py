@@ -63,5 +63,13 @@ def test_products_run_on_tensor_cores_from_wide_loads(report):
     assert named([line for line in products if not line["loads_16_bytes"]]) == []
 
 
+def test_rows_are_read_in_wide_loads(report):
+    """Also where only some columns are: a mask whose ends may fall anywhere would cut every load down to one element."""
+    readers = {"project_kernel", "pair_loss_kernel", "pair_gradient_kernel", "masked_pair_gradient_kernel"}
+    lines = [line for line in report["kernels"] if line["kernel"] in readers and line["case"] in ("small", "medium", "in parts")]
+    assert {line["kernel"] for line in lines} == readers
+    assert named([line for line in lines if line["loads_16_bytes"] < 4]) == []
+
+
 def test_other_sizes_and_numbers_compile_nothing_new(report):
     assert named(report["recompiled"]) == []

@@ -56,16 +56,21 @@ def empty_pair_loss(other: Tensor, num_learners: int) -> PairLoss:
 def default_tile(num_pairs: int, width: int) -> Tile:
     """Few pairs: one short step for each of many programs. Many: narrow columns, so that a program holds more of them."""
     columns = min(512, padded(width))
-    return Tile(min(32, 2048 // columns), columns, 4) if num_pairs < 16384 else Tile(32, min(64, columns), 4)
+    return Tile(min(16, 2048 // columns), columns, 4) if num_pairs < 16384 else Tile(16, min(64, columns), 4)
 
 
 @triton.jit
 def used_columns(live, row, columns, width, LIVE: tl.constexpr):
-    """Which columns of a row are to be read: beyond its live ones (rows.py) it holds zeros, as `other=0.0` gives them."""
+    """Which columns of a row are to be read: beyond its live ones (rows.py) it holds zeros, as `other=0.0` gives them.
+
+    Rounded to 16 columns, or a thread could not load several of them at once.
+    """
+    inside = columns < width
     if LIVE:
-        return (columns >= tl.load(live + 2 * row)) & (columns < tl.load(live + 2 * row + 1))
-    else:
-        return columns < width
+        first = tl.load(live + 2 * row) // 16 * 16
+        end = (tl.load(live + 2 * row + 1) + 15) // 16 * 16
+        inside = inside & (columns >= first) & (columns < end)
+    return inside
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_anchors", "slots", "num_classes", "num_learners", "margin"])
