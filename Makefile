@@ -19,6 +19,8 @@ export PYTHONSAFEPATH := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 RUN := runs/quickstart
 FAST := not slow and not gpu
+# Two at a time, whole files, as fixtures are shared inside one.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make quickstart   train on rendered characters with 2 processes (about 5 minutes on 2 cores) and write a report"
@@ -64,11 +66,11 @@ format: $(TEST_STAMP)
 # One thread a process: tests start up to four, and torch's thread pools would fight for the cores.
 test: export OMP_NUM_THREADS ?= 1
 test: lint
-	$(BIN)/python -m pytest -m "$(FAST)" --durations=15
+	$(BIN)/python -m pytest -m "$(FAST)" $(PARALLEL) --durations=15
 
 test-full: export OMP_NUM_THREADS ?= 1
 test-full: lint
-	$(BIN)/python -m pytest --durations=30
+	$(BIN)/python -m pytest $(PARALLEL) --durations=30
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

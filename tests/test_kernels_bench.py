@@ -15,13 +15,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "kernels"))
+from bench import baselines, measure, roofline, sweep, table
+from bench import kmeans as kmeans_bench
+from bench import margin as margin_bench
+from dnc_kernels import reference
 
-from bench import baselines, measure, roofline, sweep, table  # noqa: E402
-from bench import kmeans as kmeans_bench  # noqa: E402
-from bench import margin as margin_bench  # noqa: E402
-from dnc_kernels import reference  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 NOT_HERE = {
     "flash-kmeans needs a GPU",

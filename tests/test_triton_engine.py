@@ -18,15 +18,12 @@ from tests.test_engine_parity import CASES, Outcome, errors_of, step_outcome
 
 TOLERANCE = 2e-5
 NAMES = [
-    "margin; global batch norm; 1 of 1 learners",
     "margin, beta per class; global batch norm; 2 of 4 learners",
     "margin, scalar beta; frozen batch norm; conquer, clustered",
     "margin; 3 rows",
     "margin; sliced masks",
-    "margin; fixed masks",
     "margin; no active pair",
     "margin; published sampling",
-    "proxy anchor; global batch norm; 1 of 2 learners",
 ]
 WORLDS = (1, 2)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from dnc_kernels import kmeans, kmeans_resident, kmeans_streamed, kmeans_tiles, reference
 
@@ -62,6 +64,12 @@ def test_a_parent_leaves_two_centroids(k: int, dtype: torch.dtype, many: None) -
     check(x, centroids, restrict, kmeans.lloyd_step(x, centroids, restrict=restrict))
 
 
+def test_the_parents_may_be_a_column(many: None) -> None:
+    x, centroids = random(60, 8, seed=2, dtype=torch.bfloat16), random(6, 8, seed=3)
+    columns = torch.arange(180, device=DEVICE).view(60, 3) % 4 - 1
+    check(x, centroids, columns[:, 1], kmeans.lloyd_step(x, centroids, restrict=columns[:, 1]))
+
+
 def streamed(x: Tensor, centroids: Tensor, parent: Tensor | None, rows: int, columns: int, candidates: int) -> Result:
     tile = kmeans_streamed.nearest_shape(x.dtype, len(centroids))
     tile |= {"BLOCK_ROWS": rows, "BLOCK_WIDTH": columns, "BLOCK_CENTROIDS": candidates}
@@ -77,7 +85,7 @@ def test_all_routes_and_tiles_agree(restricted: bool, monkeypatch: pytest.Monkey
     x, centroids = random(200, 40, seed=4, dtype=torch.float16), random(20, 40, seed=5)
     parent = torch.arange(200, device=DEVICE) % 11 - 1 if restricted else None
     results = [streamed(x, centroids, parent, *tile) for tile in ((16, 16, 16), (64, 64, 32), (32, 128, 16))]
-    shape = kmeans_resident.shape(x.dtype, 40, 20)
+    shape = kmeans_resident.shape(x.dtype, 40, 20, DEVICE)
     assert shape is not None
     results += [kmeans_resident.lloyd_resident(x, centroids, parent, shape | {"BLOCK_ROWS": rows}) for rows in (16, 32, 128)]
     assignment, distance = results[0][:2]
@@ -127,7 +135,11 @@ def test_close_centroids_are_told_apart_in_16_bit_rows() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("restricted", [False, True])
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # by numpy, in the interpreter
-def test_a_broken_row_shows_up_and_harms_no_other(dtype: torch.dtype, restricted: bool, many: None) -> None:
+def test_a_broken_row_shows_up_and_harms_no_other(
+    dtype: torch.dtype, restricted: bool, many: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE.type == "cpu":  # a GPU's maximum drops NaN, the interpreter's would not
+        monkeypatch.setattr(InterpreterBuilder, "create_maxnumf", lambda self, *values: self.binary_op(*values, np.fmax))
     x, centroids = random(60, 8, seed=12, dtype=dtype), random(4, 8, seed=13)
     restrict = torch.arange(60, device=DEVICE) % 2 if restricted else None
     good = kmeans.lloyd_step(x, centroids, restrict=restrict)
@@ -185,6 +197,16 @@ def test_wrong_input_is_refused(x: Tensor, centroids: Tensor, restrict: Tensor |
 def test_a_parent_without_centroids_is_refused() -> None:
     with pytest.raises(ValueError, match="restrict contains 1"):
         kmeans.lloyd_step(torch.zeros(4, 2), torch.zeros(2, 2), restrict=torch.ones(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("capability", "widest"), [((8, 0), 512), ((8, 9), 256), ((9, 0), 512), ((10, 0), 256), ((12, 0), 256)])
+def test_wide_rows_stay_in_registers_where_shared_memory_holds_them(
+    capability: tuple[int, int], widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for width in (256, 512):
+        found = kmeans_resident.shape(torch.bfloat16, width, 4, torch.device("cuda"))
+        assert (found is not None) == (width <= widest)
 
 
 def test_the_operator_is_registered_correctly_and_compiles() -> None:

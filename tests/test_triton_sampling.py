@@ -14,6 +14,7 @@ from dnc_kernels.contract import Pairs
 from dnc_kernels.ordering import COUNTED_ROWS, canonical_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+default_tile = race.default_tile  # tests replace it
 NEAR_TIE = 1e-3  # of the float64 keys of a draw that differs from the reference's
 
 
@@ -104,6 +105,15 @@ def test_draws_do_not_depend_on_the_tile(mode, monkeypatch):
     assert all(torch.equal(drawn[0], other) for other in drawn)
 
 
+@pytest.mark.parametrize(
+    ("capability", "tiles"),
+    [((8, 0), race.TILES_BEFORE), ((9, 0), race.TILES_HOPPER), ((10, 0), race.TILES_HOPPER), ((12, 0), race.TILES_BEFORE)],
+)
+def test_tiles_suit_the_device(capability, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert tuple(default_tile(n, torch.device("cuda")) for n in (4096, 4097, 16385)) == tiles
+
+
 @triton.jit
 def _words_kernel(row_ids, seed, step, words, log2_draws, num_positions, TILE: tl.constexpr, ANCHORS: tl.constexpr):
     base, offset, counters = race_keys.tile_positions(tl.program_id(0), TILE)
@@ -165,6 +175,20 @@ def test_rows_in_no_pair_are_counted(mode):
     found = assert_same(z, torch.arange(40) // 4, learner=learner, mode=mode, nonzero_loss_cutoff=1.9)
     assert not set(found.other.tolist()) & {3, 5, 7, 8}
     assert [int(found.stats[name]) for name in ("non_finite_rows", "zero_rows", "anchors")] == [2, 1, 36]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_beyond_the_copy_count_as_not_finite(dtype):
+    """The scaled float16 copy holds values below 255."""
+    z = unit_rows(30, 6)
+    z[3, 1] = 254.0
+    assert_same(z.to(dtype), torch.arange(30) // 3, nonzero_loss_cutoff=1.9)
+    z[4, 2], z[9, 5] = 255.0, -6e4
+    found = sampling.sample_pairs(z.to(DEVICE, dtype), (torch.arange(30) // 3).to(DEVICE), nonzero_loss_cutoff=1.9)
+    z[[4, 9]] = torch.nan
+    expected = assert_same(z.to(dtype), torch.arange(30) // 3, nonzero_loss_cutoff=1.9)
+    assert torch.equal(found.other.cpu(), expected.other)
+    assert {name: int(value) for name, value in found.stats.items()} == {name: int(value) for name, value in expected.stats.items()}
 
 
 @pytest.mark.parametrize("mode", ["paper", "reference"])

@@ -117,7 +117,7 @@ def _read_later(values: Tensor) -> Callable[[], np.ndarray]:
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     copy.copy_(values, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(values.device))  # where the copy is; the current device may be another one
 
     def read() -> np.ndarray:
         event.synchronize()

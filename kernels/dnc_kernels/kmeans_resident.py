@@ -12,10 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_kernels.kmeans_tiles import add_members, add_partials, add_products, improve, row_chunks, split_centroids, squared_norms
+from dnc_kernels.kmeans_tiles import (
+    add_members,
+    add_partials,
+    add_products,
+    improve,
+    row_chunks,
+    split_centroids,
+    squared_distances,
+    squared_norms,
+)
 
 SUMS_IN_REGISTERS = 16_384  # elements of (D, K) that 8 warps hold beside everything else
 SMALLEST, WIDEST, MOST_CENTROIDS = 16, 512, 32  # sides of the blocks that compile without spilling
+ROOMY = ((8, 0), (9, 0))  # capabilities whose shared memory holds the widest block; elsewhere half of it fits
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
@@ -63,7 +73,7 @@ def _lloyd_resident(
         best, nearest = improve(best, 2 * parent, products, half_norms, candidates, parent, RESTRICTED)
         nearest = tl.where(taken, nearest, -1)
         tl.store(assignment_ptr + rows, nearest.to(tl.int64), mask=rows < num_rows)
-        distance = tl.where(taken, tl.maximum(norms + 2 * best, 0.0), 0.0)
+        distance = tl.where(taken, squared_distances(norms, best), 0.0)
         tl.store(distance_ptr + rows, distance, mask=rows < num_rows)
         member = nearest[:, None] == candidates[None, :]
         sums = add_members(sums, tl.trans(x), member)
@@ -73,14 +83,16 @@ def _lloyd_resident(
     tl.store(counts_ptr + program * BLOCK_CENTROIDS + candidates, counts)
 
 
-def shape(dtype: torch.dtype, width: int, num_centroids: int) -> dict[str, int] | None:
-    """Tile and launch of the kernel, or None where the sums do not fit into registers.
+def shape(dtype: torch.dtype, width: int, num_centroids: int, device: torch.device) -> dict[str, int] | None:
+    """Tile and launch of the kernel, or None where the sums do not fit into registers or the rows not into shared memory.
 
     float32 rows never do: their terms are cut in registers, and that needs the room of the sums.
     """
     block_width = max(SMALLEST, triton.next_power_of_2(width))
     block_centroids = max(SMALLEST, triton.next_power_of_2(num_centroids))
-    if dtype == torch.float32 or block_width > WIDEST or block_centroids > MOST_CENTROIDS:
+    roomy = device.type != "cuda" or torch.cuda.get_device_capability(device) in ROOMY
+    widest = WIDEST if roomy else WIDEST // 2
+    if dtype == torch.float32 or block_width > widest or block_centroids > MOST_CENTROIDS:
         return None
     rows = 64 if block_width * block_centroids <= SUMS_IN_REGISTERS // 2 else 32
     return {"BLOCK_ROWS": rows, "BLOCK_WIDTH": block_width, "BLOCK_CENTROIDS": block_centroids, "num_warps": 8, "num_stages": 3}

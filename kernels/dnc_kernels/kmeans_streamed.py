@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dnc_kernels.kmeans_tiles import add_members, add_partials, add_products, improve, row_chunks, split_centroids, squared_norms
+from dnc_kernels.kmeans_tiles import (
+    add_members,
+    add_partials,
+    add_products,
+    improve,
+    row_chunks,
+    split_centroids,
+    squared_distances,
+    squared_norms,
+)
 
 ONE_HOT_CENTROIDS = 128
 ROWS_PER_SEGMENT = 256
@@ -54,13 +63,14 @@ def _nearest(
         for block in range(0, tl.cdiv(width, BLOCK_WIDTH)):
             columns = block * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
             x = tl.load(x_rows + columns[None, :], mask=inside & (columns < width)[None, :], other=0.0)
-            term = tl.load(terms_ptr + (2 * tile * BLOCK_CENTROIDS + terms) * terms_width + columns[:, None])
+            term = tl.load(terms_ptr + terms * terms_width + columns[:, None])
             norms += squared_norms(x)
             products = add_products(products, x, term)
         candidates = tile * BLOCK_CENTROIDS + tl.arange(0, BLOCK_CENTROIDS)
         best, nearest = improve(best, nearest, products, tl.load(half_norm_ptr + candidates), candidates, parent, RESTRICTED)
+        terms_ptr += 2 * BLOCK_CENTROIDS * terms_width  # a step, as K · D may be beyond 32 bits
     tl.store(assignment_ptr + rows, tl.where(taken, nearest, -1).to(tl.int64), mask=rows < num_rows)
-    tl.store(distance_ptr + rows, tl.where(taken, tl.maximum(norms + 2 * best, 0.0), 0.0), mask=rows < num_rows)
+    tl.store(distance_ptr + rows, tl.where(taken, squared_distances(norms, best), 0.0), mask=rows < num_rows)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
@@ -124,11 +134,11 @@ def _segment_sums(
 
 
 def nearest_shape(dtype: torch.dtype, num_centroids: int) -> dict[str, int]:
-    """Tile and launch of the assignment; float32 rows are cut into terms in registers, so their tiles are half as large."""
+    """Tile and launch of the assignment; float32 rows are cut into terms in registers, so their tiles are half as wide."""
     wide = dtype == torch.float32
     block_centroids = min(64, max(16, triton.next_power_of_2(num_centroids)))
     return {
-        "BLOCK_ROWS": 64 if wide and block_centroids < 64 else 128,
+        "BLOCK_ROWS": 64 if block_centroids < 64 else 128,
         "BLOCK_WIDTH": 32 if wide else 64,
         "BLOCK_CENTROIDS": block_centroids,
         "num_warps": 8,

@@ -105,6 +105,12 @@ def add_members(sums, x_t, member):
 
 
 @triton.jit
+def squared_distances(norms, best):
+    """(rows,) |x|² + 2 (|c|²/2 - x·c), not below 0; NaN stays NaN, which a maximum would drop unless told."""
+    return tl.maximum(norms + 2 * best, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def squared_norms(x):
     """(rows,) float32 |x|² of a tile."""
     wide = x.to(tl.float32)

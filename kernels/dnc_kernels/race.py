@@ -51,14 +51,15 @@ class Tile(NamedTuple):
 
 
 # For up to 4096, up to 16384 and more anchors: large tiles read each row less often, small ones keep more of the GPU at
-# work. Before Hopper the matrix units take their operands from registers, which leaves fewer for the pairs.
+# work. Before Hopper, and on GPUs of capability 12, matrix units take their operands from registers, which leaves fewer for
+# the pairs.
 TILES_HOPPER = (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3))
 TILES_BEFORE = (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2))
 
 
 def default_tile(num_anchors: int, device: torch.device) -> Tile:
-    """Shape for so many anchors on this device; every default is free of register spills."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Shape for so many anchors on this device; on capability 8.0 and 9.0 every default is free of register spills."""
+    hopper = device.type == "cuda" and (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
     return (TILES_HOPPER if hopper else TILES_BEFORE)[(num_anchors > 4096) + (num_anchors > 16384)]
 
 

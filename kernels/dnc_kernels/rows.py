@@ -2,7 +2,8 @@
 
 The copy holds each row in canonical order as float16 numbers of z * 2**8. For float32 z each number is a sum of two,
 high + low: 22 bits of mantissa, so three products (high high + high low + low high) are as good as one in float32.
-The factor keeps the low parts of unit vectors above float16's subnormal range; it asks for |z| < 255, unit rows have |z| <= 1.
+The factor keeps the low parts of unit vectors above float16's subnormal range. It asks for |z| < 255, and a row beyond counts
+as not finite: unit rows have |z| <= 1, so something diverged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SCALE = tl.constexpr(256.0)
+SCALE, BOUND = tl.constexpr(256.0), tl.constexpr(255.0)  # values below the bound, scaled, are below float16's largest, 65504
 USABLE, ZERO, NOT_FINITE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NARROWEST, WIDEST_BLOCK = 16, 64  # of a column block: what a matrix instruction takes, what a tile holds
 TILE_ROWS = 16
@@ -24,7 +25,8 @@ class RowFacts(NamedTuple):
     """Facts of rows in canonical order.
 
     `halves` (n, blocks, parts, width) float16: the scaled copy, columns in blocks of `width`, padded with zeros.
-    `norm_squared` (n,) float32, inf for a row that can be in no pair; `state` (n,) int32: USABLE, ZERO or NOT_FINITE.
+    `norm_squared` (n,) float32, inf for a row that can be in no pair; `state` (n,) int32: USABLE, ZERO or NOT_FINITE
+    (a value that is NaN, infinite or not below BOUND).
     `live` (n, 2) int32, in the order of z: first and one past the last column that is not zero (a sliced mask leaves few).
     """
 
@@ -43,25 +45,25 @@ def _row_facts_kernel(
     inside = place < n
     row = tl.load(order + place, mask=inside, other=0)
     total = tl.zeros((ROWS,), tl.float32)
-    num_infinite = tl.zeros((ROWS,), tl.int32)
+    num_beyond = tl.zeros((ROWS,), tl.int32)
     first, last = tl.full((ROWS,), 2147483647, tl.int32), tl.full((ROWS,), 0, tl.int32)
     for block in range(0, blocks):
         column = block * WIDTH + tl.arange(0, WIDTH)
         mask = inside[:, None] & (column < columns)[None, :]
         value = tl.load(z + (row * columns)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(value * value, 1)
-        finite = tl.abs(value) < float("inf")
-        num_infinite += tl.sum((~finite).to(tl.int32), 1)
+        held = tl.abs(value) < BOUND  # false for NaN, too
+        num_beyond += tl.sum((~held).to(tl.int32), 1)
         first = tl.minimum(first, tl.min(tl.where(value != 0, column[None, :], 2147483647), 1))
         last = tl.maximum(last, tl.max(tl.where(value != 0, column[None, :] + 1, 0), 1))
-        # A row that is not finite is in no pair; as zeros it cannot make a product slow or infinite either.
-        scaled = tl.where(finite, value * SCALE, 0.0)
+        # Such a row is in no pair; zeros in place of what the copy cannot hold keep every product finite.
+        scaled = tl.where(held, value * SCALE, 0.0)
         high = scaled.to(tl.float16)
         target = halves + ((place.to(tl.int64) * blocks + block) * (PARTS * WIDTH))[:, None] + tl.arange(0, WIDTH)[None, :]
         tl.store(target, high, mask=inside[:, None])
         if PARTS == 2:
             tl.store(target + WIDTH, (scaled - high.to(tl.float32)).to(tl.float16), mask=inside[:, None])
-    found = tl.where(num_infinite > 0, NOT_FINITE, tl.where(last > 0, USABLE, ZERO))
+    found = tl.where(num_beyond > 0, NOT_FINITE, tl.where(last > 0, USABLE, ZERO))
     tl.store(norm_squared + place, tl.where(found == USABLE, total, float("inf")), mask=inside)
     tl.store(state + place, found, mask=inside)
     tl.store(live + 2 * row, tl.minimum(first, last), mask=inside)

@@ -171,8 +171,9 @@ def sample_pairs(
 ) -> Pairs:
     """`reference_sampling.sample_pairs` in Triton kernels: same arguments, same pairs, no (B, G) tensor.
 
-    z (B, D) and ref_z (G, D) are float32, bfloat16 or float16 unit rows. A draw differs from the reference's where two
-    keys are closer than the rounding of distances, about 1e-4. Without `max_positives` they are counted: one wait.
+    z (B, D) and ref_z (G, D) are float32, bfloat16 or float16 unit rows; a row with a value of 255 or more is in no pair and
+    counts as not finite. A draw differs from the reference's where two keys are closer than the rounding of distances, about
+    1e-4. Without `max_positives` they are counted: one wait.
 
     Raises:
         ValueError: wrong shapes, types, devices or constants.
