@@ -52,8 +52,8 @@ class Data(Section):
 
     root: Path
     """Folder written by `dnc-dist data prepare`."""
-    protocol: Literal["auto", "leave-one-out", "query-gallery"] = "auto"
-    """Retrieval protocol; auto: query-gallery if the dataset has such roles, else leave-one-out."""
+    protocol: Literal["auto", "leave-one-out", "query-gallery", "vehicleid-loo", "vehicleid-random10"] = "auto"
+    """Retrieval protocol; auto: vehicleid-loo for VehicleID's lists, query-gallery if the dataset has such roles, else leave-one-out."""
     image_size: int = Field(224, ge=8)
     """Side of the square images that the network sees, pixels."""
     crop: float = Field(0.875, gt=0, le=1)

@@ -14,8 +14,8 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("name", metavar="glyphs|folder|csv", type=click.Choice(["glyphs", "folder", "csv"]))
-@click.option("--root", type=click.Path(path_type=Path), help="Source: the folder of images, or the CSV file (glyphs needs none).")
+@click.argument("name", metavar="glyphs|folder|csv|vehicleid", type=click.Choice(["glyphs", "folder", "csv", "vehicleid"]))
+@click.option("--root", type=click.Path(path_type=Path), help="Source: the folder, or the CSV file (glyphs needs none).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the prepared data set goes.")
 @click.option("--seed", default=0, show_default=True, help="Order of the classes, and every random choice of the reader.")
 @click.option("--max-side", type=click.IntRange(min=16), help="Shrink larger images to this longer side (default: keep every size).")
@@ -47,12 +47,13 @@ def prepare(
     """Write shards, index and manifest.
 
     \b
-    glyphs   characters drawn with the typefaces that matplotlib ships; no download
-    folder   split/class/*.jpg, or class/*.jpg with --test-share of the classes as test split
-    csv      columns path, label, split (an open-metric-learning table as it is)
+    glyphs     characters drawn with the typefaces that matplotlib ships; no download
+    folder     split/class/*.jpg, or class/*.jpg with --test-share of the classes as test split
+    csv        columns path, label, split (an open-metric-learning table as it is)
+    vehicleid  the archive's own layout: image/*.jpg and train_test_split/*.txt
     """
     from dnc_dist.data.index import open_index
-    from dnc_dist.data.readers import csv, folder, glyphs
+    from dnc_dist.data.readers import csv, folder, glyphs, vehicleid
     from dnc_dist.data.shards import write_shards
     from dnc_dist.data.summary import describe
     from dnc_dist.errors import InputError
@@ -65,9 +66,12 @@ def prepare(
             fonts=fonts, classes=classes, image_size=image_size, seed=seed, progress=progress.counter("characters", "char")
         )
     elif root is None:
-        raise InputError(f"data prepare {name} needs --root, the {'CSV file' if name == 'csv' else 'folder of images'}")
+        what = {"csv": "CSV file", "vehicleid": "folder with image/ and train_test_split/"}.get(name, "folder of images")
+        raise InputError(f"data prepare {name} needs --root, the {what}")
     elif name == "folder":
         reading = folder.read(root, test_share=test_share, seed=seed)
+    elif name == "vehicleid":
+        reading = vehicleid.read(root)
     else:
         reading = csv.read(root, images=images)
     for note in reading.notes:

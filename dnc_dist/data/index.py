@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("label", "split", "query", "gallery", "shard", "offset", "size", "source")
+LISTS = "lists"  # an extra column: names, separated by spaces, of the lists that a row is in and a protocol measures one by one
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class RowView:
     """Some rows of the index with labels of their own: contiguous from 0, in the order of the rows.
 
     ``rows`` (n,) int64 ascending, ``labels`` (n,) int64 in 0..C-1, ``class_names`` of length C, ``query`` and ``gallery``
-    (n,) bool, ``shards`` (n,) int32.
+    (n,) bool, ``shards`` (n,) int32; ``lists``: name -> (n,) bool, the smaller list first; lists may overlap.
     """
 
     name: str
@@ -35,6 +36,7 @@ class RowView:
     query: NDArray[np.bool_]
     gallery: NDArray[np.bool_]
     shards: NDArray[np.int32]
+    lists: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,7 +103,15 @@ class DatasetIndex:
             query=np.asarray(self.columns["query"][rows]),
             gallery=np.asarray(self.columns["gallery"][rows]),
             shards=np.asarray(self.columns["shard"][rows]),
+            lists=_lists(self.columns[LISTS][rows]) if LISTS in self.columns else {},
         )
+
+
+def _lists(column: NDArray[np.bytes_]) -> dict[str, NDArray[np.bool_]]:
+    values, which = np.unique(column, return_inverse=True)
+    names = [set(value.decode().split()) for value in values]
+    found = {name: np.array([name in some for some in names])[which] for name in sorted(set().union(*names))}
+    return dict(sorted(found.items(), key=lambda item: int(item[1].sum())))
 
 
 def row_key(row: int) -> str:

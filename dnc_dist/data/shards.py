@@ -147,7 +147,7 @@ class _Writer:
                 key = row_key(len(self.rows))
                 self.rows.append((sample, len(self.shards), _add(tar, f"{key}.jpg", image), len(image)))
                 _add(tar, f"{key}.cls", str(label_of[sample.class_name]).encode())
-                self.hash.update(repr((sample.class_name, split, sample.query, sample.gallery, len(image))).encode())
+                self.hash.update(repr((sample.class_name, split, sample.query, sample.gallery, len(image), *sample.extra)).encode())
                 self.hash.update(image)
         if len(self.rows) == first:
             path.unlink()

@@ -36,6 +36,8 @@ def describe(index: DatasetIndex) -> str:
         )
         if not (view.query.all() and view.gallery.all()):
             lines.append(f"{'':<12}queries {view.query.sum():,}, gallery {view.gallery.sum():,}")
+        for name, inside in view.lists.items():
+            lines.append(f"{f'  {name}':<12}{inside.sum():>10,}{len(np.unique(view.labels[inside])):>10,}")
     lines.append(f"content {index.content_hash}, read from {index.manifest['reader']}")
     if "test" in views and (shared := set(views["train"].class_names) & set(views["test"].class_names)):
         lines.append(f"{len(shared):,} classes are in train and in test: retrieval here is not of unseen classes")

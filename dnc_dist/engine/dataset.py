@@ -18,6 +18,7 @@ from dnc_dist.data.shards import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.errors import InputError
+from dnc_dist.retrieval.protocols import resolve_protocol
 from dnc_dist.rng import seed_for
 
 
@@ -47,6 +48,8 @@ class RunData:
         self.train: RowView = train_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
+        if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through
+            resolve_protocol(cfg.data.protocol, self.test.query, self.test.gallery, self.test.lists)
         self._pin_memory = distributed.device().type == "cuda"
         self._train_batches = TrainBatches(
             self.index,

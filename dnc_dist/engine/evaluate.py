@@ -24,7 +24,8 @@ from dnc_dist.errors import InputError
 from dnc_dist.exact import nmi
 from dnc_dist.gallery import Gallery, save_gallery
 from dnc_dist.progress import Progress
-from dnc_dist.retrieval.protocols import RetrievalResult, evaluate
+from dnc_dist.retrieval.protocols import RetrievalResult, evaluate, resolve_protocol
+from dnc_dist.retrieval.vehicleid import evaluate_lists, headline
 from dnc_dist.rng import seed_for
 
 THUMBNAIL_SIDE = 64
@@ -32,7 +33,7 @@ THUMBNAIL_SIDE = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of one view, with the protocol and the counts they stand on."""
+    """The metrics of one view, with the protocol and the counts they stand on; ``retrieval`` is what those without a prefix come from."""
 
     metrics: dict[str, Any]
     retrieval: RetrievalResult
@@ -56,29 +57,40 @@ def evaluate_view(
     Raises:
         Stopped: a rank was asked to stop; the evaluation is abandoned.
     """
+    lists = lists_of(view, protocol or cfg.data.protocol)
+    chosen = resolve_protocol(protocol or cfg.data.protocol, view.query, view.gallery, lists)
     name = f"epoch {epoch}: evaluation on {view.name}"
     found = extract(objective, objective.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress)
     rows = found.start + torch.nonzero(found.valid).flatten()
     embeddings = found.values[found.valid]
-    result = evaluate(
-        embeddings,
-        rows,
-        view.labels,
-        view.query,
-        view.gallery,
-        protocol=protocol or cfg.data.protocol,
-        recall_at=cfg.evaluation.recall_at,
-    )
-    metrics: dict[str, Any] = dict(result.metrics)
+    recall_at = cfg.evaluation.recall_at
+    if chosen == "vehicleid-loo" or chosen == "vehicleid-random10":
+        sources = [source.decode() for source in data.index.columns["source"][view.rows]]
+        results = evaluate_lists(embeddings, rows, view.labels, lists, sources, protocol=chosen, recall_at=recall_at)
+        main = headline(results)
+        inside = torch.from_numpy(lists[main])[rows]
+        embeddings, rows = embeddings[inside.to(embeddings.device)], rows[inside]
+    else:
+        main, results = "", {"": evaluate(embeddings, rows, view.labels, view.query, view.gallery, protocol=chosen, recall_at=recall_at)}
+    metrics: dict[str, Any] = dict(results[main].metrics)
     if with_nmi:
         metrics["nmi"] = _nmi(embeddings, rows, view, cfg.run.seed)
-    metrics |= {
-        "protocol": result.protocol,
-        "num_queries": result.num_queries,
-        "num_gallery": result.num_gallery,
-        "queries_left_out": result.num_left_out,
-    }
-    return Evaluation(metrics, result, found.failed)
+    metrics |= {"protocol": chosen} | ({"list": main} if main else {}) | _counts(results[main])
+    if len(results) > 1:
+        for list_name, result in results.items():
+            metrics |= {f"{list_name}/{key}": value for key, value in (result.metrics | _counts(result)).items()}
+    return Evaluation(metrics, results[main], found.failed)
+
+
+def lists_of(view: RowView, protocol: str) -> dict[str, np.ndarray]:
+    """The lists that a protocol measures; held-out training classes are in none, so for VehicleID's protocols they are one."""
+    if not view.lists and view.name == "validation" and protocol.startswith("vehicleid"):
+        return {view.name: np.ones(len(view), bool)}
+    return view.lists
+
+
+def _counts(result: RetrievalResult) -> dict[str, int]:
+    return {"num_queries": result.num_queries, "num_gallery": result.num_gallery, "queries_left_out": result.num_left_out}
 
 
 def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int) -> float:

@@ -207,6 +207,8 @@ class Trainer:
         state = self.state
         chosen = state.best or {"epoch": state.epoch, "samples_seen": state.samples_seen, "metrics": state.metrics}
         metrics = {name: chosen["metrics"].get(name) for name in ("recall@1", "map@r", "nmi", "protocol")}
+        # Only some protocols have these.
+        metrics |= {name: chosen["metrics"][name] for name in ("list", "map", "recall@1_std", "map_std") if name in chosen["metrics"]}
         values = {"run": str(self.cfg.run.path), "epoch": chosen["epoch"], "samples_seen": chosen["samples_seen"], **metrics}
         values["selected_on"] = self.selected_on
         if state.baseline:

@@ -23,7 +23,7 @@ NUM_QUERIES = 12
 def _cards(run: RunRecord) -> Iterator[str]:
     """The result's numbers, the most important first."""
     result = run.result()
-    for name in ("recall@1", "map@r", "r_precision", "nmi"):
+    for name in ("recall@1", "map@r", "map", "r_precision", "nmi"):
         value = number(result.get(name))
         if value is not None:
             yield f'<div class="card{" first" if name == "recall@1" else ""}"><b>{value:.2%}</b><span>{name}</span></div>'
@@ -54,7 +54,7 @@ def _header(run: RunRecord) -> str:
     ]
     if number(result.get("queries_left_out")):
         counts.append(f"{int(result['queries_left_out']):,} queries without a match in the gallery left out")
-    stamps = [f'<span class="stamp">protocol: {html.escape(str(result["protocol"]))}</span>'] if "protocol" in result else []
+    stamps = [f'<span class="stamp">{name}: {html.escape(str(result[name]))}</span>' for name in ("protocol", "list") if name in result]
     loud = run.selected_on == "test"
     stamps.append(f'<span class="stamp{" loud" if loud else ""}">selected on {html.escape(run.selected_on)}</span>')
     if result:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,8 @@ from dnc_dist.rng import numpy_generator
 
 SAMPLE_NEIGHBOURS = 10
 
+Protocol = Literal["leave-one-out", "query-gallery", "vehicleid-loo", "vehicleid-random10"]
+
 
 @dataclass(frozen=True, eq=False)
 class RetrievalResult:
@@ -30,18 +33,26 @@ class RetrievalResult:
     sample_queries: np.ndarray  # (s,) int64 rows
     sample_neighbours: np.ndarray  # (s, 10) int64 rows, nearest first; -1: the gallery has no more
     sample_distances: np.ndarray  # (s, 10) float32, squared
+    trials: dict[str, np.ndarray] = field(default_factory=dict)  # metric -> (trials,) float64, of protocols that draw galleries
 
 
-def resolve_protocol(protocol: str, query: np.ndarray, gallery: np.ndarray) -> Literal["leave-one-out", "query-gallery"]:
-    """``auto`` is query-gallery as soon as one row is not both (N,) query and gallery.
+def resolve_protocol(protocol: str, query: np.ndarray, gallery: np.ndarray, lists: Collection[str] = ()) -> Protocol:
+    """``auto`` is vehicleid-loo for rows in ``lists``, else query-gallery as soon as one row is not both (N,) query and gallery.
 
     Raises:
-        InputError: query-gallery, and there are no queries or no gallery.
+        InputError: query-gallery without queries or gallery, or a protocol of VehicleID without lists.
     """
     if protocol == "auto":
-        protocol = "leave-one-out" if query.all() and gallery.all() else "query-gallery"
+        protocol = "vehicleid-loo" if lists else "leave-one-out" if query.all() and gallery.all() else "query-gallery"
     if protocol == "leave-one-out":
         return "leave-one-out"
+    if protocol in ("vehicleid-loo", "vehicleid-random10"):
+        if not lists:
+            raise InputError(
+                f"the protocol {protocol} needs the lists small, medium and large, but the data has none; set data.protocol=auto, or let "
+                f"data.root name what `dnc-dist data prepare vehicleid` wrote"
+            )
+        return "vehicleid-loo" if protocol == "vehicleid-loo" else "vehicleid-random10"
     if not query.any() or not gallery.any():
         raise InputError(
             f"the protocol query-gallery needs queries and a gallery, but the data has {query.sum()} and {gallery.sum()} such rows; "
@@ -76,13 +87,10 @@ def evaluate(
         InputError: no query has a gallery row of its class.
         FloatingPointError: embeddings that are not finite.
     """
-    device = distributed.device()
     chosen = resolve_protocol(protocol, query, gallery)
     rows_local = rows_local.cpu()
-    bad = (~embeddings_local.isfinite().all(1)).sum().reshape(1).to(device)
-    if num_bad := int(distributed.all_reduce_sum(bad)):
-        raise FloatingPointError(f"{num_bad} embeddings hold values that are not finite, so the model has diverged; lower optim.lr")
-    present = _present(rows_local, len(labels))
+    check_finite(embeddings_local)
+    present = present_rows(rows_local, len(labels))
     if chosen == "leave-one-out":
         is_query = is_gallery = present
     else:
@@ -112,14 +120,14 @@ def evaluate(
         [first_match(matches), average_precision_at_r(matches, relevant[query_rows]), r_precision(matches, relevant[query_rows])], axis=1
     )
     # In the order of the rows, so that the sums are the same sums whichever rank held what.
-    all_rows, all_values = _in_row_order(torch.from_numpy(query_rows), torch.from_numpy(values))
+    all_rows, all_values = in_row_order(torch.from_numpy(query_rows), torch.from_numpy(values))
     first, average_precision, precision = np.ascontiguousarray(all_values.T)
     metrics = {f"recall@{n}": int((first <= n).sum()) / len(first) for n in recall_at}
     metrics |= {"map@r": float(average_precision.mean()), "r_precision": float(precision.mean())}
-    shown = np.sort(numpy_generator("retrieval sample", len(all_rows)).permutation(all_rows)[:sample])
+    shown = sample_of(all_rows, sample)
     sampled = np.isin(query_rows, shown)
-    sample_queries, neighbours = _in_row_order(torch.from_numpy(query_rows[sampled]), found.ids[sampled, :SAMPLE_NEIGHBOURS])
-    _, distances = _in_row_order(torch.from_numpy(query_rows[sampled]), found.distance[sampled, :SAMPLE_NEIGHBOURS])
+    sample_queries, neighbours = in_row_order(torch.from_numpy(query_rows[sampled]), found.ids[sampled, :SAMPLE_NEIGHBOURS])
+    _, distances = in_row_order(torch.from_numpy(query_rows[sampled]), found.distance[sampled, :SAMPLE_NEIGHBOURS])
     return RetrievalResult(
         chosen,
         metrics,
@@ -132,7 +140,23 @@ def evaluate(
     )
 
 
-def _present(rows_local: Tensor, num_rows: int) -> np.ndarray:
+def sample_of(query_rows: np.ndarray, count: int) -> np.ndarray:
+    """Some of all queries (Q,), ascending, to look at; the embeddings have no say."""
+    return np.sort(numpy_generator("retrieval sample", len(query_rows)).permutation(query_rows)[:count])
+
+
+def check_finite(embeddings_local: Tensor) -> None:
+    """Collective.
+
+    Raises:
+        FloatingPointError: an embedding of some rank is not finite.
+    """
+    bad = (~embeddings_local.isfinite().all(1)).sum().reshape(1).to(distributed.device())
+    if num_bad := int(distributed.all_reduce_sum(bad)):
+        raise FloatingPointError(f"{num_bad} embeddings hold values that are not finite, so the model has diverged; lower optim.lr")
+
+
+def present_rows(rows_local: Tensor, num_rows: int) -> np.ndarray:
     """Collective. (N,) bool: rows that some rank holds."""
     times = np.bincount(rows_local.numpy(), minlength=num_rows)
     times = distributed.all_reduce_sum(torch.from_numpy(times).to(distributed.device())).cpu().numpy()
@@ -148,7 +172,7 @@ def _relevant(labels: np.ndarray, is_query: np.ndarray, is_gallery: np.ndarray) 
     return np.where(is_query, per_class[label] - is_gallery, 0)
 
 
-def _in_row_order(rows: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def in_row_order(rows: Tensor, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Collective. The rows (n,) and values (n, …) of all ranks, by row."""
     device = distributed.device()
     all_rows = distributed.gather_rows(rows.to(device)).cpu().numpy()

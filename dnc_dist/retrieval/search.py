@@ -76,6 +76,29 @@ def topk(query_local: Tensor, gallery_local: Tensor, k: int, *, query_ids: Tenso
     return Neighbours(torch.cat(found_ids), torch.cat(found_distance))
 
 
+def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor, gallery_ids: Tensor) -> Tensor:
+    """Collective. For each query of this rank, the place of one given gallery row in the order that ``topk`` would give.
+
+    Nearer rows are counted and never listed, so memory does not grow with queries x gallery. The gallery travels to every rank
+    (it is small: one row per class) and queries stay where they are.
+
+    Args:
+        query_local: (q, D) queries of this rank; q may be 0.
+        match_ids: (q,) int64 the gallery row, of any rank, whose place is wanted.
+        gallery_local: (g, D) gallery rows of this rank; g may be 0.
+        gallery_ids: (g,) int64 global rows, no row on two ranks.
+
+    Returns:
+        (q,) int64, 1 for the nearest.
+    """
+    device = distributed.device()
+    ids = distributed.gather_rows(gallery_ids.to(device)).cpu()
+    rows = distributed.gather_rows(gallery_local.detach().float().to(device)).cpu()
+    order = torch.argsort(ids)
+    gallery = _Gallery(rows[order].numpy(), ids[order].numpy())
+    return torch.from_numpy(gallery.places(query_local.detach().float().cpu().numpy(), match_ids.cpu().numpy()))
+
+
 def _first(rows: np.ndarray, distance: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The first k columns of each line by (distance, row); unused entries hold distance inf."""
     order = np.lexsort((rows, distance), axis=1)[:, :k]
@@ -129,6 +152,32 @@ class _Gallery:
         norms = np.sqrt(np.square(centred, dtype=np.float64).sum(1))
         nearest_other = approximate[:, -1] - gram_error(queries.shape[1], norms, self.longest)
         return ids, distance, distance[:, -1] < nearest_other.astype(np.float32)
+
+    def places(self, queries: np.ndarray, match: np.ndarray) -> np.ndarray:
+        """(Q,) places, from 1, of the rows with the ids ``match`` (Q,)."""
+        places, at_match = np.empty(len(queries), np.int64), np.searchsorted(self.ids, match)
+        step = max(1, CANDIDATES // max(1, len(self.rows)))
+        for at in range(0, len(queries), step):
+            places[at : at + step] = 1 + self._num_before(queries[at : at + step], at_match[at : at + step])
+        return places
+
+    def _num_before(self, queries: np.ndarray, match: np.ndarray) -> np.ndarray:
+        """(Q,) rows that come before row ``match`` (Q,): by float32 products where their error cannot matter, else by exact distances."""
+        wanted = squared_distance(queries, self.rows[match]).astype(np.float32)
+        centred = queries - self.centre
+        norms, squares = (np.square(part, dtype=np.float64).sum(1) for part in (centred, self.centred))
+        approximate = norms[:, None] + squares - 2.0 * (centred @ self.centred.T)
+        error = np.asarray(gram_error(queries.shape[1], np.sqrt(norms), self.longest))[:, None]
+        # Rounding keeps the order: what is nearer by more than the error is nearer in float32, too.
+        nearer = (approximate + error).astype(np.float32) < wanted[:, None]
+        query, row = np.nonzero(~nearer & ((approximate - error).astype(np.float32) <= wanted[:, None]))
+        before = np.empty(len(query), bool)
+        step = max(1, WORK_ELEMENTS // queries.shape[1])
+        for at in range(0, len(query), step):
+            q, r = query[at : at + step], row[at : at + step]
+            distance = squared_distance(queries[q], self.rows[r]).astype(np.float32)
+            before[at : at + step] = (distance < wanted[q]) | ((distance == wanted[q]) & (r < match[q]))
+        return nearer.sum(1) + np.bincount(query[before], minlength=len(queries))
 
     def _distances(self, queries: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """(Q, m) float32 squared distances by direct difference."""
