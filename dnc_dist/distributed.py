@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed import distributed_c10d as c10d
 
 from dnc_dist.errors import InputError
 
@@ -63,6 +64,20 @@ def init(timeout_seconds: float = 1800) -> None:
         dist.init_process_group(backend, timeout=timeout)
 
 
+def set_timeout(seconds: float) -> None:
+    """Seconds after which a collective that begins from now on fails, in every group of this rank (also those of DeepSpeed)."""
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def store(name: str) -> dist.Store:
+    """A place under this name in the store through which the ranks found each other, with a connection of its own.
+
+    Its operations may wait for ever if the process that holds the store (the launcher, else rank 0) is stopped.
+    """
+    return dist.PrefixStore(name, c10d._get_default_store()).clone()  # type: ignore[attr-defined, no-any-return]
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
@@ -101,6 +116,26 @@ def group_size(group: ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
+def group_rank(group: ProcessGroup | None = None) -> int:
+    """This process's place in a group; 0 without a process group."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+# Its name in torch 2.13, which deprecates the older one.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+_traffic = {"gather": 0, "reduce": 0}
+
+
+def traffic() -> dict[str, int]:
+    """Bytes that this rank has received from others since its start, by kind of collective.
+
+    "gather": the rows of the other ranks (with the padding of uneven parts); "reduce": 2 (n - 1) / n times the size of what n
+    ranks sum, as a ring does it. Objects (at start and in checkpoints) and DeepSpeed's own collectives are not counted.
+    """
+    return dict(_traffic)
+
+
 def barrier() -> None:
     """Collective. Wait for every rank."""
     if group_size() > 1:
@@ -110,8 +145,9 @@ def barrier() -> None:
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Collective. The sum over ranks, as a new tensor without gradient."""
     total = tensor.detach().clone()
-    if group_size(group) > 1:
+    if (ranks := group_size(group)) > 1:
         dist.all_reduce(total, group=group)
+        _traffic["reduce"] += 2 * (ranks - 1) * total.nbytes // ranks
     return total
 
 
@@ -136,51 +172,74 @@ def all_reduce_sum_autograd(tensor: Tensor, group: ProcessGroup | None = None) -
 def _row_counts(local: Tensor, group: ProcessGroup | None) -> list[int]:
     counts = torch.zeros(group_size(group), dtype=torch.int64, device=local.device)
     counts[dist.get_rank(group)] = local.shape[0]
-    dist.all_reduce(counts, group=group)
-    return counts.tolist()
+    return all_reduce_sum(counts, group).tolist()
 
 
-def _all_gather_rows(local: Tensor, counts: list[int], group: ProcessGroup | None) -> Tensor:
-    padded = local.new_zeros((max(counts), *local.shape[1:]))
-    padded[: local.shape[0]] = local
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def _all_gather_rows(local: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    most, ranks = max(counts), len(counts)
+    if most == 0:
+        return local
+    if local.shape[0] < most:
+        local = torch.cat([local, local.new_zeros((most - local.shape[0], *local.shape[1:]))])
+    every = local.new_empty((ranks * most, *local.shape[1:]))
+    _all_gather_single(every, local.contiguous(), group=group)
+    _traffic["gather"] += (ranks - 1) * local.nbytes
+    if min(counts) == most:
+        return every
+    return torch.cat([part[:count] for part, count in zip(every.split(most), counts, strict=True)])
 
 
-class _GatherRows(torch.autograd.Function):
+class _GatherOwnRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, grad: str, group: ProcessGroup | None) -> Tensor:
-        counts = _row_counts(local, group)
+    def forward(ctx: Any, local: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
         me = dist.get_rank(group)
-        ctx.grad, ctx.group, ctx.size = grad, group, len(counts)
-        ctx.start, ctx.stop = sum(counts[:me]), sum(counts[: me + 1])
-        return _all_gather_rows(local.detach().contiguous(), counts, group)
+        ctx.size, ctx.start, ctx.stop = len(counts), sum(counts[:me]), sum(counts[: me + 1])
+        return _all_gather_rows(local.detach(), counts, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.grad == "sum":
-            return all_reduce_sum(grads[0].contiguous(), ctx.group)[ctx.start : ctx.stop], None, None
         return grads[0][ctx.start : ctx.stop] * ctx.size, None, None
 
 
-def gather_rows(local: Tensor, *, grad: Literal["none", "sum", "own"] = "none", group: ProcessGroup | None = None) -> Tensor:
+def gather_rows(
+    local: Tensor, *, grad: Literal["none", "own"] = "none", counts: Sequence[int] | None = None, group: ProcessGroup | None = None
+) -> Tensor:
     """Collective. The rows of all ranks in rank order; ranks may hold different numbers of rows, also none.
 
     Args:
         local: (n_r, ...) this rank's rows.
-        grad: "none"; "sum": the gradient of a row is the sum over the ranks that used it (each rank computes a part of
-            the loss; the backward communicates); "own": the gradient of this rank alone for its own rows, times the
-            group's size (every rank computes the whole loss, and the engine averages over ranks).
+        grad: "none", or "own": the gradient of this rank alone for its own rows, times the group's size (every rank computes the
+            whole loss, and the engine averages over ranks).
+        counts: n_r of every rank of the group; None: they are exchanged first, for which the host waits.
 
     Returns:
         (sum of n_r, ...)
     """
     if group_size(group) == 1:
         return local.detach() if grad == "none" else local
+    known = _row_counts(local, group) if counts is None else counts
     if grad == "none":
-        return _all_gather_rows(local.detach().contiguous(), _row_counts(local, group), group)
-    return _GatherRows.apply(local, grad, group)
+        return _all_gather_rows(local.detach(), known, group)
+    return _GatherOwnRows.apply(local, known, group)
+
+
+def exchange_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Collective. Hand every rank its part of these rows; what all ranks have for this one.
+
+    Args:
+        rows: (sum of n_r, ...) first the n_0 rows for rank 0, then those for rank 1, and so on.
+        counts: n_r of every rank, the same on all ranks.
+
+    Returns:
+        (W, n_r, ...) of the n_r of this rank, in rank order.
+    """
+    if group_size() == 1:
+        return rows.detach()[None]
+    ranks, mine = len(counts), counts[rank()]
+    received = rows.new_empty((ranks, mine, *rows.shape[1:]))
+    dist.all_to_all_single(received.flatten(0, 1), rows.detach().contiguous(), [mine] * ranks, list(counts))
+    _traffic["gather"] += (ranks - 1) * received[0].nbytes
+    return received
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:

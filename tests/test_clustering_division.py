@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_a_cluster_of_one_class_is_dissolved_and_reported() -> None:
 
 def test_repair_leaves_good_clusters_alone() -> None:
     features, labels = classes(12, 6)
-    rows = spread_rows(features, 0, len(labels), 10**6)
+    rows = spread_rows(features, 0, len(labels), 10**6, lambda: None)
     cluster = np.where(labels < 6, 0, np.where(labels < 11, 1, 2))
     repaired = repair(rows, labels, cluster, torch.from_numpy(rows.means(cluster, 4)).float(), 4, 2)
     assert (class_sizes(repaired, labels).trainable(4) >= 2).all()
@@ -222,3 +223,53 @@ def test_the_same_divisions_on_any_number_of_ranks(world: int) -> None:
             assert got.objective == pytest.approx(expected.objective, rel=1e-6)
         assert_trainable(lopsided, labels)
         np.testing.assert_array_equal(lopsided.learner_of, alone[2].learner_of)
+
+
+class Abandoned(Exception):
+    """What a vote raises."""
+
+
+def interrupted() -> tuple[list[int], Division, int]:
+    """A division that is abandoned at its first vote, then made again; it is asked on rank 1 only."""
+    features, labels = classes(40, 20, noise=2.0)
+    start, stop = distributed.local_range(len(labels))
+    votes: list[int] = []
+
+    def vote() -> None:
+        votes.append(len(votes))
+        if distributed.any_rank(distributed.rank() == 1 and len(votes) == 1):
+            raise Abandoned
+
+    def run(vote: Callable[[], None]) -> Division:
+        return divide(
+            features[start:stop],
+            labels,
+            row_start=start,
+            target=4,
+            epoch=0,
+            mode="flat",
+            seed=0,
+            previous=None,
+            iterations=100,
+            replicated_rows=0,
+            vote=vote,
+        )
+
+    with pytest.raises(Abandoned):
+        run(vote)
+    before = distributed.traffic()["gather"]
+    return votes, run(lambda: None), distributed.traffic()["gather"] - before
+
+
+def test_an_abandoned_division_is_made_again_as_if_nothing_had_been() -> None:
+    expected = interrupted_alone()
+    for votes, division, gathered in spawn(interrupted, 2):
+        assert votes == [0]
+        np.testing.assert_array_equal(division.learner_of, expected.learner_of)
+        # The sample that k-means++ starts on is all there is here; the clusters of rows travel as bytes.
+        assert gathered < 400 * (16 * 4 + 8) + 400 * division.trials + 1000
+
+
+def interrupted_alone() -> Division:
+    features, labels = classes(40, 20, noise=2.0)
+    return divide(features, labels, row_start=0, target=4, epoch=0, mode="flat", seed=0, previous=None, iterations=100, replicated_rows=0)

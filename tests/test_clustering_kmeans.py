@@ -158,7 +158,7 @@ def both_ways() -> dict[int, dict[str, KMeansResult]]:
     return {replicated_rows: on_ranks(replicated_rows) for replicated_rows in (0, 10**6)}
 
 
-@pytest.mark.parametrize("world", [2])
+@pytest.mark.parametrize("world", [2, 4])
 def test_the_same_clusters_on_any_number_of_ranks(world: int) -> None:
     alone = both_ways()
     for ranks in spawn(both_ways, world):
@@ -171,3 +171,40 @@ def test_the_same_clusters_on_any_number_of_ranks(world: int) -> None:
             spread = ranks[0][name]
             assert spread.objective == pytest.approx(expected.objective, rel=1e-6)
             assert (spread.assignment == expected.assignment).double().mean() >= 0.999
+            torch.testing.assert_close(spread.centroids, expected.centroids, atol=1e-6, rtol=0)
+
+
+def bytes_per_iteration(num_rows: int, k: int, dim: int) -> tuple[list[int], int, int]:
+    """Sizes of what this rank hands to the sums of a k-means, bytes of rows that it received, and iterations."""
+    x = blobs(num_rows, dim=dim)
+    edges = bounds(num_rows, distributed.world_size())
+    start, stop = edges[distributed.rank()], edges[distributed.rank() + 1]
+    summed: list[int] = []
+
+    def all_reduce(tensor: Tensor) -> Tensor:
+        summed.append(tensor.nbytes)
+        return distributed.all_reduce_sum(tensor)
+
+    before = distributed.traffic()["gather"]
+    result = kmeans(
+        x[start:stop],
+        k,
+        seed=5,
+        iterations=6,
+        row_start=start,
+        num_rows=num_rows,
+        all_reduce=all_reduce,
+        gather=distributed.gather_rows,
+        init=x[:k],
+        replicated_rows=0,
+    )
+    return summed, distributed.traffic()["gather"] - before, result.iterations
+
+
+def test_bytes_per_iteration_do_not_depend_on_the_number_of_rows() -> None:
+    k, dim, world = 5, 8, 4
+    few, many = (spawn(bytes_per_iteration, world, num_rows, k, dim) for num_rows in (2_000, 200_000))
+    for (summed, gathered, iterations), (expected, _, _) in zip(many, few, strict=True):
+        # Sums and counts of the clusters, the objective and the number of moved rows, in float64; from a given start no row travels.
+        assert summed[1:] == [8 * (k * dim + k + 2)] * (iterations + 1)
+        assert summed == expected and gathered == 0 and iterations == 6

@@ -34,12 +34,10 @@ def _in_pairs(rank: int) -> list[int]:
 def _everything(counts: list[int]) -> dict[str, object]:
     rank, world = distributed.rank(), distributed.world_size()
     local = _rows(rank, counts[rank]).requires_grad_()
-    gathered = {grad: distributed.gather_rows(local, grad=grad) for grad in ("none", "sum", "own")}  # type: ignore[arg-type]
-    gradients = {}
-    for grad in ("sum", "own"):
-        # Another function of the gathered rows on every rank.
-        loss = ((rank + 1) * gathered[grad] ** 3).sum()
-        (gradients[grad],) = torch.autograd.grad(loss, local)
+    gathered = {grad: distributed.gather_rows(local, grad=grad) for grad in ("none", "own")}  # type: ignore[arg-type]
+    # Another function of the gathered rows on every rank.
+    (gradient,) = torch.autograd.grad(((rank + 1) * gathered["own"] ** 3).sum(), local)
+    assert torch.equal(distributed.gather_rows(local, counts=counts), gathered["none"])
     x = torch.tensor([1.0 + rank, 2.0], requires_grad=True)
     total = distributed.all_reduce_sum_autograd(x)
     ((rank + 1) * total**2).sum().backward()
@@ -49,13 +47,13 @@ def _everything(counts: list[int]) -> dict[str, object]:
     return {
         "gathered": {grad: value.detach() for grad, value in gathered.items()},
         "none_has_grad": gathered["none"].requires_grad,
-        "gradients": gradients,
+        "gradient": gradient,
         "total": total.detach(),
         "x_grad": x.grad,
         "summed": summed,
         "plain": plain,
         "labels": distributed.gather_rows(torch.full((counts[rank],), rank)),
-        "no_rows_anywhere": distributed.gather_rows(torch.zeros(0, 4, requires_grad=True), grad="sum").shape,
+        "no_rows_anywhere": distributed.gather_rows(torch.zeros(0, 4, requires_grad=True), grad="own").shape,
         "objects": distributed.gather_objects({"rank": rank}),
         "from_last": distributed.broadcast_object(f"from {rank}", source=world - 1),
         "any": (distributed.any_rank(rank == world - 1), distributed.any_rank(False)),
@@ -76,9 +74,8 @@ def test_collectives(world: int) -> None:
         for gathered in result["gathered"].values():
             assert torch.equal(gathered, everything)
         assert not result["none_has_grad"]
-        # "sum": the gradient of the sum of all ranks' losses; "own": this rank's own, times the number of ranks.
-        torch.testing.assert_close(result["gradients"]["sum"], sum(range(1, world + 1)) * 3 * own**2)
-        torch.testing.assert_close(result["gradients"]["own"], world * (rank + 1) * 3 * own**2)
+        # This rank's own gradient, times the number of ranks.
+        torch.testing.assert_close(result["gradient"], world * (rank + 1) * 3 * own**2)
         torch.testing.assert_close(result["total"], totals)
         torch.testing.assert_close(result["x_grad"], sum(range(1, world + 1)) * 2 * totals)
         assert result["summed"].tolist() == [sum(range(world)), world]
@@ -96,7 +93,7 @@ def test_collectives(world: int) -> None:
 
 def test_without_a_process_group_everything_is_the_identity() -> None:
     x = torch.ones(2, 2, requires_grad=True)
-    assert distributed.gather_rows(x, grad="sum") is x
+    assert distributed.gather_rows(x, grad="own") is x
     assert not distributed.gather_rows(x).requires_grad
     assert distributed.all_reduce_sum_autograd(x) is x
     assert torch.equal(distributed.all_reduce_sum(x), x.detach())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -30,14 +33,41 @@ def test_beta(learn_beta, shape):
         assert parameters["beta"].shape == shape and bool(parameters["beta"].grad.any())
 
 
-def test_local_anchors_against_gathered_references_add_up():
-    loss = MarginLoss(8, nonzero_loss_cutoff=1.8).double()
+def on_two_ranks(loss: MarginLoss, rows: tuple[torch.Tensor, ...], cut: int) -> list[tuple[dnc_kernels.MarginLossOutput, torch.Tensor]]:
+    """What the loss gives for rows before and after ``cut``, each on a thread that meets the other one to gather; and its own z."""
+    meeting, brought = threading.Barrier(2, timeout=30), {}
+
+    def rank(number: int) -> tuple[dnc_kernels.MarginLossOutput, torch.Tensor]:
+        def gather(part: torch.Tensor) -> torch.Tensor:
+            brought[number] = part
+            meeting.wait()
+            return torch.cat([brought[0], brought[1]])
+
+        own = slice(0, cut) if number == 0 else slice(cut, None)
+        z = rows[0][own].clone().requires_grad_()
+        references = References(*rows, start=own.start, gather=gather)
+        return loss(z, *(column[own] for column in rows[1:]), 2, 3, 4, references, 2), z
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(rank, range(2)))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 23])
+def test_local_anchors_against_gathered_references_add_up(cut):
+    loss = MarginLoss(8, nonzero_loss_cutoff=1.8, learn_beta="class").double()
     rows = batch()
-    whole = loss(*rows, 2, 3, 4)
-    parts = [loss(*(column[own] for column in rows), 2, 3, 4, References(*rows), 2) for own in (slice(0, 5), slice(5, 24))]
-    assert torch.allclose(parts[0].learner_loss_sum + parts[1].learner_loss_sum, whole.learner_loss_sum)
+    weights = torch.tensor([1.0, -0.3])  # a learner's gradient must reach its own rows only
+    z = rows[0].clone().requires_grad_()
+    whole = loss(z, *rows[1:], 2, 3, 4)
+    beta_gradient, gradient = torch.autograd.grad(whole.learner_loss_sum @ weights.double(), [loss.beta, z])
+    parts = on_two_ranks(loss, rows, cut)
+    assert torch.allclose(sum(out.learner_loss_sum for out, _ in parts), whole.learner_loss_sum)
     for name, value in whole.stats.items():
-        assert float(parts[0].stats[name] + parts[1].stats[name]) == pytest.approx(float(value)), name
+        assert sum(float(out.stats[name]) for out, _ in parts) == pytest.approx(float(value)), name
+    gradients = [torch.autograd.grad(out.learner_loss_sum @ weights.double(), [loss.beta, own]) for out, own in parts]
+    assert gradient.abs().sum(1).min() > 0
+    torch.testing.assert_close(torch.cat([of_rows for _, of_rows in gradients]), gradient)
+    torch.testing.assert_close(gradients[0][0] + gradients[1][0], beta_gradient)
 
 
 def test_options_reach_the_sampling():

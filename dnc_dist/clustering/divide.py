@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -36,6 +37,7 @@ def divide(
     trials: int = TRIALS,
     replicated_rows: int = REPLICATED_ROWS,
     backend: Backend = "auto",
+    vote: Callable[[], None] = lambda: None,
 ) -> Division:
     """Collective. Cluster, match to the previous division, and (hierarchical) split every cluster in two until ``target``.
 
@@ -55,6 +57,7 @@ def divide(
         trials: k-means runs per level until every cluster is trainable.
         replicated_rows: up to so many rows the result is equal bit for bit for any number of ranks (with Triton: of equal GPUs).
         backend: of each k-means; ``auto`` is Triton where it serves this rank's device, else FAISS.
+        vote: collective; called now and then while rows are spread over ranks, raises on every rank if the work is to be abandoned.
 
     Returns:
         The same division on every rank.
@@ -69,7 +72,7 @@ def divide(
     split = mode == "hierarchical" and previous is not None and level < target
     if level == 1 and not split:
         return whole(labels, epoch=epoch)
-    rows = spread_rows(features_local, row_start, len(labels), replicated_rows)
+    rows = spread_rows(features_local, row_start, len(labels), replicated_rows, vote)
     # The same seed in every epoch, as the published implementation: features that hardly moved give the same clusters.
     divider = _Divider(rows, labels, seed_for(seed, "division"), iterations, trials, replicated_rows, backend)
     cluster = np.zeros(len(labels), np.int64)
@@ -174,4 +177,4 @@ class _Divider:
             backend=self.backend,
         )
         self.trials_run += 1
-        return rows.gather(result.assignment).numpy(), result.centroids, result.objective
+        return rows.gather_numbers(result.assignment, k), result.centroids, result.objective

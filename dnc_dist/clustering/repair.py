@@ -52,7 +52,7 @@ def repair(rows: Rows, labels: np.ndarray, cluster: np.ndarray, centroids: Tenso
     cluster = cluster.copy()
     if good.any():
         lost = ~good[cluster]
-        joined = rows.gather(nearest(rows.select(lost).local, centroids[torch.from_numpy(good)])).numpy()
+        joined = rows.gather_numbers(nearest(rows.select(lost).local, centroids[torch.from_numpy(good)]), k)
         cluster[lost] = np.flatnonzero(good)[joined]
         classes = class_sizes(cluster, labels).trainable(k)
     parts = good.astype(np.int64)

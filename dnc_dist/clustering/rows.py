@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from dnc_dist import distributed
 from dnc_dist.clustering.centroids import Collective
 from dnc_dist.clustering.kmeans import SUM_BLOCK, sum_by_group
+
+VOTE_EVERY = 16
 
 
 class Rows(NamedTuple):
@@ -31,6 +34,10 @@ class Rows(NamedTuple):
         local = self.local[torch.from_numpy(self.mine(chosen))]
         return self._replace(local=local, start=int(chosen[: self.start].sum()), total=int(chosen.sum()))
 
+    def gather_numbers(self, numbers: Tensor, below: int) -> np.ndarray:
+        """Collective. (total,) int64 from this rank's (n,) in 0..below-1, which travel as bytes where that is enough."""
+        return self.gather(numbers.to(torch.uint8 if below <= 256 else torch.int32)).numpy().astype(np.int64)
+
     def means(self, group: np.ndarray, num_groups: int) -> np.ndarray:
         """Collective. (num_groups, F) float64 means of the rows with each number; 0 for a number without rows."""
         sums = sum_by_group(self.local.numpy(), self.mine(group), num_groups)
@@ -44,8 +51,17 @@ class Rows(NamedTuple):
         return max(0.0, float(self.all_reduce(energy)) - float(between))
 
 
-def _all_reduce(tensor: Tensor) -> Tensor:
-    return distributed.all_reduce_sum(tensor.to(distributed.device())).to(tensor.device)
+class _Sums:
+    """Sums over ranks that now and then ask whether to go on; all ranks come to the question together."""
+
+    def __init__(self, vote: Callable[[], None]) -> None:
+        self.vote, self.calls = vote, 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls % VOTE_EVERY == 0:
+            self.vote()
+        return distributed.all_reduce_sum(tensor.to(distributed.device())).to(tensor.device)
 
 
 def _gather(tensor: Tensor) -> Tensor:
@@ -56,9 +72,14 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def spread_rows(local: Tensor, start: int, total: int, replicated_rows: int) -> Rows:
-    """Collective. Rows of all ranks; few enough are gathered, and everything after is then the same computation on every rank."""
+def spread_rows(local: Tensor, start: int, total: int, replicated_rows: int, vote: Callable[[], None]) -> Rows:
+    """Collective. Rows of all ranks; few enough are gathered, and everything after is then the same computation on every rank.
+
+    Args:
+        vote: collective; called after every few sums over ranks, it raises on every rank if the work is to be abandoned. Ranks that
+            each compute for themselves do not vote: they have nothing that keeps them in step.
+    """
     local = local.detach().float()
     if total <= replicated_rows:
         return Rows(_gather(local), 0, total, _alone, _alone)
-    return Rows(local.cpu(), start, total, _all_reduce, _gather)
+    return Rows(local.cpu(), start, total, _Sums(vote), _gather)

@@ -47,20 +47,29 @@ class EpochSchedule:
         rows = self.rows[self.starts[step] : self.starts[step + 1]]
         return Step(tuple(int(learner) for learner in turn), rows, np.repeat(turn, self.sizes[step]))
 
+    def _share(self, step: int, rank: int, world: int) -> tuple[int, int, int, int]:
+        """First row and number of rows that some ranks share, the place of ``rank`` among them, and how many they are."""
+        sizes = self.sizes[step]
+        learners = len(sizes)
+        if learners > 1 and world % learners == 0:
+            ranks = world // learners
+            group, me = divmod(rank, ranks)
+            return int(sizes[:group].sum()), int(sizes[group]), me, ranks
+        return 0, int(sizes.sum()), rank, world
+
     def local_range(self, step: int, rank: int, world: int) -> tuple[int, int]:
         """Start and stop, in the step's global batch, of the rows that a rank takes; they may be none.
 
         A contiguous balanced slice. With m > 1 learners a step and m dividing the number of ranks, the ranks form m groups,
         and group j shares the rows of learner j.
         """
-        sizes = self.sizes[step]
-        learners = len(sizes)
-        first, count, me, ranks = 0, int(sizes.sum()), rank, world
-        if learners > 1 and world % learners == 0:
-            ranks = world // learners
-            group, me = divmod(rank, ranks)
-            first, count = int(sizes[:group].sum()), int(sizes[group])
+        first, count, me, ranks = self._share(step, rank, world)
         return first + count * me // ranks, first + count * (me + 1) // ranks
+
+    def rows_of_ranks(self, step: int, rank: int, world: int) -> tuple[int, ...]:
+        """Batch rows of every rank of the rank's group (without groups: of every rank), the dummy of one without rows included."""
+        _, count, _, ranks = self._share(step, rank, world)
+        return tuple(max(1, count * (other + 1) // ranks - count * other // ranks) for other in range(ranks))
 
     def max_rows_per_class(self, labels: NDArray[np.int64]) -> int:
         """The largest number of rows that one class has in any step, given ``labels`` (n,) of the view."""

@@ -19,7 +19,8 @@ class Batch(NamedTuple):
 
     ``images`` (b, 3, S, S) uint8; ``labels`` (b,) of the view; ``learner`` (b,), -1: takes part in nothing; ``rows`` (b,) of the
     index, -1: dummy; ``positions`` (b,) in the step's global batch, in a sequential pass in the view; ``valid`` (b,) bool, False:
-    a dummy or a row that failed to decode; ``failed`` the keys of the latter; ``step`` the global step or the number of the block.
+    a dummy or a row that failed to decode; ``failed`` the keys of the latter; ``step`` the global step or the number of the block;
+    ``rows_of_ranks`` b on each of the ranks that share the step's learners, in a sequential pass of this one alone.
     """
 
     images: Tensor
@@ -30,11 +31,12 @@ class Batch(NamedTuple):
     valid: Tensor
     failed: list[str]
     step: int
+    rows_of_ranks: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on another device."""
         images, labels, learner, rows, positions, valid = (tensor.to(device, non_blocking=True) for tensor in self[:6])
-        return Batch(images, labels, learner, rows, positions, valid, self.failed, self.step)
+        return Batch(images, labels, learner, rows, positions, valid, self.failed, self.step, self.rows_of_ranks)
 
 
 class Request(NamedTuple):
@@ -45,6 +47,7 @@ class Request(NamedTuple):
     labels: NDArray[np.int64]
     learner: NDArray[np.int64]
     positions: NDArray[np.int64]
+    rows_of_ranks: tuple[int, ...]
 
 
 def load_image(data: bytes, geometry: Geometry, uniforms: Tensor | None) -> Tensor | None:
@@ -71,12 +74,21 @@ def assemble(index: DatasetIndex, request: Request, images: list[Tensor | None],
         valid=valid,
         failed=failed,
         step=request.step,
+        rows_of_ranks=request.rows_of_ranks,
     )
 
 
-def dummy(step: int, position: int, size: int) -> Batch:
+def dummy(step: int, size: int, rows_of_ranks: tuple[int, ...]) -> Batch:
     """The batch of a rank without rows: one row that takes part in nothing."""
     one = torch.ones(1, dtype=torch.int64)
     return Batch(
-        torch.zeros(1, 3, size, size, dtype=torch.uint8), 0 * one, -one, -one, position * one, torch.zeros(1, dtype=torch.bool), [], step
+        images=torch.zeros(1, 3, size, size, dtype=torch.uint8),
+        labels=0 * one,
+        learner=-one,
+        rows=-one,
+        positions=0 * one,
+        valid=torch.zeros(1, dtype=torch.bool),
+        failed=[],
+        step=step,
+        rows_of_ranks=rows_of_ranks,
     )

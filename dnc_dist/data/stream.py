@@ -32,7 +32,7 @@ class _StepDataset(Dataset[Batch]):
     def __getitem__(self, request: Request) -> Batch:
         size = self.geometry.image_size
         if not len(request.rows):
-            return dummy(request.step, 0, size)
+            return dummy(request.step, size, request.rows_of_ranks)
         numbers = None
         if self.geometry.kind != "none":
             numbers = uniform((self.seed, "crop", request.step), torch.from_numpy(request.positions), CROP_UNIFORMS)
@@ -103,7 +103,14 @@ class TrainBatches:
             step = schedule[number]
             start, stop = schedule.local_range(number, rank, world)
             at = step.rows[start:stop]
-            yield Request(first_step + number, self.view.rows[at], self.view.labels[at], step.learner[start:stop], np.arange(start, stop))
+            yield Request(
+                first_step + number,
+                self.view.rows[at],
+                self.view.labels[at],
+                step.learner[start:stop],
+                np.arange(start, stop),
+                schedule.rows_of_ranks(number, rank, world),
+            )
 
     def close(self) -> None:
         """Stop the workers."""
@@ -142,7 +149,8 @@ class _SequentialDataset(IterableDataset[Batch]):
         for block in blocks:
             images = [load_image(next(data), self.geometry, None) for _ in range(block.start, block.stop)]
             positions = np.arange(block.start, block.stop)
-            request = Request(block.number, self.view.rows[positions], self.view.labels[positions], np.zeros_like(positions), positions)
+            nothing = np.zeros_like(positions)
+            request = Request(block.number, self.view.rows[positions], self.view.labels[positions], nothing, positions, (len(positions),))
             yield assemble(self.index, request, images, self.geometry.image_size)
 
     def _indexed(self, blocks: list[_Block]) -> Iterator[bytes]:

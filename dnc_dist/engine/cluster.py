@@ -15,6 +15,7 @@ from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import TrainState
+from dnc_dist.errors import Stopped
 from dnc_dist.progress import Progress
 
 
@@ -42,6 +43,11 @@ def cluster(
     previous = state.division
     if previous is not None:
         previous = replace(previous, learner_of=previous.learner_of[valid])
+
+    def vote() -> None:
+        if distributed.any_rank(stop.requested):
+            raise Stopped(f"during the division of epoch {state.epoch}")
+
     division = divide(
         found.values[found.valid],
         view.labels[valid],
@@ -55,6 +61,7 @@ def cluster(
         iterations=div.kmeans_iterations,
         trials=div.trials,
         backend=div.kmeans_backend,
+        vote=vote,
     )
     learner_of = np.full(len(view), -1, np.int16)
     learner_of[valid] = division.learner_of

@@ -9,6 +9,8 @@ the gathered rows; there the gather gives own rows the factor (see ``distributed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,7 +71,8 @@ class DncObjective(nn.Module):
             batch: this rank's rows of the step's global batch.
             phase: where the training stands.
             group: the ranks that share this rank's learners; None: all.
-            max_positives: upper bound of an image's positives in the global batch; None: counted, which waits for a GPU.
+            max_positives: upper bound of an image's positives in the global batch, equal on all ranks; None: counted, which waits
+                for a GPU.
             stop: this rank was asked to stop; ``stats["stop"]`` tells on how many ranks that is so.
 
         Returns:
@@ -96,9 +99,9 @@ class DncObjective(nn.Module):
         rows = self._rows(embeddings, batch, masks, project=gathered)
         learners = phase.level if not phase.conquer else 1
         if self.loss.kind == "pairwise":
-            loss, stats = self._pairwise(rows, learners, phase.step, group, max_positives, stop)
+            loss, stats = self._pairwise(rows, learners, phase.step, group, batch.rows_of_ranks, max_positives, stop)
         else:
-            loss, stats = self._whole_batch(rows, masks, learners, group, stop)
+            loss, stats = self._whole_batch(rows, masks, learners, group, batch.rows_of_ranks, stop)
         penalty = embeddings.new_zeros(())
         if masks is not None and self.masks.kind == "learned":
             penalty = self.masks.penalty(masks)
@@ -137,13 +140,23 @@ class DncObjective(nn.Module):
         return Rows(dnc_kernels.project(embeddings, learner, masks), batch.labels, learner, batch.rows)
 
     def _pairwise(
-        self, rows: Rows, learners: int, step: int, group: ProcessGroup | None, max_positives: int | None, stop: bool
+        self,
+        rows: Rows,
+        learners: int,
+        step: int,
+        group: ProcessGroup | None,
+        rows_of_ranks: Sequence[int],
+        max_positives: int | None,
+        stop: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Local anchors against the references of all ranks of the group."""
         references = None
         if distributed.group_size(group) > 1:
-            columns = distributed.gather_rows(torch.stack([rows.labels, rows.learner, rows.row_ids], 1), group=group)
-            references = References(distributed.gather_rows(rows.z, grad="sum", group=group), *columns.unbind(1))
+            gather = partial(distributed.gather_rows, counts=rows_of_ranks, group=group)
+            labels, learner, row_ids = gather(torch.stack([rows.labels, rows.learner, rows.row_ids], 1)).unbind(1)
+            references = References(gather(rows.z), labels, learner, row_ids, sum(rows_of_ranks[: distributed.group_rank(group)]), gather)
+            if max_positives is None:  # counted where all ranks count the same
+                max_positives = int(labels.unique(return_counts=True)[1].max()) - 1
         out = self.loss(rows.z, rows.labels, rows.learner, rows.row_ids, learners, self.seed, step, references, max_positives, rows.masks)
         names = sorted(out.stats)
         # One slot more, in front, for rows of no learner.
@@ -168,11 +181,11 @@ class DncObjective(nn.Module):
         return loss, stats | {name: counts[i] for i, name in enumerate(names)}
 
     def _whole_batch(
-        self, rows: Rows, masks: Tensor | None, learners: int, group: ProcessGroup | None, stop: bool
+        self, rows: Rows, masks: Tensor | None, learners: int, group: ProcessGroup | None, rows_of_ranks: Sequence[int], stop: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Every rank computes the loss of the group's learners on the gathered rows, in the order of the global batch."""
-        z = distributed.gather_rows(rows.z, grad="own", group=group)
-        labels, learner = distributed.gather_rows(torch.stack([rows.labels, rows.learner], 1), group=group).unbind(1)
+        z = distributed.gather_rows(rows.z, grad="own", counts=rows_of_ranks, group=group)
+        labels, learner = distributed.gather_rows(torch.stack([rows.labels, rows.learner], 1), counts=rows_of_ranks, group=group).unbind(1)
         present = [a for a in range(learners) if bool((learner == a).any())]
         losses = {a: self.loss(z[learner == a], labels[learner == a], None if masks is None else masks[a]) for a in present}
         share = 1.0 / distributed.group_size(group)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnc_dist import distributed, watchdog
 from dnc_dist.data.stream import Batch
+from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.tracker import Tracker
 
 _SUMS = {"positive_distance": ("positive_distance_sum", "positive_pairs"), "negative_distance": ("negative_distance_sum", "negative_pairs")}
@@ -21,13 +23,14 @@ _SUMS = {"positive_distance": ("positive_distance_sum", "positive_pairs"), "nega
 class StepLog:
     """Collects the stats of steps and logs them every so many steps: means over the steps of losses and counts."""
 
-    def __init__(self, tracker: Tracker, every: int) -> None:
-        self.tracker, self.every = tracker, every
+    def __init__(self, tracker: Tracker, every: int, guard: FiniteGuard) -> None:
+        self.tracker, self.every, self.guard = tracker, every, guard
         self.note = ""
         self._stats: list[dict[str, Tensor]] = []
         self._rates: dict[str, float] = {}
         self._rows, self._waited = 0, 0.0
         self._since, self._waited_before = time.monotonic(), 0.0
+        self._traffic_before = distributed.traffic()
 
     def step(self, step: int, epoch: int, stats: dict[str, Tensor], rates: dict[str, float], rows: int, waited: float) -> None:
         """Take in one step; log if it is time.
@@ -47,7 +50,7 @@ class StepLog:
         """Log the steps since the last line.
 
         Raises:
-            FloatingPointError: a loss or an embedding was not finite.
+            RunError: something was not finite; the line is logged before.
         """
         if not self._stats:
             return
@@ -63,12 +66,12 @@ class StepLog:
         values |= {f"learner_loss/{a}": float(value) for a, value in enumerate(per_learner) if not torch.isnan(value)}
         values |= {f"lr/{name}": rate for name, rate in self._rates.items()} | {"lr": self._rates["embedding"]}
         values |= {"images_per_second": self._rows / seconds, "share_data": (self._waited - self._waited_before) / seconds}
+        traffic = distributed.traffic()
+        for kind, before in self._traffic_before.items():
+            values[f"bytes/{kind}"] = (traffic[kind] - before) / len(self._stats)
+        self._traffic_before = traffic
         self.tracker.log("train", step, epoch, values)
-        if values.get("non_finite_rows") or values["loss"] != values["loss"]:
-            raise FloatingPointError(
-                f"the loss or an embedding is not finite between steps {step - len(self._stats) + 1} and {step}; lower optim.lr, or use "
-                "engine.precision=fp32"
-            )
+        self.guard.check(self._stats, step, epoch)
         self.note = f"loss {values['loss']:.4f}"
         self._stats, self._rows = [], 0
         self._since, self._waited_before = time.monotonic(), self._waited
@@ -93,13 +96,15 @@ class TimedBatches:
 class EpochShares:
     """What the time of an epoch went to."""
 
-    def __init__(self) -> None:
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
         self.seconds = {"divide": 0.0, "train": 0.0, "evaluate": 0.0, "data": 0.0}
         self.rows = 0
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Add the time inside to a part."""
+        """Add the time inside to a part, and tell the watchdog that it begins."""
+        watchdog.phase(f"epoch {self.epoch}, start of {part}")
         started = time.monotonic()
         yield
         self.seconds[part] += time.monotonic() - started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,34 +70,67 @@ class MarginLoss(nn.Module):
         max_positives: int | None = None,
         masks: Tensor | None = None,
     ) -> dnc_kernels.MarginLossOutput:
-        """Sums per learner over the active pairs of the local anchors; the caller adds ranks and divides.
+        """Collective with references. Sums per learner over the active pairs of the local anchors; the caller adds ranks and divides.
 
         Args:
             z: local anchors (B, D), projected and normalised; labels, learner, row_ids (B,), learner -1 in no pair.
             num_learners: K, the length of the per-learner sums.
             seed, step: key of the draws, int or 0-d int64 tensor.
             references: rows of all ranks of these learners; None: the anchors themselves.
-            max_positives: upper bound of an anchor's positives; None counts them (on a GPU one wait for the device).
+            max_positives: upper bound of an anchor's positives, with references equal on all ranks; None counts them (on a GPU one
+                wait for the device).
             masks: (K, D), where z holds embeddings that are yet to be projected; not together with references.
         """
-        return dnc_kernels.margin_loss(
-            z,
+        sampling: dict[str, Any] = {
+            "learner": learner,
+            "row_ids": row_ids,
+            "cutoff": self.cutoff,
+            "nonzero_loss_cutoff": self.nonzero_loss_cutoff,
+            "mode": self.mode,
+            "effective_dim": self.effective_dim,
+            "seed": seed,
+            "step": step,
+            "max_positives": max_positives,
+        }
+        beta = self.beta[0] if self.learn_beta == "scalar" else self.beta
+        if references is None:
+            return dnc_kernels.margin_loss(z, labels, beta=beta, margin=self.margin, masks=masks, num_learners=num_learners, **sampling)
+        pairs = dnc_kernels.sample_pairs(
+            z.detach(),
             labels,
-            beta=self.beta[0] if self.learn_beta == "scalar" else self.beta,
-            margin=self.margin,
-            masks=masks,
-            num_learners=num_learners,
-            learner=learner,
-            ref_z=None if references is None else references.z,
-            ref_labels=None if references is None else references.labels,
-            ref_learner=None if references is None else references.learner,
-            row_ids=row_ids,
-            ref_row_ids=None if references is None else references.row_ids,
-            cutoff=self.cutoff,
-            nonzero_loss_cutoff=self.nonzero_loss_cutoff,
-            mode=self.mode,
-            effective_dim=self.effective_dim,
-            seed=seed,
-            step=step,
-            max_positives=max_positives,
+            ref_z=references.z,
+            ref_labels=references.labels,
+            ref_learner=references.learner,
+            ref_row_ids=references.row_ids,
+            **sampling,
         )
+        out = dnc_kernels.margin_loss_on_pairs(
+            z, labels, pairs, beta=beta, margin=self.margin, learner=learner, num_learners=num_learners, ref_z=references.z
+        )
+        as_reference = self._as_references(z, pairs, references, beta.detach(), num_learners)
+        # Adds nothing to the value, which counts a pair once, with its anchor.
+        return out._replace(learner_loss_sum=out.learner_loss_sum + as_reference - as_reference.detach())
+
+    def _as_references(self, z: Tensor, pairs: dnc_kernels.Pairs, references: References, beta: Tensor, num_learners: int) -> Tensor:
+        """Collective. (K,) sums over all ranks' pairs whose other row is one of this rank's, to differentiate by that row alone.
+
+        A row gets gradient as an anchor and from every anchor that drew it, of any rank. The drawn pairs travel for this (4 bytes
+        for each of an anchor's slots) instead of gradients of all references (4 D bytes for each, back to their ranks).
+        """
+        drawn = pairs.other.view(len(z), -1)
+        slots = drawn.shape[1]
+        other = references.gather(drawn.int()).flatten().long() - references.start
+        here = (other >= 0) & (other < len(z))
+        positive = pairs.positive.view(len(z), -1)[:1].expand(len(references.z), slots).flatten()
+        anchor = torch.arange(len(references.z), device=z.device).repeat_interleave(slots)
+        drawn_here = dnc_kernels.Pairs(anchor, torch.where(here, other, -1), positive)
+        return dnc_kernels.margin_loss_on_pairs(
+            references.z,
+            references.labels,
+            drawn_here,
+            beta=beta,
+            margin=self.margin,
+            learner=references.learner,
+            num_learners=num_learners,
+            ref_z=z,
+        ).learner_loss_sum
