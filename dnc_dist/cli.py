@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "Prepare datasets and look at them.",
     "evaluate": "Measure retrieval of a trained run.",
     "report": "Write a run's report, one self-contained HTML file.",
+    "doctor": "Check this machine: environment, data, network, parity.",
     "config": "Print the resolved configuration, or all keys.",
 }
 

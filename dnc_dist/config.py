@@ -197,7 +197,9 @@ class Engine(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of backbone and embedding layer; auto: bf16 on CUDA, fp32 on the CPU. Distances and loss are always fp32."""
     timeout: float = Field(1800.0, gt=0)
-    """Seconds until a collective that some rank never enters ends the run."""
+    """Seconds that ranks wait for one that starts, compiles in a first step, divides, evaluates or writes a checkpoint, maybe alone."""
+    stall_timeout: float = Field(600.0, gt=0)
+    """Seconds that ranks wait in the midst of an epoch for one that finishes no step; then the run ends and names it."""
 
 
 class Evaluation(Section):
@@ -318,6 +320,11 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
         yield (
             f"division.conquer_from={div.conquer_from} is not below schedule.epochs={sch.epochs}; "
             "use a smaller epoch, or null for no conquer phase"
+        )
+    if cfg.engine.stall_timeout > cfg.engine.timeout:
+        yield (
+            f"engine.stall_timeout={cfg.engine.stall_timeout:g} is longer than engine.timeout={cfg.engine.timeout:g}, which is for longer "
+            "waits; use at most that, or raise engine.timeout"
         )
     if sch.warmup >= sch.epochs:
         yield f"schedule.warmup={sch.warmup} must be less than schedule.epochs={sch.epochs}"

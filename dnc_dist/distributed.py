@@ -75,7 +75,7 @@ def store(name: str) -> dist.Store:
 
     Its operations may wait for ever if the process that holds the store (the launcher, else rank 0) is stopped.
     """
-    return dist.PrefixStore(name, c10d._get_default_store()).clone()  # type: ignore[attr-defined, no-any-return]
+    return dist.PrefixStore(name, c10d._get_default_store()).clone()  # type: ignore[attr-defined]
 
 
 def shutdown() -> None:

@@ -11,6 +11,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used: says what is wrong, what is allowed, and which key or file to change."""
 
 
+class RunError(RuntimeError):
+    """The run cannot go on, and the message says all about it: it is shown once and without a traceback; exit code 1."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop; its state is saved and `--resume auto` continues it."""
 

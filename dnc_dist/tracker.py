@@ -113,6 +113,13 @@ def _wandb_mode(base_url: str) -> Literal["online", "offline", "disabled", "shar
     return "offline"
 
 
+def wandb_route() -> str:
+    """How W&B would log a run that starts now: online, offline, disabled or shared."""
+    import wandb
+
+    return _wandb_mode(wandb.Settings().base_url)
+
+
 def _flat(name: str, value: Any) -> dict[str, Any]:
     if isinstance(value, list):
         value = {str(index): item for index, item in enumerate(value)}

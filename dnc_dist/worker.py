@@ -11,22 +11,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from dnc_dist.config import ConfigError
-from dnc_dist.errors import EXIT_STOPPED, InputError, Stopped, exit_code
+from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code
 
 # Set by the launcher for each worker: where its error goes, and whom to follow.
 ERROR_FILE = "DNC_ERROR_FILE"
 LAUNCHER_PID = "DNC_LAUNCHER_PID"
 # Seconds that a worker has to save its state once it was asked to stop.
 STOP_TIMEOUT_SECONDS = 300.0
+# Set once another thread than the main one has said why this process ends.
+_ending = threading.Event()
 
 
 def run_worker(work: Callable[[], None]) -> int:
     """Run the work of one rank and return its exit code.
 
-    An error goes to the launcher's file for this rank, or to stderr if there is no launcher. Of errors in the configuration,
-    which every rank finds alike, only rank 0 speaks. A failed rank of several ends at once, without the interpreter's
+    An error goes to the launcher's file for this rank, or to stderr if there is no launcher. Of errors that every rank
+    finds alike (in the configuration, or a RunError), only rank 0 speaks. A failed rank of several ends at once, without the interpreter's
     shutdown, which may wait for ever for peers that are stuck in a collective.
     """
     faulthandler.enable(2)
@@ -41,20 +44,39 @@ def run_worker(work: Callable[[], None]) -> int:
             print(f"stopped: {error}" if str(error) else "stopped", file=sys.stderr)
         return EXIT_STOPPED
     except Exception as error:
+        if _ending.is_set():
+            os._exit(EXIT_FAILED)
         code = exit_code(error)
         if path := os.environ.get(ERROR_FILE):
             _record(path, error, code)
-        elif not isinstance(error, InputError):
+        elif not isinstance(error, InputError | RunError):
             traceback.print_exc()
         elif rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, ConfigError):
+        elif not isinstance(error, ConfigError | RunError):
             print(f"error on rank {rank}: {error}", file=sys.stderr)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
         return code
+
+
+def end_process(message: str, speak: bool, after_seconds: float) -> NoReturn:
+    """End this process with a RunError from a thread beside the main one, which may be stuck for ever.
+
+    Args:
+        message: what the launcher is told.
+        speak: whether this rank is the one that says it on stderr where there is no launcher.
+        after_seconds: how long the process stays for others; what its main thread fails with meanwhile is a consequence.
+    """
+    _ending.set()
+    if path := os.environ.get(ERROR_FILE):
+        _record(path, RunError(message), EXIT_FAILED)
+    elif speak:
+        os.write(2, f"error: {message}\n".encode())
+    time.sleep(after_seconds)
+    os._exit(EXIT_FAILED)
 
 
 def _record(path: str, error: Exception, code: int) -> None:
@@ -64,7 +86,7 @@ def _record(path: str, error: Exception, code: int) -> None:
         "exit_code": code,
         "type": type(error).__name__,
         "message": str(error),
-        "traceback": traceback.format_exc(),
+        "traceback": "" if isinstance(error, RunError) else traceback.format_exc(),
     }
     with open(f"{path}.part", "w", encoding="utf-8") as file:
         json.dump(record, file)

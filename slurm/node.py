@@ -100,7 +100,7 @@ def main() -> None:
     try:
         cfg = load_config(arguments.config, arguments.overrides)
         if arguments.action == "settings":
-            print(cfg.run.path.absolute(), cfg.data.root, sep="\n")
+            print(cfg.run.path.absolute())
             return
         from dnc_dist.data.index import open_index
 

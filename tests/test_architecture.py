@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels" / "dnc_kernels"
 
 # A module imports from lower layers and, inside a sub-package, from its siblings; entries of one layer do not import each other.
 LAYERS = [
-    {"errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact"},
+    {"errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact", "watchdog", "traces"},
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine"},
     {"report", "launch", "inference", "doctor"},
@@ -31,6 +31,7 @@ BASE_IMPORTS = {
     "tracker": {"errors", "distributed"},
     "gallery": {"errors"},
     "worker": {"errors", "config"},
+    "watchdog": {"distributed", "traces"},
     "__main__": {"cli"},
 }
 # Third-party module -> where it may be imported (a module or a whole sub-package).

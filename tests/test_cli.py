@@ -110,11 +110,18 @@ def test_launch_refuses_a_wrong_configuration_before_it_starts_anything(config_f
 
 def test_launch_hands_everything_to_the_workers(config_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    stub(monkeypatch, "dnc_dist.launch", launch_workers=lambda *args, **kwargs: calls.append((args, kwargs)) or 75, default_nproc=lambda: 3)
+    stub(
+        monkeypatch,
+        "dnc_dist.launch",
+        launch_workers=lambda *args, terms, **kwargs: calls.append((args, kwargs, terms)) or 75,
+        workers_here=lambda nproc: nproc or 3,
+    )
     arguments = ["launch", config_file, "--set", "optim.lr=1", "--set", "run.seed=2", "--resume", "never", "--nnodes", "2", "--rdzv", "a:1"]
     assert cli.run(arguments) == 75
     command = [sys.executable, "-m", "dnc_dist", "train", config_file, "--resume", "never", "--set", "optim.lr=1", "--set", "run.seed=2"]
-    assert calls == [((command, 3), {"nnodes": 2, "rendezvous": "a:1"})]
+    ((given, options, terms),) = calls
+    assert given == (command, 3) and options == {"nnodes": 2, "rendezvous": "a:1", "wait": 600}
+    assert terms["optim.lr"] == 1 and terms["--resume"] == "never" and "data.root" not in terms
 
 
 @pytest.mark.usefixtures("one_rank")

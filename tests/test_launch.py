@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dnc_dist.launch import launch_workers, verdict
+from dnc_dist.launch.verdict import Report
 
 PRELUDE = """
 import os, signal, sys, time
@@ -215,4 +216,4 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> dict[st
     ],
 )
 def test_verdict(codes: dict[int, int | None], errors: dict[int, dict[str, object]], stopping: bool, expected: tuple[int, str]) -> None:
-    assert verdict(codes, errors, stopping=stopping) == expected
+    assert verdict(Report(codes, errors), stopping=stopping) == expected

@@ -33,7 +33,9 @@ def test_beta(learn_beta, shape):
         assert parameters["beta"].shape == shape and bool(parameters["beta"].grad.any())
 
 
-def on_two_ranks(loss: MarginLoss, rows: tuple[torch.Tensor, ...], cut: int) -> list[tuple[dnc_kernels.MarginLossOutput, torch.Tensor]]:
+def on_two_ranks(
+    loss: MarginLoss, rows: tuple[torch.Tensor, ...], cut: int, max_positives: int = 2
+) -> list[tuple[dnc_kernels.MarginLossOutput, torch.Tensor]]:
     """What the loss gives for rows before and after ``cut``, each on a thread that meets the other one to gather; and its own z."""
     meeting, brought = threading.Barrier(2, timeout=30), {}
 
@@ -46,7 +48,7 @@ def on_two_ranks(loss: MarginLoss, rows: tuple[torch.Tensor, ...], cut: int) -> 
         own = slice(0, cut) if number == 0 else slice(cut, None)
         z = rows[0][own].clone().requires_grad_()
         references = References(*rows, start=own.start, gather=gather)
-        return loss(z, *(column[own] for column in rows[1:]), 2, 3, 4, references, 2), z
+        return loss(z, *(column[own] for column in rows[1:]), 2, 3, 4, references, max_positives), z
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(rank, range(2)))
@@ -68,6 +70,12 @@ def test_local_anchors_against_gathered_references_add_up(cut):
     assert gradient.abs().sum(1).min() > 0
     torch.testing.assert_close(torch.cat([of_rows for _, of_rows in gradients]), gradient)
     torch.testing.assert_close(gradients[0][0] + gradients[1][0], beta_gradient)
+
+
+def test_classes_of_one_row_have_no_pairs_on_any_rank():
+    z, _, learner, row_ids = batch()
+    parts = on_two_ranks(MarginLoss(24).double(), (z, torch.arange(24), learner, row_ids), 7, max_positives=0)
+    assert all(int(out.num_active) == 0 and not out.learner_loss_sum.any() for out, _ in parts)
 
 
 def test_options_reach_the_sampling():

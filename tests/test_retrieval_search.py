@@ -1,15 +1,19 @@
-"""Exact search on one rank: brute force as the oracle, ties, padding, large row numbers (several ranks: test_retrieval_metrics)."""
+"""Exact search: brute force as the oracle, ties, padding, large row numbers, bounded memory (more on ranks: test_retrieval_metrics)."""
 
 from __future__ import annotations
+
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dnc_dist import distributed
 from dnc_dist.exact import squared_distance
 from dnc_dist.retrieval import search
-from dnc_dist.retrieval.search import Neighbours, topk
+from dnc_dist.retrieval.search import Neighbours, topk, topk_blocks
+from tests.spawn import spawn
 
 
 def unit(n: int, dim: int = 24, seed: int = 0) -> Tensor:
@@ -86,6 +90,49 @@ def test_missing_neighbours_are_padded() -> None:
 def test_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, rows = unit(150), torch.arange(150)
     expected = topk(x, x, 9, query_ids=rows, gallery_ids=rows, exclude_self=True)
-    for name, value in (("WORK_ELEMENTS", 100), ("CANDIDATES", 100), ("LIST_ELEMENTS", 90), ("MARGIN", 0)):
+    for name, value in (("WORK_ELEMENTS", 100), ("CANDIDATES", 100), ("GALLERY_ELEMENTS", 400), ("LIST_ELEMENTS", 90), ("MARGIN", 0)):
         monkeypatch.setattr(search, name, value)
     assert_equal(topk(x, x, 9, query_ids=rows, gallery_ids=rows, exclude_self=True), expected)
+
+
+def test_rows_without_a_number_are_not_searched() -> None:
+    x, rows = unit(90), torch.arange(90)
+    searched = rows % 3 > 0
+    got = topk(x[:20], x, 8, query_ids=rows[:20], gallery_ids=torch.where(searched, rows, -1), exclude_self=True)
+    assert_equal(got, brute(x[:20], x[searched], 8, rows[:20], rows[searched], True))
+
+
+NUM_GALLERY, NUM_QUERIES, DIM, K = 20_000, 500, 32, 10
+
+
+def search_in_little_memory(num_queries: int) -> tuple[Neighbours, int, int]:
+    """This rank's neighbours, the bytes of its gallery, and the most that NumPy held while searching it."""
+    for name, value in (("WORK_ELEMENTS", 1 << 12), ("CANDIDATES", 1 << 12), ("GALLERY_ELEMENTS", 1 << 15), ("LIST_ELEMENTS", 1 << 13)):
+        setattr(search, name, value)
+    rows, queries = (torch.arange(*distributed.local_range(count)) for count in (NUM_GALLERY, num_queries))
+    gallery = unit(NUM_GALLERY, DIM)[rows]
+    found = Neighbours(torch.empty(len(queries), K, dtype=torch.int64), torch.empty(len(queries), K))
+    blocks = topk_blocks(unit(num_queries, DIM, seed=1)[queries], gallery, K, query_ids=queries, gallery_ids=rows, exclude_self=False)
+    tracemalloc.start()
+    for which, near in blocks:
+        found.ids[which], found.distance[which] = near
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return found, gallery.nbytes, peak
+
+
+def search_few_and_many() -> tuple[Neighbours, int, int, int]:
+    """The neighbours of some queries, the bytes of the gallery, the peak for these queries and for three times as many."""
+    found, gallery_bytes, peak = search_in_little_memory(NUM_QUERIES)
+    return found, gallery_bytes, peak, search_in_little_memory(3 * NUM_QUERIES)[2]
+
+
+def test_a_gallery_on_two_ranks_in_little_memory() -> None:
+    parts = spawn(search_few_and_many, 2)
+    gallery, rows = unit(NUM_GALLERY, DIM), torch.arange(NUM_GALLERY)
+    expected = [brute(block, gallery, K, rows[: len(block)], rows, False) for block in unit(NUM_QUERIES, DIM, seed=1).split(20)]
+    for place in range(2):
+        assert torch.equal(torch.cat([part[0][place] for part in parts]), torch.cat([block[place] for block in expected]))
+    for _, gallery_bytes, peak, peak_of_more in parts:
+        assert peak < gallery_bytes, "the gallery was copied as a whole"
+        assert peak_of_more < 1.1 * peak, "memory grows with the number of queries"

@@ -14,7 +14,7 @@ import torch
 
 from dnc_dist import cli
 from dnc_dist.data.index import open_index
-from dnc_dist.launch import verdict
+from dnc_dist.launch.verdict import Report, verdict
 from tests.run_fixtures import Done, dnc, draw_folder, make_dataset, metrics, without_report, write_config
 
 
@@ -151,6 +151,12 @@ def test_what_a_run_cannot_go_on_with(arguments: list[str], message: str, place:
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"} == before
 
 
+def test_a_local_copy_holds_the_same_data(place: Path) -> None:
+    arguments = ["train", "run.yaml", *change("run.name=fresh")]
+    error = dnc(*arguments, folder=place, env={"DNC_LOCAL_DATA": "other/data"}).error
+    assert f"DNC_LOCAL_DATA=other/data holds another dataset than data.root={place / 'data'}" in error
+
+
 def test_a_run_that_another_process_trains_is_left_alone(place: Path) -> None:
     (place / "runs" / "busy").mkdir()
     holding = (
@@ -222,7 +228,9 @@ def test_commands_on_what_is_no_run(place: Path, tmp_path: Path, capsys: pytest.
     model = place / "runs" / "rotten" / "checkpoints" / "step-00000008" / "mp_rank_00_model_states.pt"
     model.write_bytes(bytes(model.stat().st_size))
     for arguments in (["evaluate", "runs/rotten"], ["train", "run.yaml", *change("run.name=rotten")]):
-        assert "step-00000008/mp_rank_00_model_states.pt is damaged; remove" in dnc(*arguments, folder=place).error
+        error = dnc(*arguments, folder=place).error
+        assert "step-00000008 is damaged (mp_rank_00_model_states.pt holds other bytes than were written); not used" in error
+        assert "no usable checkpoint; remove the folder to start over" in error
     (place / "runs" / "edited" / "config.yaml").write_text("a: [")
     for arguments in (["evaluate", "runs/edited"], ["report", "runs/edited"], ["train", "run.yaml", *change("run.name=edited")]):
         assert "runs/edited/config.yaml" in dnc(*arguments, folder=place).error
@@ -231,7 +239,7 @@ def test_commands_on_what_is_no_run(place: Path, tmp_path: Path, capsys: pytest.
 def test_an_error_in_a_loader_process_is_shown_once() -> None:
     inner = "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback\nFileNotFoundError: No such file: 'a.tar'\n"
     record = {"time": 1.0, "type": "FileNotFoundError", "message": inner, "traceback": f"Traceback\nFileNotFoundError: {inner}"}
-    code, message = verdict({0: 1, 1: None}, {0: record})
+    code, message = verdict(Report({0: 1, 1: None}, {0: record}))
     assert code == 1 and message.count("Original Traceback") == 1
     assert message.splitlines()[-1] == "rank 0 failed: FileNotFoundError: No such file: 'a.tar'"
 

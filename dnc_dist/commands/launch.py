@@ -1,36 +1,55 @@
-"""``dnc-dist launch``: check the configuration, then start one worker per GPU and watch them."""
+"""``dnc-dist launch``: check the configuration, then start one worker per GPU, here or on several machines, and watch them."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from dnc_dist.commands.train import overrides_option, resume_option
 
 
-@click.command(short_help="Train on this machine, one worker per GPU.")
+@click.command(short_help="Train on one machine or several, one worker per GPU.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--nproc", type=click.IntRange(min=1), help="Workers on this machine.  [default: number of GPUs, or 1]")
+@click.option("--nproc", type=click.IntRange(min=1), help="Workers on each machine.  [default: number of GPUs, or 1]")
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines; start the same command on each.")
-@click.option("--rdzv", metavar="HOST:PORT", help="Where the machines meet: one of them and a free port.")
+@click.option("--rdzv", metavar="HOST:PORT", default="", help="Where the machines meet: an address of one of them and a free port.")
+@click.option("--wait", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds to wait for the other machines.")
 @overrides_option
 @resume_option
-def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str | None, overrides: tuple[str, ...], resume: str) -> int:
+def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float, overrides: tuple[str, ...], resume: str) -> int:
     """Train what CONFIG describes.
 
-    Rank 0's output is shown; if a worker fails, the first error of any rank is shown once. SIGTERM, SIGINT, SIGUSR1 and
-    SIGUSR2 make the workers save and stop (exit code 75); `--resume auto` continues.
+    Rank 0's output is shown, on the machine that --rdzv names; if a worker fails, the first error of any rank is shown once on
+    every machine, and all end. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 make the workers of all machines save and stop (exit code
+    75); `--resume auto` continues.
     """
     from dnc_dist.config import load_config
 
     if nnodes > 1 and not rdzv:
         raise click.UsageError(f"--nnodes {nnodes} needs --rdzv HOST:PORT, one of the machines and a free port, the same on all of them")
-    load_config(config, overrides)
+    cfg = load_config(config, overrides)
 
-    from dnc_dist.launch import default_nproc, launch_workers
+    # Before torch is imported: its store warns about every address that no name belongs to.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dnc_dist.launch import launch_workers, workers_here
 
     command = [sys.executable, "-m", "dnc_dist", "train", str(config), "--resume", resume]
     command += [part for override in overrides for part in ("--set", override)]
-    return launch_workers(command, nproc or default_nproc(), nnodes=nnodes, rendezvous=rdzv)
+    terms = {"--resume": resume, **dict(_flat(cfg.model_dump(mode="json")))}
+    # Each machine may have its own copy of the data, which workers compare.
+    del terms["data.root"]
+    return launch_workers(command, workers_here(nproc), nnodes=nnodes, rendezvous=rdzv, wait=wait, terms=terms)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a tree."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from dnc_dist.errors import Stopped
-from dnc_dist.worker import run_worker
+from dnc_dist.worker import end_process, run_worker
 
 
 def overrides_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,10 +50,11 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     cfg = load_config(config, overrides)
 
-    from dnc_dist import distributed
+    from dnc_dist import distributed, watchdog
     from dnc_dist.engine.trainer import train as train_run
 
     distributed.init(cfg.engine.timeout)
+    watchdog.start(cfg.engine.timeout, cfg.engine.stall_timeout, end_process)
     main = distributed.is_main()
     try:
         result = train_run(cfg, resume)

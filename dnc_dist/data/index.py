@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,16 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
+def shard_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the shards of a data set: each that is missing or has another size than the manifest says."""
+    for shard in manifest["shards"]:
+        path = folder / shard["name"]
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif (size := path.stat().st_size) != shard["bytes"]:
+            yield f"{path} has {size:,} bytes instead of {shard['bytes']:,}: it is truncated or was changed"
+
+
 def open_index(root: str | Path) -> DatasetIndex:
     """Map a prepared data set, after comparing the size of every shard with the manifest.
 
@@ -199,12 +209,8 @@ def open_index(root: str | Path) -> DatasetIndex:
     folder = Path(root).resolve()
     manifest = read_manifest(folder)
     cure = "copy the data set again, or prepare it again with `dnc-dist data prepare … --force`"
-    for shard in manifest["shards"]:
-        path = folder / shard["name"]
-        if not path.is_file():
-            raise InputError(f"{path} is missing; {cure}")
-        if (size := path.stat().st_size) != shard["bytes"]:
-            raise InputError(f"{path} has {size:,} bytes instead of {shard['bytes']:,}: it is truncated or was changed; {cure}")
+    for problem in shard_problems(folder, manifest):
+        raise InputError(f"{problem}; {cure}")
     try:
         columns = {name: np.load(folder / "index" / f"{name}.npy", mmap_mode="r") for name in (*COLUMNS, *manifest["extra_columns"])}
         class_names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +15,30 @@ from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig
 from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.images import DECODE_ERRORS, decode
-from dnc_dist.data.index import DatasetIndex, RowView, open_index, train_view, validation_view
+from dnc_dist.data.index import DatasetIndex, RowView, open_index, read_manifest, train_view, validation_view
 from dnc_dist.data.shards import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.errors import InputError
 from dnc_dist.retrieval.protocols import resolve_protocol
 from dnc_dist.rng import seed_for
+
+# A folder on this machine's own disk with a copy of data.root; not a key, since the run is the same with and without it.
+LOCAL_DATA = "DNC_LOCAL_DATA"
+
+
+def _open(root: Path) -> DatasetIndex:
+    """The dataset, read from this machine's own copy if there is one.
+
+    Raises:
+        InputError: one of the two cannot be read, or the copy holds something else.
+    """
+    if not (copy := os.environ.get(LOCAL_DATA)):
+        return open_index(root)
+    index = open_index(Path(copy))
+    if index.content_hash != read_manifest(root)["content_hash"]:
+        raise InputError(f"{LOCAL_DATA}={copy} holds another dataset than data.root={root}; copy that one, or unset {LOCAL_DATA}")
+    return index
 
 
 def _decoded(data: bytes) -> Image | None:
@@ -38,7 +57,7 @@ class RunData:
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
-        self.index: DatasetIndex = open_index(cfg.data.root)
+        self.index: DatasetIndex = _open(cfg.data.root)
         hashes = distributed.gather_objects(self.index.content_hash)
         if len(set(hashes)) > 1:
             other = next(rank for rank, value in enumerate(hashes) if value != hashes[0])

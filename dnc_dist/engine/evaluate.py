@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from dnc_dist import distributed
 from dnc_dist.clustering.kmeans import kmeans
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView
-from dnc_dist.engine.checkpoint import Checkpoints, load_run_config
+from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.rundir import load_run_config
 from dnc_dist.engine.setup import build_objective
 from dnc_dist.engine.signals import StopRequest
 from dnc_dist.errors import InputError
@@ -29,6 +31,9 @@ from dnc_dist.retrieval.vehicleid import evaluate_lists, headline
 from dnc_dist.rng import seed_for
 
 THUMBNAIL_SIDE = 64
+GATHERED_ROWS = 1 << 14
+"""Rows of each rank that travel together on their way to rank 0."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ def evaluate_view(
     name = f"epoch {epoch}: evaluation on {view.name}"
     found = extract(objective, objective.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress)
     rows = found.start + torch.nonzero(found.valid).flatten()
-    embeddings = found.values[found.valid]
+    # Where every row was decoded, as almost always, the embeddings are not copied.
+    embeddings = found.values if found.valid.all() else found.values[found.valid]
     recall_at = cfg.evaluation.recall_at
     if chosen == "vehicleid-loo" or chosen == "vehicleid-random10":
         sources = [source.decode() for source in data.index.columns["source"][view.rows]]
@@ -94,15 +100,20 @@ def _counts(result: RetrievalResult) -> dict[str, int]:
 
 
 def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int) -> float:
-    """Collective. NMI of a k-means with as many clusters as classes, run by rank 0 on all rows in their order."""
-    device = distributed.device()
-    every = distributed.gather_rows(embeddings.to(device)).cpu()
-    order = distributed.gather_rows(rows.to(device)).cpu()
+    """Collective. NMI of a k-means with as many clusters as classes, run by rank 0 on all rows in their order; other ranks keep none."""
+    device, main = distributed.device(), distributed.is_main()
+    every = torch.empty(len(view) if main else 0, embeddings.shape[1])
+    present = torch.zeros(len(view), dtype=torch.bool)
+    most = int(distributed.gather_rows(torch.tensor([len(rows)], device=device)).max())
+    for at in range(0, most, GATHERED_ROWS):
+        block = distributed.gather_rows(embeddings[at : at + GATHERED_ROWS].to(device)).cpu()
+        which = distributed.gather_rows(rows[at : at + GATHERED_ROWS].to(device)).cpu()
+        if main:
+            every[which], present[which] = block, True
     value = None
-    if distributed.is_main():
-        position = torch.argsort(order)
-        labels = view.labels[order[position].numpy()]
-        clusters = kmeans(every[position], len(np.unique(labels)), seed=seed_for(seed, "nmi"))
+    if main:
+        labels = view.labels[present.numpy()]
+        clusters = kmeans(every if present.all() else every[present], len(np.unique(labels)), seed=seed_for(seed, "nmi"))
         value = nmi(clusters.assignment.numpy(), labels)
     return distributed.broadcast_object(value)
 
@@ -145,14 +156,17 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
     checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
     newest = checkpoint == "last" or (checkpoint == "best" and not checkpoints.has_best())
     which = "latest" if newest else checkpoint
-    found = checkpoints.find(which)
+    found = distributed.on_main(checkpoints.find, which)
     if found is None:
         raise InputError(f"{run_dir} has no checkpoint yet; train it with `dnc-dist launch`")
+    tag, messages = found
+    for message in messages:
+        _log.warning(message)
     data = RunData(cfg)
     if data.test is None:
         raise InputError(f"data.root={cfg.data.root} has no test split to evaluate on")
     objective = build_objective(cfg, data.train.num_classes)
-    weights, state = checkpoints.read(found[0])
+    weights, state = checkpoints.read(tag)
     objective.load_state_dict(weights)
     with_nmi = cfg.evaluation.nmi != "never"
     evaluation = evaluate_view(
@@ -168,4 +182,4 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
     )
     data.close()
     selected_on, _ = data.selection_view()
-    return {"run": str(run_dir), "checkpoint": found[0], "epoch": state.epoch, **evaluation.metrics, "selected_on": selected_on}
+    return {"run": str(run_dir), "checkpoint": tag, "epoch": state.epoch, **evaluation.metrics, "selected_on": selected_on}

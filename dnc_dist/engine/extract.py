@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist import distributed, watchdog
 from dnc_dist.data.stream import SequentialBatches
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.signals import StopRequest
@@ -55,6 +55,7 @@ def extract(
     rounds = max(distributed.gather_objects(len(batches))) // VOTE_EVERY_BLOCKS + 1
     was_training = objective.training
     objective.eval()
+    watchdog.phase(f"{name}, first block")
     pending = iter(batches)
     with torch.inference_mode(), progress.phase(name, num_rows, "img") as phase:
         for _ in range(rounds):
@@ -72,10 +73,12 @@ def extract(
                 advance = min(len(at) * distributed.world_size(), num_rows - seen)
                 seen += advance
                 phase.update(advance)
+                watchdog.beat(f"{name}, block {batch.step}")
             if distributed.any_rank(stop.requested):
                 raise Stopped(f"during {name}")
         phase.update(num_rows - seen)
     objective.train(was_training)
+    watchdog.phase(f"{name}, all blocks")
     if values is None:
         values = torch.zeros(0, _width(objective, compute))
     # Made in inference mode, where tensors cannot take part in autograd later; callers only read them.

@@ -130,3 +130,23 @@ def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
     """Set each named group's learning rate for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["name"]]
+
+
+def seed_libraries(seed: int, step: int) -> None:
+    """Seed what layers of other libraries draw from: by step and rank, so that a resumed run draws the same numbers."""
+    torch.manual_seed(seed_for(seed, "library", step, distributed.rank()))
+
+
+def libraries_note(objective: DncObjective) -> str | None:
+    """What a backbone's own dropout and drop-path mean for a run; None without any. Everything else is drawn by a row's position."""
+    random = {
+        type(layer).__name__
+        for layer in objective.backbone.modules()
+        if (isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0) or getattr(layer, "drop_prob", 0.0) > 0.0
+    }
+    if not random:
+        return None
+    return (
+        f"the backbone has {' and '.join(sorted(random))} of its own, which draws numbers by process: a resume with as many processes "
+        "goes on exactly, but another number of processes gives another curve"
+    )

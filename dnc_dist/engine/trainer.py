@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist import distributed, watchdog
 from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
 from dnc_dist.engine import plan
-from dnc_dist.engine.checkpoint import Checkpoints, prepare_run_dir, write_config
+from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
+from dnc_dist.engine.finite import FiniteGuard
+from dnc_dist.engine.rundir import prepare_run_dir, write_config
 from dnc_dist.engine.runlog import close_log, open_log
-from dnc_dist.engine.setup import build_engine, build_objective, kernels_note, set_learning_rates
+from dnc_dist.engine.setup import build_engine, build_objective, kernels_note, libraries_note, seed_libraries, set_learning_rates
 from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
@@ -48,6 +50,7 @@ def train(cfg: RunConfig, resume: str = "auto") -> dict[str, Any]:
         return trainer.fit()
     except Stopped as request:
         folder = trainer.save()
+        watchdog.stop()
         raise Stopped(f"{request}; saved {folder}, `--resume auto` goes on from there") from None
     finally:
         trainer.close()
@@ -90,7 +93,7 @@ class Trainer:
         if self.cfg.evaluation.at_start and self.state.step == 0:
             self.state.baseline = self.evaluate()
         while not plan.finished(self.cfg, self.state):
-            shares = EpochShares()
+            shares = EpochShares(self.state.epoch)
             if plan.division_due(self.cfg, self.state):
                 with shares.time("divide"):
                     self.divide()
@@ -103,6 +106,7 @@ class Trainer:
             self.tracker.log("epoch", self.state.step, self.state.epoch, shares.values() | counts)
             self.state.finish_epoch()
             self.save(best=self._is_best())
+        watchdog.stop()
         return self.result()
 
     def divide(self) -> None:
@@ -137,7 +141,8 @@ class Trainer:
         rows_in_step = np.diff(schedule.starts)
         max_positives = schedule.max_rows_per_class(self.data.train.labels) - 1
         first_step = state.step - state.batches_done
-        log = StepLog(self.tracker, cfg.tracker.log_every)
+        guard = FiniteGuard(self.objective, self.data, schedule, first_step, cfg.run.path)
+        log = StepLog(self.tracker, cfg.tracker.log_every, guard)
         # The ranks that share this rank's learner in a step of m learners; None: all of them.
         group = self.groups.get(schedule.turns.shape[1])
         batches = TimedBatches(self.data.train_batches(schedule, first_step=first_step, skip=state.batches_done))
@@ -148,6 +153,7 @@ class Trainer:
             for batch in batches:
                 rates = plan.learning_rates(cfg, state, len(schedule))
                 set_learning_rates(self.engine, rates)
+                seed_libraries(cfg.run.seed, state.step)
                 loss, stats = self.engine(
                     batch.to(distributed.device()),
                     plan.phase(cfg, state),
@@ -172,6 +178,7 @@ class Trainer:
                     log.flush(state.step, state.epoch)
                     self.save()
                 shares.rows += rows
+                watchdog.step(f"epoch {state.epoch}, step {state.step}")
         log.flush(state.step, state.epoch)
         shares.seconds["data"] = batches.waited
 
@@ -200,6 +207,7 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> Path:
         """Collective. Write a checkpoint."""
+        watchdog.phase(f"epoch {self.state.epoch}, checkpoint of step {self.state.step}")
         return self.checkpoints.save(self.engine, self.state, best=best)
 
     def result(self) -> dict[str, Any]:
@@ -236,7 +244,7 @@ class Trainer:
         """Collective. The state of the checkpoint to go on from, or a new one.
 
         Raises:
-            InputError: the checkpoint belongs to other data or to another number of processes.
+            InputError: the checkpoint belongs to other data.
         """
         which = "latest" if resume in ("auto", "never") else Path(resume).name
         if resume not in ("auto", "never") and Path(resume).resolve().parent != self.checkpoints.folder.resolve():
@@ -281,5 +289,7 @@ class Trainer:
             f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class, so {negatives} of other classes for "
             f"every anchor; {cfg.loss.name} loss, {self.kernels}"
         )
+        if note := libraries_note(self.objective):
+            _log.info(note)
         if state.step:
             _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")

@@ -107,6 +107,8 @@ class MarginLoss(nn.Module):
         out = dnc_kernels.margin_loss_on_pairs(
             z, labels, pairs, beta=beta, margin=self.margin, learner=learner, num_learners=num_learners, ref_z=references.z
         )
+        if not len(pairs.other):  # no class has two rows: equal on all ranks
+            return out
         as_reference = self._as_references(z, pairs, references, beta.detach(), num_learners)
         # Adds nothing to the value, which counts a pair once, with its anchor.
         return out._replace(learner_loss_sum=out.learner_loss_sum + as_reference - as_reference.detach())

@@ -13,10 +13,12 @@ from torch import Tensor
 from dnc_dist import distributed
 from dnc_dist.errors import InputError
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
-from dnc_dist.retrieval.search import topk
+from dnc_dist.retrieval.search import topk_blocks
 from dnc_dist.rng import numpy_generator
 
 SAMPLE_NEIGHBOURS = 10
+CHECKED_ROWS = 1 << 15
+"""Embeddings that are looked at together: the masks of a check are as large as what they check."""
 
 Protocol = Literal["leave-one-out", "query-gallery", "vehicleid-loo", "vehicleid-random10"]
 
@@ -105,29 +107,32 @@ def evaluate(
     k = max(*recall_at, SAMPLE_NEIGHBOURS, int(relevant[asking].max()))
     rows = rows_local.numpy()
     asks = torch.from_numpy(asking[rows])
-    offered = torch.from_numpy(is_gallery[rows])
-    found = topk(
-        embeddings_local[asks.to(embeddings_local.device)],
-        embeddings_local[offered.to(embeddings_local.device)],
+    query_rows = rows[asks.numpy()]
+    shown = sample_of(np.flatnonzero(asking), sample)
+    sampled = np.isin(query_rows, shown)
+    values, near_ids, near_distance = np.empty((len(query_rows), 3)), [], []
+    for block, near in topk_blocks(
+        # Embeddings are large: queries are copied only if they are fewer, and rows outside the gallery are only not searched.
+        embeddings_local if asks.all() else embeddings_local[asks.to(embeddings_local.device)],
+        embeddings_local,
         k,
         query_ids=rows_local[asks],
-        gallery_ids=rows_local[offered],
+        gallery_ids=torch.from_numpy(np.where(is_gallery[rows], rows, -1)),
         exclude_self=True,
-    )
-    query_rows = rows[asks.numpy()]
-    matches = (found.ids.numpy() >= 0) & (labels[found.ids.numpy()] == labels[query_rows][:, None])
-    values = np.stack(
-        [first_match(matches), average_precision_at_r(matches, relevant[query_rows]), r_precision(matches, relevant[query_rows])], axis=1
-    )
+    ):
+        ids, r = near.ids.numpy(), relevant[query_rows[block]]
+        matches = (ids >= 0) & (labels[ids] == labels[query_rows[block]][:, None])
+        values[block] = np.stack([first_match(matches), average_precision_at_r(matches, r), r_precision(matches, r)], axis=1)
+        near_ids.append(near.ids[sampled[block], :SAMPLE_NEIGHBOURS])
+        near_distance.append(near.distance[sampled[block], :SAMPLE_NEIGHBOURS])
     # In the order of the rows, so that the sums are the same sums whichever rank held what.
     all_rows, all_values = in_row_order(torch.from_numpy(query_rows), torch.from_numpy(values))
     first, average_precision, precision = np.ascontiguousarray(all_values.T)
     metrics = {f"recall@{n}": int((first <= n).sum()) / len(first) for n in recall_at}
     metrics |= {"map@r": float(average_precision.mean()), "r_precision": float(precision.mean())}
-    shown = sample_of(all_rows, sample)
-    sampled = np.isin(query_rows, shown)
-    sample_queries, neighbours = in_row_order(torch.from_numpy(query_rows[sampled]), found.ids[sampled, :SAMPLE_NEIGHBOURS])
-    _, distances = in_row_order(torch.from_numpy(query_rows[sampled]), found.distance[sampled, :SAMPLE_NEIGHBOURS])
+    sample_rows = torch.from_numpy(query_rows[sampled])
+    sample_queries, neighbours = in_row_order(sample_rows, torch.cat(near_ids))
+    _, distances = in_row_order(sample_rows, torch.cat(near_distance))
     return RetrievalResult(
         chosen,
         metrics,
@@ -151,8 +156,8 @@ def check_finite(embeddings_local: Tensor) -> None:
     Raises:
         FloatingPointError: an embedding of some rank is not finite.
     """
-    bad = (~embeddings_local.isfinite().all(1)).sum().reshape(1).to(distributed.device())
-    if num_bad := int(distributed.all_reduce_sum(bad)):
+    bad = sum(int((~block.isfinite().all(1)).sum()) for block in embeddings_local.split(CHECKED_ROWS))
+    if num_bad := int(distributed.all_reduce_sum(torch.tensor([bad], device=distributed.device()))):
         raise FloatingPointError(f"{num_bad} embeddings hold values that are not finite, so the model has diverged; lower optim.lr")
 
 

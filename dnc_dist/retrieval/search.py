@@ -2,10 +2,12 @@
 
 FAISS proposes candidates in float32; their distances are computed again by direct difference in a fixed order, and a
 query whose candidates might not hold all of its k nearest, by the error bound of the float32 products, asks for more.
+The gallery is never copied as a whole: beside it, memory holds blocks of bounded size and a few numbers per row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import faiss
@@ -20,9 +22,11 @@ MARGIN = 32
 """More candidates than neighbours asked for, so that few queries have to ask twice."""
 
 WORK_ELEMENTS = 1 << 20
-CANDIDATES = 1 << 22
-LIST_ELEMENTS = 1 << 24
-"""Bounds on one block's differences (rows x D), its candidates, and the neighbour lists that a rank holds before merging."""
+CANDIDATES = 1 << 21
+GALLERY_ELEMENTS = 1 << 23
+LIST_ELEMENTS = 1 << 22
+"""Bounds on one block's differences (rows x D), its candidates, its gallery rows (x D), and on the queries (x D) and neighbour lists
+that a rank holds before merging."""
 
 
 class Neighbours(NamedTuple):
@@ -35,45 +39,49 @@ class Neighbours(NamedTuple):
 def topk(query_local: Tensor, gallery_local: Tensor, k: int, *, query_ids: Tensor, gallery_ids: Tensor, exclude_self: bool) -> Neighbours:
     """Collective. The k nearest gallery rows of all ranks for the queries of this rank.
 
-    Queries travel to every rank in blocks; each rank answers from its own gallery rows, and the lists are merged.
-
     Args:
         query_local: (q, D) queries of this rank; q may be 0.
-        gallery_local: (g, D) gallery rows of this rank; g may be 0.
+        gallery_local: (g, D) rows of this rank; g may be 0.
         k: neighbours wanted.
         query_ids: (q,) int64 global rows.
-        gallery_ids: (g,) int64 global rows, no row on two ranks.
+        gallery_ids: (g,) int64 global rows, no row on two ranks; -1: the row is not searched.
         exclude_self: a query is not its own neighbour, by its row.
 
     Returns:
         Squared Euclidean distances and rows, ordered by (float32 distance, row).
     """
+    blocks = topk_blocks(query_local, gallery_local, k, query_ids=query_ids, gallery_ids=gallery_ids, exclude_self=exclude_self)
+    found = [near for _, near in blocks] or [Neighbours(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k))]
+    return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def topk_blocks(
+    query_local: Tensor, gallery_local: Tensor, k: int, *, query_ids: Tensor, gallery_ids: Tensor, exclude_self: bool
+) -> Iterator[tuple[slice, Neighbours]]:
+    """Collective. ``topk`` for some queries after the others, so that memory does not grow with their number.
+
+    Queries travel to every rank in blocks; each rank answers from its own gallery rows, and the lists are merged.
+
+    Yields:
+        Which of this rank's queries (maybe none), and their neighbours; equally often on every rank.
+    """
     device, world = distributed.device(), distributed.world_size()
-    # Rank order of the gallery must not matter, nor the order within a rank: rows are taken by their global number.
-    order = torch.argsort(gallery_ids.cpu())
-    gallery = _Gallery(gallery_local.detach().float().cpu()[order].numpy(), gallery_ids.cpu()[order].numpy())
+    gallery = _Gallery(gallery_local.detach().float().cpu().numpy(), gallery_ids.cpu().numpy())
     queries, ids = query_local.detach().float().cpu(), query_ids.cpu()
-    per_rank = max(1, LIST_ELEMENTS // (k * world * world))
+    per_rank = max(1, LIST_ELEMENTS // (world * max(k, queries.shape[1])))
     most = int(distributed.gather_rows(torch.tensor([len(queries)], device=device)).max())
-    found_ids, found_distance = [torch.empty(0, k, dtype=torch.int64)], [torch.empty(0, k)]
     for at in range(0, most, per_rank):
         block = queries[at : at + per_rank]
         counts = distributed.gather_rows(torch.tensor([len(block)], device=device)).tolist()
-        everyone = distributed.gather_rows(block.to(device)).cpu().numpy()
-        everyone_ids = distributed.gather_rows(ids[at : at + per_rank].to(device)).cpu().numpy()
-        rows, distance = gallery.search(everyone, k, everyone_ids if exclude_self else None)
-        all_rows = distributed.gather_rows(torch.from_numpy(rows).to(device)).cpu().reshape(world, -1, k)
-        all_distance = distributed.gather_rows(torch.from_numpy(distance).to(device)).cpu().reshape(world, -1, k)
-        start = sum(counts[: distributed.rank()])
-        mine = slice(start, start + len(block))
-        merged = _first(
-            all_rows[:, mine].transpose(0, 1).reshape(len(block), world * k).numpy(),
-            all_distance[:, mine].transpose(0, 1).reshape(len(block), world * k).numpy(),
-            k,
+        everyone = distributed.gather_rows(block.to(device), counts=counts).cpu().numpy()
+        everyone_ids = distributed.gather_rows(ids[at : at + per_rank].to(device), counts=counts).cpu().numpy()
+        # (W, b, k) from all galleries -> (b, W k) for each query.
+        all_rows, all_distance = (
+            distributed.exchange_rows(torch.from_numpy(part).to(device), counts).cpu().transpose(0, 1).flatten(1).numpy()
+            for part in gallery.search(everyone, k, everyone_ids if exclude_self else None)
         )
-        found_ids.append(torch.from_numpy(merged[0]))
-        found_distance.append(torch.from_numpy(merged[1]))
-    return Neighbours(torch.cat(found_ids), torch.cat(found_distance))
+        merged = _first(all_rows, all_distance, k)
+        yield slice(at, at + len(block)), Neighbours(*(torch.from_numpy(part) for part in merged))
 
 
 def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor, gallery_ids: Tensor) -> Tensor:
@@ -94,8 +102,7 @@ def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor
     device = distributed.device()
     ids = distributed.gather_rows(gallery_ids.to(device)).cpu()
     rows = distributed.gather_rows(gallery_local.detach().float().to(device)).cpu()
-    order = torch.argsort(ids)
-    gallery = _Gallery(rows[order].numpy(), ids[order].numpy())
+    gallery = _Gallery(rows.numpy(), ids.numpy())
     return torch.from_numpy(gallery.places(query_local.detach().float().cpu().numpy(), match_ids.cpu().numpy()))
 
 
@@ -105,20 +112,41 @@ def _first(rows: np.ndarray, distance: np.ndarray, k: int) -> tuple[np.ndarray, 
     return np.take_along_axis(rows, order, 1), np.take_along_axis(distance, order, 1)
 
 
-class _Gallery:
-    """The gallery rows (g, D) of one rank, in the order of their ids (g,)."""
+def _squares(vectors: np.ndarray) -> np.ndarray:
+    """(n,) float64 squared lengths of float32 rows (n, D)."""
+    return np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
 
-    def __init__(self, rows: np.ndarray, ids: np.ndarray) -> None:
-        self.rows, self.ids = rows, ids
+
+class _Gallery:
+    """The rows (n, D) of one rank whose ids (n,) are not -1, in the order of their ids: neither the order of the ranks nor that within
+    a rank must matter."""
+
+    def __init__(self, vectors: np.ndarray, ids: np.ndarray) -> None:
+        order = np.argsort(ids)
+        self.vectors, self.at = vectors, order[ids[order] >= 0]
+        self.ids = ids[self.at]
         # Close together and far from 0, vectors differ in few digits: candidates are looked for among centred ones.
-        self.centre = rows.mean(0, dtype=np.float64).astype(np.float32) if len(rows) else np.zeros(rows.shape[1], np.float32)
-        self.centred = np.ascontiguousarray(rows - self.centre)
-        self.longest = float(np.sqrt(np.square(self.centred, dtype=np.float64).sum(1)).max(initial=0))
+        self.centre = np.zeros(vectors.shape[1], np.float32)
+        sums = [block.sum(0, dtype=np.float64) for _, block in self.centred_blocks()]
+        self.centre = (np.sum(sums, 0) / len(self.ids)).astype(np.float32) if sums else self.centre
+        self.longest = max((float(_squares(block).max()) for _, block in self.centred_blocks()), default=0.0) ** 0.5
+
+    def rows(self, which: np.ndarray | slice) -> np.ndarray:
+        """(…, D) copies of some rows, by their place in the order."""
+        return self.vectors[self.at[which]]
+
+    def centred_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows less the centre, a block (b, D) after the other, each with the place of its first row."""
+        step = max(1, GALLERY_ELEMENTS // self.vectors.shape[1])
+        for at in range(0, len(self.ids), step):
+            block = self.rows(slice(at, at + step))
+            block -= self.centre
+            yield at, block
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(Q, k) ids and float32 distances of the nearest rows here but ``exclude`` (Q,), padded with (-1, inf)."""
         more = 0 if exclude is None else 1
-        ids, distance = self._search(queries, k + more, min(k + more + MARGIN, len(self.rows)))
+        ids, distance = self._search(queries, k + more, min(k + more + MARGIN, len(self.ids)))
         if exclude is None:
             return ids, distance
         itself = ids == exclude[:, None]
@@ -137,45 +165,53 @@ class _Gallery:
         if not done.all():
             # Ties that reach beyond the candidates mostly come from equal vectors: equal queries are asked once.
             unique, inverse = np.unique(queries[~done], axis=0, return_inverse=True)
-            wider = self._search(unique, k, min(4 * wanted, len(self.rows)))
+            wider = self._search(unique, k, min(4 * wanted, len(self.ids)))
             ids[~done], distance[~done] = wider[0][inverse], wider[1][inverse]
         return ids, distance
 
     def _nearest(self, queries: np.ndarray, k: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | bool]:
         """Ids and distances (Q, min(k, wanted)), and whether (Q,) no row beyond the candidates can belong to them."""
-        if wanted == len(self.rows):
+        if wanted == len(self.ids):
             every = np.broadcast_to(np.arange(wanted), (len(queries), wanted))
             return *_first(self.ids[every], self._distances(queries, every), k), True
         centred = np.ascontiguousarray(queries - self.centre)
-        approximate, candidates = faiss.knn(centred, self.centred, wanted)
-        ids, distance = _first(self.ids[candidates], self._distances(queries, candidates), k)
-        norms = np.sqrt(np.square(centred, dtype=np.float64).sum(1))
-        nearest_other = approximate[:, -1] - gram_error(queries.shape[1], norms, self.longest)
+        best = faiss.ResultHeap(len(queries), wanted)
+        for at, block in self.centred_blocks():
+            approximate, row = faiss.knn(centred, block, min(wanted, len(block)))
+            best.add_result(approximate, row + at)
+        best.finalize()
+        ids, distance = _first(self.ids[best.I], self._distances(queries, best.I), k)
+        nearest_other = best.D[:, -1] - gram_error(queries.shape[1], np.sqrt(_squares(centred)), self.longest)
         return ids, distance, distance[:, -1] < nearest_other.astype(np.float32)
 
     def places(self, queries: np.ndarray, match: np.ndarray) -> np.ndarray:
         """(Q,) places, from 1, of the rows with the ids ``match`` (Q,)."""
-        places, at_match = np.empty(len(queries), np.int64), np.searchsorted(self.ids, match)
-        step = max(1, CANDIDATES // max(1, len(self.rows)))
-        for at in range(0, len(queries), step):
-            places[at : at + step] = 1 + self._num_before(queries[at : at + step], at_match[at : at + step])
+        places, at_match = np.ones(len(queries), np.int64), np.searchsorted(self.ids, match)
+        for first, block in self.centred_blocks():
+            step = max(1, CANDIDATES // len(block))
+            for at in range(0, len(queries), step):
+                places[at : at + step] += self._num_before(queries[at : at + step], at_match[at : at + step], first, block)
         return places
 
-    def _num_before(self, queries: np.ndarray, match: np.ndarray) -> np.ndarray:
-        """(Q,) rows that come before row ``match`` (Q,): by float32 products where their error cannot matter, else by exact distances."""
-        wanted = squared_distance(queries, self.rows[match]).astype(np.float32)
+    def _num_before(self, queries: np.ndarray, match: np.ndarray, first: int, block: np.ndarray) -> np.ndarray:
+        """(Q,) rows of a block, from row ``first`` on, that come before row ``match`` (Q,).
+
+        By float32 products where their error cannot matter, else by exact distances.
+        """
+        wanted = squared_distance(queries, self.rows(match)).astype(np.float32)
         centred = queries - self.centre
-        norms, squares = (np.square(part, dtype=np.float64).sum(1) for part in (centred, self.centred))
-        approximate = norms[:, None] + squares - 2.0 * (centred @ self.centred.T)
+        norms = _squares(centred)
+        approximate = norms[:, None] + _squares(block) - 2.0 * (centred @ block.T)
         error = np.asarray(gram_error(queries.shape[1], np.sqrt(norms), self.longest))[:, None]
         # Rounding keeps the order: what is nearer by more than the error is nearer in float32, too.
         nearer = (approximate + error).astype(np.float32) < wanted[:, None]
         query, row = np.nonzero(~nearer & ((approximate - error).astype(np.float32) <= wanted[:, None]))
+        row += first
         before = np.empty(len(query), bool)
         step = max(1, WORK_ELEMENTS // queries.shape[1])
         for at in range(0, len(query), step):
             q, r = query[at : at + step], row[at : at + step]
-            distance = squared_distance(queries[q], self.rows[r]).astype(np.float32)
+            distance = squared_distance(queries[q], self.rows(r)).astype(np.float32)
             before[at : at + step] = (distance < wanted[q]) | ((distance == wanted[q]) & (r < match[q]))
         return nearer.sum(1) + np.bincount(query[before], minlength=len(queries))
 
@@ -187,6 +223,6 @@ class _Gallery:
             columns = candidates[:, start : start + width]
             step = max(1, width // columns.shape[1])
             for at in range(0, len(queries), step):
-                part = squared_distance(queries[at : at + step, None], self.rows[columns[at : at + step]])
+                part = squared_distance(queries[at : at + step, None], self.rows(columns[at : at + step]))
                 distance[at : at + step, start : start + width] = part
         return distance

@@ -1,0 +1,217 @@
+"""A model of step and division time on 1 to 1024 GPUs, and what becomes the bottleneck first. A prediction, not a measurement.
+
+    python -m benchmarks.scaling --measure configs/vehicleid.yaml --measured gpu.json     # on one GPU: time the parts, keep them
+    python -m benchmarks.scaling --measured gpu.json [--network network.yaml] [--images 10000000] [--json]
+
+Measured: the times of one device. Counted: the bytes, by the formulas that tests compare with the counter of the collectives.
+Assumed: the network, unless a YAML file with the names of `Network` says otherwise, storage, and the share of hidden gradient sums.
+Modelled: every time that stands in a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks import record
+from benchmarks.scaling_model import Measured, Network, Workload, division, division_bytes, evaluation, gradient_bytes, step, step_bytes
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+BOTTLENECK = 0.1  # of the time: from here on a phase is called one
+USEFUL = ("rows", "extraction")  # what an ideal machine would do all the time
+COME_FROM = {
+    "rows": "measured: forward and backward, by the row",
+    "launches": "measured: forward and backward without rows",
+    "loss": "measured on one device with the rows of up to 16 ranks, extrapolated: mining and loss",
+    "gathers": "counted bytes over the assumed network: z, labels and drawn pairs",
+    "stats": "counted bytes over the assumed network",
+    "gradients": "bytes of DeepSpeed over the assumed network, less what the backward pass is assumed to hide",
+    "optimizer": "measured, divided by the ranks from ZeRO 1 on",
+    "input": "measured decoding, assumed workers and storage; only what exceeds the rest",
+    "extraction": "measured images per second of one device",
+    "init": "counted bytes over the assumed network, and measured k-means++ on the sample",
+    "lloyd": "measured time of a row in one iteration",
+    "lloyd sums": "counted bytes over the assumed network",
+    "ids": "counted bytes over the assumed network",
+    "bookkeeping": "measured time of a row in match and class counts, which every rank does for all rows",
+    "search": "measured time of a query and a gallery row",
+    "exchange": "counted bytes over the assumed network",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds by phase at each number of ranks, and the efficiency against one rank."""
+
+    name: str
+    seconds: dict[int, dict[str, float]]
+    efficiency: dict[int, float]
+
+    def bottleneck(self, ranks: int) -> tuple[str, float]:
+        """The phase beside useful work that takes most, and its share of the time."""
+        phases = self.seconds[ranks]
+        name = max((phase for phase in phases if phase not in USEFUL), key=lambda phase: phases[phase])
+        return name, phases[name] / sum(phases.values())
+
+    def first(self) -> tuple[int, str, float] | None:
+        """Ranks from which on a phase is a bottleneck, which one, and its share there; None: there is none."""
+        found = ((ranks, *self.bottleneck(ranks)) for ranks in sorted(self.seconds))
+        return next((line for line in found if line[2] >= BOTTLENECK), None)
+
+
+def predict(work: Workload, measured: Measured, network: Network, ranks: tuple[int, ...] = RANKS) -> list[Prediction]:
+    """Weak scaling (so many rows a GPU) and strong scaling (so many rows a step), division and evaluation."""
+
+    def table(name: str, phases: Callable[[int], dict[str, float]], grows: bool) -> Prediction:
+        seconds = {w: phases(w) for w in ranks}
+        one = sum(phases(1).values())
+        total = {w: sum(found.values()) for w, found in seconds.items()}
+        return Prediction(name, seconds, {w: one / total[w] / (1 if grows else w) for w in ranks})
+
+    return [
+        table(
+            f"step, weak scaling: {work.rows_per_gpu} rows a GPU",
+            lambda w: step(work, measured, network, w, work.rows_per_gpu * w),
+            True,
+        ),
+        table(f"step, strong scaling: {work.batch} rows in all", lambda w: step(work, measured, network, w, work.batch), False),
+        table(f"division of {work.images:,} images", lambda w: division(work, measured, network, w), False),
+        table(
+            f"evaluation: {work.queries:,} queries, gallery of {work.gallery:,}", lambda w: evaluation(work, measured, network, w), False
+        ),
+    ]
+
+
+def bytes_received(work: Workload, measured: Measured, ranks: int) -> dict[str, float]:
+    """What one rank receives in one step of weak scaling and in one division."""
+    loss, sizes = step_bytes(work, ranks, work.rows_per_gpu), division_bytes(work, measured.features)
+    share = (ranks - 1) / ranks
+    division_once = share * (sizes["features"] + sizes["sample"] + sizes["ids"] + sizes["broadcast"])
+    return {
+        "loss gathers": loss["gather"],
+        "stats": loss["reduce"],
+        **gradient_bytes(work, measured.parameters, ranks),
+        "division, once": division_once,
+        "division, an iteration": 2 * share * sizes["iteration"],
+    }
+
+
+def _time(seconds: float) -> str:
+    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.1f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def _size(size: float) -> str:
+    unit = next((unit for unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= unit[1]), ("B", 1))
+    return f"{size / unit[1]:.3g} {unit[0]}"
+
+
+def _rows(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def show(work: Workload, measured: Measured, network: Network, predictions: list[Prediction]) -> str:
+    """The report: what it stands on, and a table of each prediction."""
+    parts = [
+        f"Measured on one {measured.device}: {measured.parameters / 1e6:.1f} million parameters, {measured.features} features, "
+        f"extraction {measured.images_per_second:,.0f} images/s, a loader process {measured.decoded_per_second:,.0f} images/s.",
+        "Assumed: "
+        + ", ".join(f"{name}={value:g}" for name, value in asdict(network).items() if value is not None)
+        + f", {work.loader_workers} loader processes a GPU, {work.overlap:.0%} of the backward pass hides sums of gradients."
+        + ("" if network.storage else " Images lie on each node's own disk."),
+        "Everything below is modelled. No run on several GPUs stands behind it.",
+    ]
+    for prediction in predictions:
+        names = list(next(iter(prediction.seconds.values())))
+        lines = [["GPUs", *names, "in all", "efficiency", "bottleneck"]]
+        for ranks, phases in prediction.seconds.items():
+            name, share = prediction.bottleneck(ranks)
+            total = sum(phases.values())
+            efficiency = f"{100 * prediction.efficiency[ranks]:.0f} %"
+            lines.append([str(ranks), *map(_time, phases.values()), _time(total), efficiency, f"{name} {100 * share:.0f} %"])
+        first = prediction.first()
+        note = (
+            "none takes 10 % of the time" if first is None else f"{first[1]}, from {first[0]} GPUs on ({100 * first[2]:.0f} % of the time)"
+        )
+        parts.append(f"{prediction.name}\n{_rows(lines)}\nfirst bottleneck: {note}")
+    received = {ranks: bytes_received(work, measured, ranks) for ranks in predictions[0].seconds}
+    lines = [["GPUs", *next(iter(received.values()))], *([str(ranks), *map(_size, sizes.values())] for ranks, sizes in received.items())]
+    parts.append(f"bytes that one rank receives: counted, but for those of DeepSpeed\n{_rows(lines)}")
+    shown = {name for prediction in predictions for phases in prediction.seconds.values() for name in phases}
+    parts.append("\n".join(f"{name}: {meaning}" for name, meaning in COME_FROM.items() if name in shown))
+    return "\n\n".join(parts)
+
+
+def read_network(path: Path | None) -> Network:
+    """The assumptions, with the values of a YAML file instead where it has some."""
+    values: dict[str, Any] = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path else {}
+    known = {field.name for field in fields(Network)}
+    if unknown := sorted(set(values) - known):
+        sys.exit(f"{path}: unknown {', '.join(unknown)}; allowed are {', '.join(sorted(known))}")
+    for name, value in values.items():
+        values[name] = float(value) if isinstance(value, str) else value  # YAML takes 45e9 for text
+    return Network(**values)
+
+
+def read_measured(path: Path) -> Measured:
+    """What `--measure` has written."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return Measured(**{field.name: values[field.name] for field in fields(Measured)})
+
+
+def _measure(args: argparse.Namespace) -> None:
+    from benchmarks.scaling_measure import measure
+    from dnc_dist.config import load_config
+
+    cfg = load_config(args.measure, ["data.root=unused", "model.weights=none", *args.overrides])
+    found = measure(cfg, args.rows, calls=args.calls, size=args.size)
+    args.measured.write_text(json.dumps(asdict(found) | {"config": str(args.measure), **record.machine()}, indent=1), encoding="utf-8")
+    print(f"measured on one {found.device}, kept in {args.measured}", file=sys.stderr)
+
+
+def main() -> None:
+    """Measure if asked to, predict, print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--measured", type=Path, required=True, metavar="FILE", help="times of one device (JSON)")
+    parser.add_argument("--measure", type=Path, metavar="CONFIG", help="first time this configuration here, and write FILE")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 128], help="with --measure: batches to time")
+    parser.add_argument("--calls", type=int, default=5, help="with --measure: calls of which the median counts")
+    parser.add_argument("--size", type=int, default=65_536, help="with --measure: rows for k-means and search")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="with --measure")
+    parser.add_argument("--network", type=Path, metavar="YAML", help="what is known of the network")
+    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
+    parser.add_argument("--json", action="store_true")
+    for field in fields(Workload):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help=f"{field.default}")
+    args = parser.parse_args()
+    if args.measure:
+        _measure(args)
+    if not args.measured.exists():
+        parser.error(f"{args.measured} does not exist; write it with --measure CONFIG on a machine with one of the GPUs")
+    work = Workload(**{field.name: getattr(args, field.name) for field in fields(Workload)})
+    measured, network = read_measured(args.measured), read_network(args.network)
+    predictions = predict(work, measured, network, tuple(args.ranks))
+    if not args.json:
+        print(show(work, measured, network, predictions))
+        return
+    answer: dict[str, Any] = {
+        "measured": asdict(measured),
+        "assumed": {"network": asdict(network), "workload": asdict(work)},
+        "counted": {w: bytes_received(work, measured, w) for w in args.ranks},
+        "modelled": [
+            {"name": p.name, "seconds": p.seconds, "efficiency": p.efficiency, "first_bottleneck": p.first()} for p in predictions
+        ],
+        "come_from": COME_FROM,
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

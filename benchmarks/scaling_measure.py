@@ -1,0 +1,177 @@
+"""What the model of scaling stands on, measured on this machine's one device with the project's own code."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import record
+from benchmarks.scaling_model import Measured
+from dnc_dist import distributed
+from dnc_dist.clustering.centroids import SAMPLE_ROWS, first_centroids
+from dnc_dist.clustering.division import make_division, match
+from dnc_dist.clustering.kmeans import kmeans
+from dnc_dist.clustering.repair import class_sizes
+from dnc_dist.config import RunConfig
+from dnc_dist.data.images import encode
+from dnc_dist.data.loading import Batch, load_image
+from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
+from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.optimizer import WaitingAdamW
+from dnc_dist.engine.plan import Phase
+from dnc_dist.engine.setup import build_objective, parameter_groups
+from dnc_dist.loss import References
+from dnc_dist.retrieval.search import topk
+
+CLASSES = 1000
+PHOTO = (500, 375)  # pixels of the image that is decoded, the size of many photographs on the web
+
+
+def measure(cfg: RunConfig, rows: Sequence[int], *, calls: int, size: int) -> Measured:
+    """Time everything once on this rank's device.
+
+    Args:
+        cfg: what is trained; its data is not read.
+        rows: of the batches with which forward and backward are timed; two different numbers at least.
+        calls: of what is timed; the median counts.
+        size: rows with which k-means, bookkeeping and search are timed, whose cost grows with the rows.
+    """
+    objective = build_objective(cfg, CLASSES)
+    clock = _Clock(calls)
+    features = objective.head.linear.in_features
+    learners, dim = cfg.division.num_learners, cfg.model.embedding_dim
+    few = max(2 * cfg.schedule.samples_per_class, min(rows))
+    loss = [(a, a * times, clock.seconds(_loss(objective, cfg, a, times))) for a in sorted({few, max(rows)}) for times in (1, 4, 16)]
+    alone = {a: seconds for a, references, seconds in loss if a == references}
+    step = [(b, clock.seconds(_step(objective, cfg, b))) for b in rows]
+    random = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(size, features, generator=random), dim=1).to(distributed.device())
+    lloyd = [clock.seconds(partial(kmeans, x, learners, seed=0, iterations=n, init=x[:learners], replicated_rows=0)) for n in (1, 5)]
+    z = torch.nn.functional.normalize(torch.randn(size, dim, generator=random), dim=1)
+    asked, ids = min(256, size), torch.arange(size)
+    return Measured(
+        device=record.machine()["device"],
+        parameters=sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad),
+        features=features,
+        # The loss is a part of the step; it is modelled apart, since it grows with the ranks.
+        forward_backward=[(b, max(0.0, seconds - alone.get(b, min(alone.values())))) for b, seconds in step],
+        loss=loss,
+        optimizer=clock.seconds(_optimizer(objective, cfg)),
+        images_per_second=max(rows) / clock.seconds(_extraction(objective, cfg, max(rows))),
+        decoded_per_second=1 / clock.seconds(_decoding(cfg)),
+        lloyd_row=max(0.0, lloyd[1] - lloyd[0]) / (4 * size),
+        first_centroids=clock.seconds(_init(x, learners)) * SAMPLE_ROWS / size,
+        bookkeeping_row=clock.seconds(_bookkeeping(size, learners)) / size,
+        search_pair=clock.seconds(lambda: topk(z[:asked], z, 50, query_ids=ids[:asked], gallery_ids=ids, exclude_self=True)) / asked / size,
+    )
+
+
+class _Clock:
+    """Median seconds of several calls, after one that warms up."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def seconds(self, call: Callable[[], Any]) -> float:
+        call()
+        times = []
+        for _ in range(self.calls):
+            _synchronize()
+            at = time.perf_counter()
+            call()
+            _synchronize()
+            times.append(time.perf_counter() - at)
+        return statistics.median(times)
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _batch(cfg: RunConfig, rows: int) -> Batch:
+    """Noise, of classes with as many rows each as in training, all of learner 0."""
+    images = torch.randint(256, (rows, 3, cfg.data.image_size, cfg.data.image_size), dtype=torch.uint8)
+    number, nothing = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    labels = number // cfg.schedule.samples_per_class
+    return Batch(images, labels, nothing, number, number, torch.ones(rows, dtype=torch.bool), [], 0, (rows,)).to(distributed.device())
+
+
+def _step(objective: DncObjective, cfg: RunConfig, rows: int) -> Callable[[], None]:
+    batch, phase = _batch(cfg, rows), Phase(0, cfg.division.num_learners, False, False)
+
+    def call() -> None:
+        objective.zero_grad()
+        loss, _ = objective(batch, phase, max_positives=cfg.schedule.samples_per_class - 1)
+        loss.backward()
+
+    objective.train()
+    return call
+
+
+def _loss(objective: DncObjective, cfg: RunConfig, anchors: int, times: int) -> Callable[[], None]:
+    """Mining and loss of one rank's anchors against the rows of `times` ranks, forward and backward; nothing is sent."""
+    device, every = distributed.device(), anchors * times
+    made = torch.nn.functional.normalize(torch.randn(every, cfg.model.embedding_dim), dim=1).to(device)
+    number, nothing = torch.arange(every, device=device), torch.zeros(every, dtype=torch.int64, device=device)
+    labels = number // cfg.schedule.samples_per_class
+    z = made[:anchors].clone().requires_grad_()
+    if objective.loss.kind != "pairwise":
+        every_z = torch.cat([z, made[anchors:]])
+        return lambda: objective.loss(every_z, labels % CLASSES, None).backward(retain_graph=True)
+    references = None if times == 1 else References(made, labels, nothing, number, 0, lambda rows: rows.repeat(times, 1))
+    own = slice(0, anchors)
+
+    def call() -> None:
+        positives = cfg.schedule.samples_per_class - 1
+        out = objective.loss(z, labels[own] % CLASSES, nothing[own], number[own], 1, 0, 0, references, positives)
+        out.learner_loss_sum.sum().backward()
+
+    return call
+
+
+def _optimizer(objective: DncObjective, cfg: RunConfig) -> Callable[[], None]:
+    """A step with the gradients that the timed steps have left behind."""
+    return WaitingAdamW(parameter_groups(objective, cfg.optim.weight_decay), lr=1e-9).step
+
+
+def _extraction(objective: DncObjective, cfg: RunConfig, rows: int) -> Callable[[], None]:
+    images = _batch(cfg, rows).images
+
+    def call() -> None:
+        objective.eval()
+        with torch.inference_mode():
+            objective.features(images).cpu()
+
+    return call
+
+
+def _decoding(cfg: RunConfig) -> Callable[[], Any]:
+    blurred = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    data = encode(Image.fromarray(blurred).resize(PHOTO, Image.Resampling.BICUBIC))
+    geometry, uniforms = Geometry(cfg.data.augment, cfg.data.image_size, cfg.data.crop), torch.full((CROP_UNIFORMS,), 0.5)
+    return lambda: load_image(data, geometry, uniforms)
+
+
+def _init(x: torch.Tensor, learners: int) -> Callable[[], Any]:
+    """k-means++ on these rows, as if they were the sample."""
+    parent, count = np.zeros(len(x), np.int64), np.array([len(x)])
+    return lambda: first_centroids(x, parent, count, learners, 0, 0, lambda rows: rows)
+
+
+def _bookkeeping(size: int, learners: int) -> Callable[[], None]:
+    random = np.random.default_rng(0)
+    labels, previous, cluster = random.integers(0, size // 20 + 1, size), *random.integers(0, learners, (2, size))
+
+    def call() -> None:
+        class_sizes(cluster, labels).trainable(learners)
+        make_division(match(previous, cluster, learners), labels, learners, np.empty((learners, 0), np.float32), 0)
+
+    return call

@@ -1,0 +1,220 @@
+"""Seconds and bytes of a step, a division and an evaluation on W GPUs: arithmetic alone, from measured times and a stated network.
+
+Bytes are those that one rank receives, as `dnc_dist.distributed.traffic` counts them (tests compare the two); gradients and optimizer
+follow what DeepSpeed's ZeRO stages send. Times of collectives are a model: latency plus bytes over bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from dnc_dist.clustering.centroids import SAMPLE_ROWS, SAMPLE_ROWS_PER_CENTROID
+from dnc_dist.clustering.kmeans import REPLICATED_ROWS
+
+# Statistics of a step besides losses, counts and presence of each learner, and the vote on stopping, all in float64.
+PAIRWISE_STATS, VOTES = 14, 1
+
+
+@dataclass(frozen=True)
+class Network:
+    """Assumed, not measured: calibrate with `dnc-dist doctor network` on the cluster itself. Bytes a second and seconds."""
+
+    gpus_per_node: int = 8
+    nvlink: float = 450e9  # of one GPU inside a node
+    nic: float = 45e9  # of one GPU's own adapter, 400 Gb/s at 90 %
+    node_latency: float = 12e-6  # of an all-reduce inside a node; an all-gather takes half
+    hop_latency: float = 10e-6  # more for every doubling of the nodes
+    ring: bool = False  # all-gathers in one flat ring over all GPUs, each through its own adapter: the worst that NCCL may choose
+    ring_hop_latency: float = 2.5e-6
+    storage: float | None = 20e9  # what all ranks together read from shared storage; null: data lies on each node's own disk
+
+    def _split(self, ranks: int) -> tuple[int, int]:
+        """GPUs that take part in each node, and nodes."""
+        local = min(ranks, self.gpus_per_node)
+        return local, math.ceil(ranks / local)
+
+    def latency(self, ranks: int) -> float:
+        """Of one all-reduce of nothing."""
+        return self.node_latency + self.hop_latency * math.log2(self._split(ranks)[1]) if ranks > 1 else 0.0
+
+    def all_reduce(self, size: float, ranks: int) -> float:
+        """Seconds to sum `size` bytes: reduce-scatter in each node, across nodes through all adapters, all-gather in each node."""
+        if ranks == 1:
+            return 0.0
+        local, nodes = self._split(ranks)
+        return self.latency(ranks) + 2 * (local - 1) / local * size / self.nvlink + 2 * (nodes - 1) / nodes * size / local / self.nic
+
+    def all_gather(self, total: float, ranks: int) -> float:
+        """Seconds until every rank has the `total` bytes of all: each node takes them in once through all its adapters."""
+        if ranks == 1:
+            return 0.0
+        local, nodes = self._split(ranks)
+        inside, across = (local - 1) / local * total / self.nvlink, (nodes - 1) / nodes * total / local / self.nic
+        if self.ring and nodes > 1:
+            return (ranks - 1) * self.ring_hop_latency + (ranks - 1) / ranks * total / self.nic
+        return self.latency(ranks) / 2 + max(inside, across)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained. The defaults are the published recipe on a set of a million images (configs/vehicleid.yaml)."""
+
+    rows_per_gpu: int = 128  # of a step, in weak scaling
+    batch: int = 1024  # rows of a step over all GPUs, in strong scaling
+    dim: int = 512
+    learners: int = 32
+    learners_per_step: int = 1
+    samples_per_class: int = 4
+    loss: str = "margin"  # margin or proxy_anchor
+    zero: int = 1
+    images: int = 1_000_000
+    queries: int = 10_000
+    gallery: int = 1_000_000
+    neighbours: int = 50  # a query's list: as long as the largest class
+    image_bytes: int = 40_000
+    lloyd_iterations: int = 50
+    loader_workers: int = 8  # of each GPU
+    overlap: float = 0.5  # share of the backward pass behind which the sums of gradients hide (ZeRO 1 and 2, on GPUs)
+
+    def group(self, ranks: int) -> int:
+        """Ranks that share a learner's rows."""
+        return ranks // self.learners_per_step if ranks % self.learners_per_step == 0 else ranks
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one device, in seconds, and sizes of the model that they belong to."""
+
+    device: str
+    parameters: int  # trainable, float32
+    features: int  # F
+    forward_backward: Sequence[Sequence[float]]  # [rows, seconds]
+    loss: Sequence[Sequence[float]]  # [anchors, references, seconds]: mining and loss, forward and backward
+    optimizer: float  # one step over all parameters
+    images_per_second: float  # extraction, decoded images given
+    decoded_per_second: float  # images that one loader process decodes and crops
+    lloyd_row: float  # one row in one iteration
+    first_centroids: float  # k-means++ on its sample
+    bookkeeping_row: float  # one row of the set in match, class counts and the new division, on every rank
+    search_pair: float  # one query and one gallery row
+
+    def step_costs(self) -> tuple[float, float]:
+        """Fitted to `forward_backward`: seconds of a step without rows, and of each row."""
+        rows, seconds = np.array(self.forward_backward, float).T
+        (fixed, each), _ = nnls(np.stack([np.ones_like(rows), rows], 1), seconds)
+        return float(fixed), float(each)
+
+    def loss_seconds(self, anchors: float, references: float) -> float:
+        """Fitted to `loss`: a constant, a share of anchors x references, and one of the references (whose drawn pairs every rank walks)."""
+        a, g, seconds = np.array(self.loss, float).T
+        costs, _ = nnls(np.stack([np.ones_like(a), a * g, g], 1), seconds)
+        return float(costs @ [1, anchors * references, references])
+
+
+def step_bytes(work: Workload, ranks: int, rows: int, level: int | None = None) -> dict[str, int]:
+    """Bytes that a rank with `rows` rows receives for the loss of one step, as `traffic()` counts them; even parts, `level` learners."""
+    k = work.learners if level is None else level
+    peers = work.group(ranks) - 1
+    if work.loss == "margin":
+        row = 4 * work.dim + 3 * 8 + 2 * (work.samples_per_class - 1) * 4  # z; label, learner, row number; drawn pairs
+        stats = 8 * (3 * k + PAIRWISE_STATS + VOTES)
+    else:
+        row, stats = 4 * work.dim + 2 * 8, 8 * (2 * k + VOTES)
+    return {"gather": peers * rows * row, "reduce": 2 * (ranks - 1) * stats // ranks}
+
+
+def gradient_bytes(work: Workload, parameters: int, ranks: int) -> dict[str, float]:
+    """Bytes that a rank receives from DeepSpeed in a step: sums of gradients (stages 1 and 2 sum whole buckets, too), then parameters."""
+    size = 4 * parameters
+    return {"gradients": 2 * (ranks - 1) / ranks * size, "parameters": (ranks - 1) / ranks * size if work.zero else 0.0}
+
+
+def lloyd_bytes(k: int, dim: int) -> int:
+    """What one iteration sums over ranks: sums, counts, objective and moved rows, in float64."""
+    return 8 * (k * dim + k + 2)
+
+
+def division_bytes(work: Workload, features: int) -> dict[str, int]:
+    """What all ranks together hand out in one division: gathered by all, or summed over all (which does not grow with the images)."""
+    n, k = work.images, work.learners
+    sample = min(n, max(SAMPLE_ROWS_PER_CENTROID * k, SAMPLE_ROWS))
+    if n <= REPLICATED_ROWS:
+        return {"features": 4 * n * features, "sample": 0, "ids": n, "broadcast": 2 * n, "iteration": 0}
+    # Who could be decoded, and the clusters, which travel as bytes; then rank 0's division.
+    ids = n + n * (1 if k <= 256 else 4)
+    return {"features": 0, "sample": sample * (4 * features + 8), "ids": ids, "broadcast": 2 * n, "iteration": lloyd_bytes(k, features)}
+
+
+def evaluation_bytes(work: Workload) -> dict[str, int]:
+    """What all ranks together hand out in one evaluation: queries to everybody, each query's lists to its own rank, metrics."""
+    return {
+        "presence": 8 * (work.queries + work.gallery),  # summed over all
+        "queries": work.queries * (4 * work.dim + 8),
+        "lists": work.queries * work.neighbours * 12,  # from every rank
+        "values": work.queries * (8 + 3 * 8),
+    }
+
+
+def step(work: Workload, measured: Measured, network: Network, ranks: int, batch: int) -> dict[str, float]:
+    """Seconds of each phase of one step with `batch` rows over all ranks."""
+    rows = max(1, math.ceil(batch / ranks))
+    fixed, each = measured.step_costs()
+    group = work.group(ranks)
+    received = step_bytes(work, ranks, rows)["gather"]
+    total = received * group / max(1, group - 1)
+    messages = 3 if work.loss == "margin" else 2
+    gathers = (messages - 1) * network.all_gather(0, group) + network.all_gather(total, group)
+    summed = network.all_reduce(4 * measured.parameters, ranks)
+    hidden = work.overlap * 2 / 3 * (fixed + each * rows) if work.zero else 0.0
+    phases = {
+        "rows": each * rows,
+        "launches": fixed,
+        "loss": measured.loss_seconds(rows, rows * group),
+        "gathers": gathers,
+        "stats": network.all_reduce(step_bytes(work, ranks, rows)["reduce"] * ranks / max(1, 2 * (ranks - 1)), ranks),
+        "gradients": max(0.0, summed - hidden) + (network.all_gather(4 * measured.parameters, ranks) if work.zero else 0.0),
+        "optimizer": measured.optimizer / (ranks if work.zero else 1),
+    }
+    # Loaders work ahead: a step waits only for what takes them longer than the step itself.
+    return phases | {"input": max(0.0, _input(work, measured, network, ranks, rows) - sum(phases.values()))}
+
+
+def _input(work: Workload, measured: Measured, network: Network, ranks: int, rows: float) -> float:
+    """Seconds to read and decode `rows` images on every rank."""
+    read = ranks * rows * work.image_bytes / network.storage if network.storage else 0.0
+    return max(read, rows / (work.loader_workers * measured.decoded_per_second))
+
+
+def division(work: Workload, measured: Measured, network: Network, ranks: int) -> dict[str, float]:
+    """Seconds of each phase of one division into all learners (one k-means that needs no second trial)."""
+    rows, sizes = work.images / ranks, division_bytes(work, measured.features)
+    replicated = work.images <= REPLICATED_ROWS
+    iterations = work.lloyd_iterations
+    extraction = rows / measured.images_per_second
+    return {
+        "extraction": extraction,
+        "input": max(0.0, _input(work, measured, network, ranks, rows) - extraction),
+        "init": network.all_gather(sizes["features"] + sizes["sample"], ranks) + measured.first_centroids,
+        "lloyd": iterations * measured.lloyd_row * (work.images if replicated else rows),
+        "lloyd sums": 0.0 if replicated else iterations * network.all_reduce(sizes["iteration"], ranks),
+        "ids": network.all_gather(sizes["ids"], ranks) + network.all_gather(sizes["broadcast"], ranks),
+        "bookkeeping": work.images * measured.bookkeeping_row,
+    }
+
+
+def evaluation(work: Workload, measured: Measured, network: Network, ranks: int) -> dict[str, float]:
+    """Seconds of each phase of one evaluation with queries and a gallery."""
+    images, sizes = work.queries + work.gallery, evaluation_bytes(work)
+    extraction = images / ranks / measured.images_per_second
+    moved = network.all_reduce(sizes["presence"], ranks) + network.all_gather(sizes["queries"] + sizes["values"], ranks)
+    return {
+        "extraction": extraction,
+        "input": max(0.0, _input(work, measured, network, ranks, images / ranks) - extraction),
+        "search": work.queries * work.gallery / ranks * measured.search_pair,
+        "exchange": moved + network.all_gather(sizes["lists"], ranks),
+    }

@@ -1,0 +1,92 @@
+"""``dnc-dist doctor``: prove on the user's own machine what the project promises."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from dnc_dist.commands.train import overrides_option
+from dnc_dist.config import RunConfig, load_config, parse_tree
+from dnc_dist.errors import RunError
+from dnc_dist.worker import run_worker
+
+CHECKS = ("env", "data", "network", "parity")
+
+
+@click.command(short_help="Check this machine: environment, data, network, parity.")
+@click.argument("words", nargs=-1, metavar="[env|data|network|parity] [CONFIG]")
+@click.option("--nproc", type=click.IntRange(min=1), help="Workers on this machine.  [default: number of GPUs; without a GPU 2]")
+@click.option("--decode", type=click.Choice(["sample", "all"]), default="sample", show_default=True, help="data: which images to decode.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@overrides_option
+def doctor(words: tuple[str, ...], nproc: int | None, decode: str, as_json: bool, overrides: tuple[str, ...]) -> int:
+    """Check whether training works here as promised: one of these, or all that apply (data with a CONFIG only).
+
+    \b
+    env      versions, GPUs, kernels, CPU, memory, disks, shared folders, clocks
+    data     CONFIG's dataset: the same on every rank, complete, readable
+    network  speed of all-reduce and all-gather between the workers
+    parity   loss and gradients on all workers against those on one
+
+    It starts its workers itself; started by srun or torchrun, it is one of them. Exit code 1: a check failed.
+    """
+    names, config = _parse(words, overrides)
+    # Before torch is imported: its store warns about every address that no name belongs to.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if _is_worker():
+        return run_worker(lambda: _work(names, config, overrides, decode == "all", as_json))
+    _load(config, overrides)
+
+    import torch
+
+    from dnc_dist.launch import launch_workers, workers_here
+
+    command = [sys.executable, "-m", "dnc_dist", "doctor", *words, "--decode", decode, *(["--json"] if as_json else [])]
+    command += [part for override in overrides for part in ("--set", override)]
+    return launch_workers(command, workers_here(nproc) if nproc or torch.cuda.is_available() else 2)
+
+
+def _work(names: tuple[str, ...], config: Path | None, overrides: tuple[str, ...], decode_all: bool, as_json: bool) -> None:
+    cfg = _load(config, overrides)
+
+    from dnc_dist import distributed
+    from dnc_dist.doctor.run import run_checks
+
+    distributed.init(cfg.engine.timeout)
+    failed = run_checks(names, cfg, decode_all=decode_all, json=as_json)
+    distributed.shutdown()
+    if failed:
+        raise RunError(f"{len(failed)} check(s) failed: {', '.join(failed)}")
+
+
+def _is_worker() -> bool:
+    """Whether torchrun, srun or this command's own launch started this process; a batch script or a shell of SLURM did not."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def _parse(words: tuple[str, ...], overrides: tuple[str, ...]) -> tuple[tuple[str, ...], Path | None]:
+    """Which checks, and the configuration's file.
+
+    Raises:
+        UsageError: words that are neither, or that do not fit together.
+    """
+    check = words[0] if words and words[0] in CHECKS else None
+    rest = words[1:] if check else words
+    if len(rest) > 1:
+        raise click.UsageError(f"give one of {', '.join(CHECKS)} (or none, for all of them) and at most one CONFIG, not {' '.join(words)}")
+    config = Path(rest[0]) if rest else None
+    if config is not None and check is None and not config.exists():
+        raise click.UsageError(f"{config} is neither a configuration file nor one of the checks {', '.join(CHECKS)}")
+    if config is None and check == "data":
+        raise click.UsageError("data needs a CONFIG, whose data.root it looks at")
+    if config is None and overrides:
+        raise click.UsageError("--set changes a CONFIG; give one")
+    every = tuple(name for name in CHECKS if name != "data" or config is not None)
+    return (check,) if check else every, config
+
+
+def _load(config: Path | None, overrides: tuple[str, ...]) -> RunConfig:
+    return load_config(config, overrides) if config is not None else parse_tree({"data": {"root": "."}}, "doctor")

@@ -1,0 +1,177 @@
+"""Data: the same complete dataset on every rank, splits and protocol that fit the configuration, and images that can be decoded."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dnc_dist import distributed
+from dnc_dist.clustering.division import check_num_learners
+from dnc_dist.config import RunConfig
+from dnc_dist.data.images import DECODE_ERRORS, decode
+from dnc_dist.data.index import DatasetIndex, RowView, open_index, read_manifest, shard_problems, train_view, validation_view
+from dnc_dist.data.shards import ShardReader
+from dnc_dist.doctor.table import Check, Section
+from dnc_dist.engine.dataset import LOCAL_DATA
+from dnc_dist.errors import InputError
+from dnc_dist.progress import Progress
+from dnc_dist.retrieval.protocols import resolve_protocol
+
+# Rows of each shard that a sample decodes, its first and its last among them.
+_SAMPLE = 8
+_SHOWN = 3
+_COPY_AGAIN = "copy the dataset again, or prepare it again with `dnc-dist data prepare … --force`"
+
+
+class _Copy(NamedTuple):
+    """The dataset as one rank sees it: its content hash (empty without a manifest) and what is wrong."""
+
+    host: str
+    content_hash: str
+    problems: list[str]
+
+
+class _Reading(NamedTuple):
+    """What a rank found in its share of the images: how many, in how many seconds, and key -> why it cannot be decoded."""
+
+    images: int
+    seconds: float
+    undecodable: dict[str, str]
+
+
+def check_data(cfg: RunConfig, *, decode_all: bool) -> Section:
+    """Collective. The dataset of a configuration: its copies, what they hold, and a sample of the images or all of them."""
+    root = Path(os.environ.get(LOCAL_DATA) or cfg.data.root)
+    copies = distributed.gather_objects(_look(root, cfg.data.root))
+    checks = [_compare(copies)]
+    problems = {f"rank {rank} ({copy.host}): {problem}": None for rank, copy in enumerate(copies) for problem in copy.problems}
+    values: dict[str, object] = {"root": str(root), "content_hash": copies[0].content_hash, "problems": list(problems)}
+    if problems:
+        checks.append(Check("files", _listed(list(problems)), "failed", f"{_COPY_AGAIN}; what it holds was not looked at"))
+        return Section("data", str(root), checks, {"data": values})
+    index = open_index(root)
+    size = sum(shard["bytes"] for shard in index.manifest["shards"]) / 1e9
+    checks.append(Check("files", f"{len(index.shard_paths)} shards, {size:,.2f} GB, complete on every rank"))
+    checks += _contents(index, cfg)
+    readings = distributed.gather_objects(_read(index, _my_rows(index, [copy.host for copy in copies], decode_all)))
+    checks.append(_decoded(readings, len(index), decode_all))
+    undecodable = {key: reason for reading in readings for key, reason in reading.undecodable.items()}
+    values |= {"splits": index.manifest["splits"], "images_read": sum(reading.images for reading in readings), "undecodable": undecodable}
+    return Section("data", str(root), checks, {"data": values})
+
+
+def _look(root: Path, named: Path) -> _Copy:
+    """This rank's files; ``named`` is where data.root points, elsewhere than ``root`` if the machine has a copy of its own."""
+    host = socket.gethostname()
+    try:
+        manifest = read_manifest(root)
+        content_hash = str(manifest["content_hash"])
+        if root != named and read_manifest(named)["content_hash"] != content_hash:
+            return _Copy(host, content_hash, [f"{LOCAL_DATA}={root} holds another dataset than data.root={named}"])
+        problems = list(shard_problems(root, manifest))
+        if not problems:
+            open_index(root)
+    except InputError as error:
+        return _Copy(host, "", [str(error)])
+    return _Copy(host, content_hash, problems)
+
+
+def _compare(copies: list[_Copy]) -> Check:
+    hashes = [copy.content_hash for copy in copies]
+    if not all(hashes):
+        rank = hashes.index("")
+        return Check("manifest", f"cannot be used on rank {rank} ({copies[rank].host})", "failed", _COPY_AGAIN)
+    other = next((rank for rank, value in enumerate(hashes) if value != hashes[0]), None)
+    if other is None:
+        return Check("manifest", f"content {hashes[0]} on {len(copies)} rank(s)")
+    value = f"rank 0 has content {hashes[0]}, rank {other} ({copies[other].host}) {hashes[other]}"
+    return Check("manifest", value, "failed", "copy the same dataset to every machine")
+
+
+def _contents(index: DatasetIndex, cfg: RunConfig) -> Iterator[Check]:
+    """Splits, division and protocol, as the run would use them."""
+    try:
+        train = train_view(index, cfg.data.validation_classes, cfg.run.seed)
+        validation = validation_view(index, cfg.data.validation_classes, cfg.run.seed)
+    except InputError as error:
+        yield Check("train", "cannot be split", "failed", str(error))
+        return
+    single = int((np.bincount(train.labels) == 1).sum())
+    advice = f"{single:,} class(es) with one image have no positive pair and are left out" if single else ""
+    yield Check("train", _counts(train), "warning" if single else "ok", advice)
+    if validation is not None:
+        yield Check("validation", _counts(validation))
+    test = index.view("test") if "test" in index.splits else None
+    if test is None:
+        yield Check("test", "none", "warning", "nothing will be evaluated; prepare the dataset with a test split")
+    else:
+        yield Check("test", f"{_counts(test)}; {test.query.sum():,} queries, {test.gallery.sum():,} in the gallery")
+        yield _fits("protocol", lambda: resolve_protocol(cfg.data.protocol, test.query, test.gallery, test.lists))
+    yield _fits("division", lambda: _learners(train, cfg.division.num_learners))
+    if lost := index.manifest["unreadable"]:
+        yield Check("left out", f"{len(lost):,} images", "warning", "unreadable when the dataset was prepared; manifest.json names them")
+
+
+def _learners(train: RowView, count: int) -> str:
+    check_num_learners(train.labels, count)
+    return f"{count} learner(s) have enough classes"
+
+
+def _fits(name: str, function: Callable[[], str]) -> Check:
+    try:
+        return Check(name, function())
+    except InputError as error:
+        return Check(name, "does not fit", "failed", str(error))
+
+
+def _counts(view: RowView) -> str:
+    return f"{len(view):,} images of {view.num_classes:,} classes"
+
+
+def _my_rows(index: DatasetIndex, hosts: list[str], decode_all: bool) -> NDArray[np.int64]:
+    """The rows that this rank reads: the ranks of a host, which may have a copy of its own, share all shards among them."""
+    rank = distributed.rank()
+    mine = [other for other, host in enumerate(hosts) if host == hosts[rank]]
+    starts = np.searchsorted(index.columns["shard"], np.arange(len(index.shard_paths) + 1))
+    parts = []
+    for shard in range(mine.index(rank), len(index.shard_paths), len(mine)):
+        start, stop = int(starts[shard]), int(starts[shard + 1])
+        count = stop - start if decode_all else min(_SAMPLE, stop - start)
+        parts.append(np.linspace(start, stop - 1, count).round().astype(np.int64))
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _read(index: DatasetIndex, rows: NDArray[np.int64]) -> _Reading:
+    reader, undecodable, started = ShardReader(index), {}, time.monotonic()
+    with Progress(distributed.is_main()).phase("images", len(rows), "img") as phase:
+        for row in rows.tolist():
+            try:
+                decode(reader.read(row))
+            except DECODE_ERRORS as error:
+                undecodable[index.key(row)] = f"{type(error).__name__}: {error}"
+            phase.update()
+    reader.close()
+    return _Reading(len(rows), time.monotonic() - started, undecodable)
+
+
+def _decoded(readings: list[_Reading], total: int, decode_all: bool) -> Check:
+    count = sum(reading.images for reading in readings)
+    rate = count / max(max(reading.seconds for reading in readings), 1e-9)
+    undecodable = sorted({key for reading in readings for key in reading.undecodable})
+    if undecodable:
+        value = f"{len(undecodable):,} of {count:,} cannot be decoded: {_listed(undecodable)}"
+        return Check("images", value, "failed", f"they could when the dataset was prepared, so its files have changed; {_COPY_AGAIN}")
+    more = "" if decode_all else "; --decode all reads every one"
+    return Check("images", f"{count:,} of {total:,} decoded, {rate:,.0f} a second on all ranks{more}")
+
+
+def _listed(parts: list[str]) -> str:
+    more = f"; and {len(parts) - _SHOWN:,} more" if len(parts) > _SHOWN else ""
+    return "; ".join(parts[:_SHOWN]) + more

@@ -1,0 +1,86 @@
+"""A training whose numbers are no longer finite: it stops, and the batch with which that began is kept for inspection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dnc_dist import distributed
+from dnc_dist.data.batching import EpochSchedule
+from dnc_dist.data.stream import Batch
+from dnc_dist.engine.dataset import RunData
+from dnc_dist.errors import RunError
+
+FOLDER = "not-finite"
+
+
+class FiniteGuard:
+    """Looks at the stats of an epoch's steps, and at the parameters after them.
+
+    Args:
+        objective: what is trained.
+        data: where the batches came from.
+        schedule: of the epoch.
+        first_step: steps of the run before this epoch.
+        run_dir: the run directory.
+    """
+
+    def __init__(self, objective: nn.Module, data: RunData, schedule: EpochSchedule, first_step: int, run_dir: Path) -> None:
+        self.objective, self.data, self.schedule, self.first_step, self.run_dir = objective, data, schedule, first_step, run_dir
+
+    def check(self, stats: Sequence[Mapping[str, Tensor]], step: int, epoch: int) -> None:
+        """Collective, if something is not finite, which all ranks find alike. Waits for the device.
+
+        Args:
+            stats: of the newest steps, the last of which is ``step``.
+
+        Raises:
+            RunError: a loss, an embedding, a parameter or a running statistic is not finite.
+        """
+        losses = torch.stack([values["loss"].double() for values in stats]).tolist()
+        rows = torch.stack([values.get("non_finite_rows", torch.zeros_like(values["loss"])).double() for values in stats]).tolist()
+        for back, (loss, bad_rows) in enumerate(zip(losses, rows, strict=True), start=1 - len(stats)):
+            if not np.isfinite(loss) or bad_rows:
+                found = f"the loss is {loss:.4g}" + (f" and {bad_rows:.0f} embedding(s) are not finite" if bad_rows else "")
+                self._stop(step + back, epoch, found)
+        # A loss that is finite can have a gradient that is not.
+        if not _all_finite(self.objective):
+            self._stop(step, epoch, f"its loss is {losses[-1]:.4g}, but the parameters that it leads to are not finite")
+
+    def _stop(self, step: int, epoch: int, found: str) -> None:
+        number = step - 1 - self.first_step
+        batch = next(self.data.train_batches(self.schedule, first_step=self.first_step, skip=number))
+        folder, name = self.run_dir / FOLDER, f"step-{step:08d}-rank-"
+        kept = f"its batch is kept in {folder / name}*.npz"
+        try:
+            save_batch(folder / f"{name}{distributed.rank()}.npz", batch, self.data, step, epoch)
+        except OSError as error:
+            kept = f"its batch could not be kept in {folder} ({error.strerror})"
+        # The first rank that ends takes the others with it.
+        distributed.barrier()
+        raise RunError(
+            f"step {step} (epoch {epoch}) is not finite: {found}; {kept}; lower optim.lr or set engine.precision=fp32, then "
+            "`--resume auto` goes on from the last checkpoint, which is finite"
+        )
+
+
+def _all_finite(module: nn.Module) -> bool:
+    """Whether all parameters and running statistics are finite."""
+    tensors = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]
+    # Their largest value; one that is not finite comes through.
+    return bool(nn.utils.get_total_norm(tensors, float("inf")).isfinite())
+
+
+def save_batch(path: Path, batch: Batch, data: RunData, step: int, epoch: int) -> None:
+    """Write this rank's part of a step for ``np.load``: the batch's fields as they came from the loader, keys, step, epoch.
+
+    ``keys`` names the images as the dataset does; the dummy of a rank without rows has none.
+    """
+    fields = {name: getattr(batch, name).numpy() for name in ("images", "labels", "learner", "rows", "positions", "valid")}
+    keys = [data.index.key(int(row)) if row >= 0 else "" for row in batch.rows]
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **fields, keys=np.array(keys, dtype=np.str_), step=step, epoch=epoch)

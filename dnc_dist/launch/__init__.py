@@ -1,0 +1,10 @@
+"""Start the workers of a launch, here or on several machines, watch them, and explain once how they ended.
+
+workers.py runs a launch; agent.py is torchrun's agent with patience; host.py and meeting.py are how several machines find each
+other and hear of each other's failures; network.py knows addresses and interfaces; verdict.py names the cause.
+"""
+
+from dnc_dist.launch.verdict import verdict
+from dnc_dist.launch.workers import launch_workers, workers_here
+
+__all__ = ["launch_workers", "verdict", "workers_here"]

@@ -1,0 +1,184 @@
+"""A launch from its start to its exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.distributed.elastic.agent.server.api import WorkerSpec
+from torch.distributed.elastic.multiprocessing import SignalException
+
+from dnc_dist import __version__
+from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
+from dnc_dist.launch.agent import STOP_SIGNALS, Agent, Known, WorkerOutput
+from dnc_dist.launch.console import say
+from dnc_dist.launch.meeting import Alone, MeetingError, Peers, meet
+from dnc_dist.launch.network import interface_settings
+from dnc_dist.launch.verdict import Report, verdict
+from dnc_dist.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
+
+# What a machine may take to report, once its workers should have ended.
+_REPORT_SECONDS = 15.0
+
+
+def workers_here(nproc: int | None) -> int:
+    """How many workers to start on this machine: as many as wanted, else one per GPU, else one.
+
+    Raises:
+        InputError: there are GPUs, but fewer than workers wanted.
+    """
+    gpus = torch.cuda.device_count()
+    if nproc and 0 < gpus < nproc:
+        raise InputError(
+            f"--nproc {nproc}, but torch sees {gpus} GPU(s) here, and every worker needs one of its own; use at most {gpus}, "
+            "or set CUDA_VISIBLE_DEVICES to nothing for a run on the CPU"
+        )
+    return nproc or max(1, gpus)
+
+
+def launch_workers(
+    command: Sequence[str],
+    nproc: int,
+    *,
+    nnodes: int = 1,
+    rendezvous: str = "",
+    wait: float = 600.0,
+    terms: Mapping[str, Any] | None = None,
+    stop_timeout: float = STOP_TIMEOUT_SECONDS,
+    failure_grace: float = 2.0,
+) -> int:
+    """Run ``command`` as ``nproc`` workers of this machine and return the exit code of the whole.
+
+    Args:
+        command: program and arguments of one worker.
+        nproc: workers on this machine, and on each other one.
+        nnodes: machines that take part.
+        rendezvous: HOST:PORT where they meet, if there are several: an address of one of them and a free port.
+        wait: seconds until the last machine must have come.
+        terms: what else must be the same on all machines, by name.
+        stop_timeout: seconds that workers have to save after a stop was requested.
+        failure_grace: seconds in which the peers of a failed worker may end by themselves.
+
+    Returns:
+        0 done, 1 failed, 2 wrong input, 75 stopped on request: the same on all machines; the cause has been printed on stderr.
+
+    Raises:
+        InputError: the machines cannot meet at that address, or do not start the same.
+    """
+    # The agent reports every worker's end in its own words; ours follow, once.
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.addHandler(logging.NullHandler())
+    elastic.propagate = False
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {
+        LAUNCHER_PID: str(os.getpid()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc))),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    same = {"--nnodes": nnodes, "--nproc": nproc, **_versions(), **(terms or {})}
+    with tempfile.TemporaryDirectory(prefix="dnc-dist-launch-") as name, _handling_signals() as ignored:
+        try:
+            peers: Peers = meet(rendezvous, nnodes, same, wait) if nnodes > 1 else Alone()
+        except Stopped as error:
+            say(f"stopped: {error}")
+            return EXIT_STOPPED
+        except MeetingError as error:
+            say(f"error: {error}")
+            return EXIT_FAILED
+        if nnodes > 1:
+            interfaces = interface_settings(peers.address)
+            environment |= interfaces
+            say(_place(peers, nproc, interfaces))
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=nproc,
+            entrypoint=command[0],
+            args=tuple(command[1:]),
+            rdzv_handler=Known(peers),
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
+        agent = Agent(spec, WorkerOutput(Path(name), environment), peers, ignored, stop_timeout, failure_grace)
+        for number in STOP_SIGNALS:
+            signal.signal(number, agent.on_signal)
+        try:
+            agent.run()
+        except SignalException as error:
+            say(f"stopped: {error}")
+            return EXIT_STOPPED
+        finally:
+            agent.kill_leftovers()
+        whole = _conclude(agent, peers, _report(agent, Path(name)))
+        peers.close()
+    hosts = {rank: machine for number, machine in enumerate(peers.machines) for rank in range(number * nproc, (number + 1) * nproc)}
+    code, message = verdict(whole, stopping=agent.stopping, hosts=hosts if nnodes > 1 else {})
+    if message:
+        say(message)
+    return code
+
+
+def _versions() -> dict[str, str]:
+    return {"dnc-dist": __version__, "Python": platform.python_version(), "torch": torch.__version__}
+
+
+def _place(peers: Peers, nproc: int, interfaces: Mapping[str, str]) -> str:
+    """One line about this machine among the others."""
+    first, machines = peers.number * nproc, len(peers.machines)
+    ranks = f"rank {first}" if nproc == 1 else f"ranks {first}-{first + nproc - 1}"
+    settings = ", ".join(f"{name} {value}" for name, value in interfaces.items())
+    shown = "" if peers.number == 0 else f"; rank 0 writes on {peers.machines[0]}"
+    return f"{peers.machines[peers.number]}: machine {peers.number + 1} of {machines}, {ranks} of {machines * nproc}; {settings}{shown}"
+
+
+@contextmanager
+def _handling_signals() -> Iterator[set[int]]:
+    """Signals end the launch before there are workers; yields those that were ignored, as SIGHUP is under nohup."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    ignored = {int(number) for number, handler in before.items() if handler is signal.SIG_IGN}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number not in ignored:
+            raise Stopped(f"{signal.Signals(number).name} before the workers were started")
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, stop)
+    try:
+        yield ignored
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _report(agent: Agent, folder: Path) -> Report:
+    """How the workers of this machine ended."""
+    errors = {rank: json.loads(file.read_text()) for rank in agent.codes if (file := folder / f"{rank}.json").exists()}
+    unexplained = [rank for rank, code in agent.codes.items() if code and rank not in errors]
+    tails = {rank: text for rank in unexplained if (text := _tail(folder / f"{rank}.err"))}
+    return Report(agent.codes, errors, tails)
+
+
+def _tail(path: Path, lines: int = 30) -> str:
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if path.exists() else ""
+
+
+def _conclude(agent: Agent, peers: Peers, report: Report) -> Report:
+    """Wait for the other machines, as long as nothing says that they should have ended; then how all ended, as far as is known."""
+    peers.tell(report)
+    while (whole := peers.verdict()) is None:
+        agent.exchange()
+        if time.monotonic() > agent.give_up + _REPORT_SECONDS:
+            return report | Report(lost={"other machines": f"no report within {_REPORT_SECONDS:.0f} s"})
+        time.sleep(0.02)
+    return whole

@@ -1,0 +1,309 @@
+"""The doctor on real processes: what it says about a healthy machine, and that it finds what is broken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dnc_dist.data.index import open_index
+from dnc_dist.doctor import env, facts
+from dnc_dist.doctor.table import Check, Section, as_json, render
+from tests.engine_fixtures import damage, make_dataset
+from tests.run_fixtures import Done, dnc, draw_folder, start, write_config
+from tests.spawn import _free_port, spawn
+
+
+def ranks(
+    *arguments: str | Path,
+    folder: Path,
+    world: int = 2,
+    before: Callable[[], None] | None = None,
+    env_of_1: Mapping[str, str] | None = None,
+) -> list[Done]:
+    """``dnc-dist doctor ARGUMENTS`` on so many ranks, as srun and torchrun start them."""
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    running = []
+    for rank in range(world):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **((env_of_1 or {}) if rank == 1 else {})}
+        running.append(start(["doctor", *arguments], folder, env=place | own, before=before))
+    return [process.wait() for process in running]
+
+
+def found(done: Done, code: int = 0) -> dict[str, Any]:
+    """The JSON object, which is all of stdout."""
+    assert done.code == code, done
+    assert done.out.count("\n") == 1, done.out
+    values = json.loads(done.out)
+    assert values["passed"] == (code == 0)
+    assert (code == 0) == all(check["status"] != "failed" for check in values["checks"])
+    return values
+
+
+def row(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(check for check in values["checks"] if check["name"] == name)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset and ``run.yaml``."""
+    folder = tmp_path_factory.mktemp("doctor")
+    write_config(folder, make_dataset(folder / "whole"))
+    return folder
+
+
+# ---------------------------------------------------------------- env
+
+
+def test_environment_of_one_process(place: Path) -> None:
+    values = found(ranks("env", "run.yaml", "--json", folder=place, world=1)[0])
+    assert values["world_size"] == 1
+    assert row(values, "torch")["value"] == torch.__version__
+    assert row(values, "W&B")["value"] == "not chosen (tracker.kind=jsonl)"
+    assert "reference implementation" in row(values, "kernels")["value"]
+    (rank,) = values["env"]["ranks"]
+    assert rank["memory"] > 0 and rank["run_disk"] > 0 and rank["clock_offset"] == 0
+    assert [path.name for path in place.iterdir() if "doctor" in path.name] == []
+
+
+def test_environment_as_a_table_on_two_ranks(place: Path) -> None:
+    first, second = ranks("env", folder=place)
+    assert first.code == second.code == 0 and second.out == ""
+    title, *lines = first.out.splitlines()
+    assert title.startswith("env: 2 rank(s) on 1 host(s): ")
+    assert any(line.split() == ["same", "versions", "on", "2", "rank(s)", "ok"] for line in lines)
+    assert any("is written and read by all ranks" in line and line.endswith("ok") for line in lines)
+
+
+def _facts() -> facts.Facts:
+    return facts.gather_facts(Path("."))[0]
+
+
+def test_other_versions_and_broken_installations_are_found() -> None:
+    mine = _facts()
+    other = dataclasses.replace(
+        mine, host="b", versions=mine.versions | {"torch": "1.0", "faiss": facts.ABSENT}, import_error="ImportError: no libfaiss"
+    )
+    failed = [check for check in env._software([mine, other]) if check.status == "failed"]
+    assert [check.name for check in failed] == ["imports", "same versions", "same versions"]
+    assert failed[0].value == "rank 1 (b): ImportError: no libfaiss"
+    assert failed[1].value == f"torch {torch.__version__} on rank 0, 1.0 on rank 1 (b)"
+    missing = [check.name for check in env._software([other, other]) if check.status == "failed"]
+    assert missing == ["faiss", "imports"]
+
+
+def test_gpus_are_judged() -> None:
+    mine = dataclasses.replace(_facts(), driver=False)
+    assert [check.status for check in env._devices([mine, mine])] == ["warning"]
+    assert [check.status for check in env._devices([dataclasses.replace(mine, driver=True)])] == ["failed"]
+    new, old = (dataclasses.replace(mine, gpu=facts.Gpu("G", 80 * 2**30, version), num_gpus=2) for version in ((9, 0), (7, 5)))
+    assert [(check.value, check.status) for check in env._devices([new, new])][1:] == [("2 x G, 80 GB, capability 9.0", "ok")]
+    assert [check.status for check in env._devices([new, old])] == ["ok", "ok", "warning"]
+    assert [check.status for check in env._devices([new, mine])] == ["failed", "ok", "ok"]
+    assert "3 ranks share 2 GPUs" in [check.value for check in env._devices([new, new, new])][-1]
+
+
+def _on_odd_machines(ahead: float) -> tuple[list[float], Check]:
+    """Rank 1 is on another machine: its clock is ahead, and the run's folder is not there."""
+    env._SHARED_WITHIN_SECONDS = 0.2
+    if os.environ["RANK"] == "1":
+        now = time.time
+        time.time = lambda: now() + ahead
+        env._attend = lambda folder: (folder / "elsewhere" / "1").write_text("here")
+    return facts.clock_offsets(), env.shared_folder(Path("runs"), ["a", "b"])
+
+
+def test_other_clocks_and_folders_are_found() -> None:
+    offsets, folder = spawn(_on_odd_machines, 2, 5.0)[0]
+    assert offsets[0] == 0 and abs(offsets[1] - 5) < 0.5
+    clocks = env._clocks([_facts()] * 2, offsets)
+    assert clocks.status == "warning" and "rank 1" in clocks.value and "+5.0 s" in clocks.value
+    assert folder.status == "failed" and folder.value.endswith("of rank 0 is not shared with rank 1 (b)")
+
+
+def test_a_folder_that_cannot_be_written_is_found() -> None:
+    check = env.shared_folder(Path("/proc/nowhere/runs"), ["a"])
+    assert check.status == "failed" and check.value.startswith("/proc: ")
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_a_whole_dataset_passes(place: Path) -> None:
+    values = found(ranks("data", "run.yaml", "--json", folder=place)[0])
+    index = open_index(place / "whole" / "data")
+    assert row(values, "manifest")["value"] == f"content {index.content_hash} on 2 rank(s)"
+    assert row(values, "train")["value"] == "72 images of 12 classes"
+    assert row(values, "protocol")["value"] == "leave-one-out"
+    # Shards of one class: a sample of up to 8 is every one of their 6 images.
+    assert values["data"]["images_read"] == len(index) == 90
+    assert values["data"]["undecodable"] == {}
+
+
+def test_truncated_and_missing_shards_are_named(place: Path) -> None:
+    broken = place / "broken"
+    shutil.copytree(place / "whole" / "data", broken)
+    first, second = open_index(broken).shard_paths[:2]
+    os.truncate(first, 1000)
+    second.unlink()
+    done = dnc("doctor", "data", "run.yaml", "--set", f"data.root={broken}", "--nproc", "2", "--json", folder=place)
+    check = row(found(done, code=1), "files")
+    assert f"{first} has 1,000 bytes instead of" in check["value"] and f"{second} is missing" in check["value"]
+    assert done.err.splitlines()[-1] == "error: 1 check(s) failed: data: files"
+
+
+def test_undecodable_images_are_named(place: Path) -> None:
+    damage(place / "whole" / "data", place / "damaged", train=[5, 40], test=[3])
+    first, second = ranks("data", "run.yaml", "--set", f"data.root={place / 'damaged'}", "--decode", "all", "--json", folder=place)
+    values = found(first, code=1)
+    assert second.code == 1 and second.out == ""
+    index = open_index(place / "damaged")
+    rows = [int(index.view("train").rows[at]) for at in (5, 40)] + [int(index.view("test").rows[3])]
+    assert set(values["data"]["undecodable"]) == {index.key(number) for number in rows}
+    assert row(values, "images")["value"].startswith("3 of 90 cannot be decoded: ")
+
+
+def test_another_dataset_on_one_rank_is_found(place: Path) -> None:
+    other = make_dataset(place / "other")
+    index = json.loads((other / "manifest.json").read_text()) | {"content_hash": "0" * 32}
+    (other / "manifest.json").write_text(json.dumps(index))
+    first, _ = ranks("data", "run.yaml", "--json", folder=place, env_of_1={"DNC_LOCAL_DATA": str(other)})
+    values = found(first, code=1)
+    assert row(values, "manifest")["status"] == "failed" and "0" * 32 in row(values, "manifest")["value"]
+    assert "holds another dataset than data.root" in row(values, "files")["value"]
+
+
+def test_what_does_not_fit_the_configuration_is_found(place: Path) -> None:
+    from dnc_dist.data.readers import folder
+    from dnc_dist.data.shards import write_shards
+
+    write_shards(folder.read(draw_folder(place / "few", {"a": 4, "b": 4, "c": 1}, {"d": 2})), place / "few" / "data")
+    done, *_ = ranks("data", "run.yaml", "--set", "data.root=few/data", "--json", folder=place, world=1)
+    values = found(done, code=1)
+    assert done.err.splitlines()[-1] == "error: 1 check(s) failed: data: division"
+    assert row(values, "train")["status"] == "warning" and "1 class(es) with one image" in row(values, "train")["hint"]
+    assert row(values, "division")["status"] == "failed"
+    assert "set division.num_learners to at most 1" in row(values, "division")["hint"]
+
+
+# ---------------------------------------------------------------- network
+
+
+def test_the_network_is_measured(place: Path) -> None:
+    values = found(ranks("network", "--json", folder=place)[0])
+    assert values["world_size"] == 2
+    measured = values["network"]["collectives"]
+    assert {(one["operation"], one["bytes"]) for one in measured} == {
+        (operation, size) for operation in ("all-reduce", "all-gather") for size in (2**10, 2**15, 2**20, 2**24)
+    }
+    for one in measured:
+        share = {"all-reduce": 1.0, "all-gather": 0.5}[one["operation"]]
+        assert one["gb_per_s"] == pytest.approx(one["bytes"] * share / one["microseconds"] / 1e3)
+    assert values["network"]["store_microseconds"] > 0
+
+
+def _forge_gather() -> None:
+    gather = dist.all_gather
+
+    def forged(parts: list[torch.Tensor], part: torch.Tensor) -> None:
+        gather(parts, part)
+        parts[0] += 1
+
+    dist.all_gather = forged
+
+
+def test_wrong_numbers_from_the_network_are_found(place: Path) -> None:
+    first, _ = ranks("network", "--json", folder=place, before=_forge_gather)
+    values = found(first, code=1)
+    assert {check["name"] for check in values["checks"] if check["status"] == "failed"} == {
+        f"all-gather {size}" for size in ("1 KB", "32 KB", "1 MB", "16 MB")
+    }
+
+
+# ---------------------------------------------------------------- parity
+
+
+def assert_parity(values: dict[str, Any], world: int) -> None:
+    assert values["world_size"] == world
+    assert 0 < values["max_relative_error_gradient"] < 1e-5
+    assert values["max_relative_error_loss"] < 1e-5
+    # 4 kinds of loss and masks, 2 of BatchNorm, 1 or 2 learners, 3 layouts of the rows; and the DeepSpeed engine.
+    assert len(values["cases"]) == 4 * 2 * 2 * 3 + 1
+
+
+def test_two_ranks_equal_one(place: Path) -> None:
+    first, second = ranks("parity", "--json", folder=place)
+    assert second.code == 0 and second.out == ""
+    assert_parity(found(first), 2)
+
+
+def _scale_the_loss_of_rank_1() -> None:
+    from dnc_dist.doctor import steps
+    from dnc_dist.engine.objective import DncObjective
+
+    steps.CASES[:] = steps.CASES[::12]  # one of each kind of loss and masks
+    forward = DncObjective.forward
+
+    def scaled(self: DncObjective, *args: Any, **kwargs: Any) -> Any:
+        loss, stats = forward(self, *args, **kwargs)
+        return (1.001 * loss if os.environ["RANK"] == "1" else loss), stats
+
+    DncObjective.forward = scaled
+
+
+def test_a_wrong_gradient_is_found(place: Path) -> None:
+    first, second = ranks("parity", "--json", folder=place, before=_scale_the_loss_of_rank_1)
+    values = found(first, code=1)
+    assert second.code == 1
+    assert 1e-4 < values["max_relative_error_gradient"] < 1e-2
+    assert 1e-4 < values["max_relative_error_loss"] < 1e-2
+    assert {check["status"] for check in values["checks"]} == {"failed"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_workers_that_the_doctor_starts_equal_one(place: Path, world: int) -> None:
+    assert_parity(found(dnc("doctor", "parity", "--nproc", str(world), "--json", folder=place)), world)
+
+
+@pytest.mark.slow
+def test_all_checks_together(place: Path) -> None:
+    done = dnc("doctor", "run.yaml", folder=place)
+    assert done.code == 0, done
+    assert [line.split(":")[0] for line in done.out.splitlines() if line[:1].strip()] == ["env", "data", "network", "parity"]
+
+
+# ---------------------------------------------------------------- command line and tables
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dato"], "dato is neither a configuration file nor one of the checks env, data, network, parity"),
+        (["data"], "data needs a CONFIG, whose data.root it looks at"),
+        (["env", "--set", "optim.lr=1"], "--set changes a CONFIG; give one"),
+        (["env", "a.yaml", "b.yaml"], "give one of env, data, network, parity (or none, for all of them) and at most one CONFIG"),
+        (["env", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+    ],
+)
+def test_wrong_input(arguments: list[str], message: str, place: Path) -> None:
+    assert dnc("doctor", *arguments, folder=place).error.startswith(message)
+
+
+def test_one_rank_cannot_be_compared(place: Path) -> None:
+    assert ranks("parity", folder=place, world=1)[0].error.startswith("doctor parity needs two workers or more: --nproc 2")
+
+
+def test_the_table_shows_a_hint_beside_what_needs_one() -> None:
+    section = Section("env", "here", [Check("a", "1"), Check("long name", "22", "warning", "do this")], {"x": 1})
+    assert render(section).splitlines() == ["env: here", "  a          1   ok", "  long name  22  warning  do this"]
+    assert json.loads(as_json([section], 3))["x"] == 1

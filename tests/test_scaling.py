@@ -1,0 +1,308 @@
+"""The model of scaling: its arithmetic against hand-made tables, its bytes against counted ones, and the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks.scaling import predict, read_measured, read_network, show
+from benchmarks.scaling_model import (
+    Measured,
+    Network,
+    Workload,
+    division_bytes,
+    evaluation_bytes,
+    gradient_bytes,
+    lloyd_bytes,
+    step,
+    step_bytes,
+)
+from dnc_dist import distributed
+from dnc_dist.clustering.divide import divide
+from dnc_dist.engine.dataset import RunData
+from dnc_dist.engine.plan import Phase
+from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
+from dnc_dist.retrieval import evaluate
+from tests.engine_fixtures import config, division_by_hand, make_dataset
+from tests.spawn import spawn
+
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = 1e-6
+GPU = Measured(
+    device="an invented GPU",
+    parameters=25_000_000,
+    features=2048,
+    forward_backward=[(32, 0.025), (128, 0.085)],
+    loss=[(128, 128 * times, 0.4e-3 + 1e-10 * 128 * 128 * times) for times in (1, 4, 16)],
+    optimizer=1e-3,
+    images_per_second=4000,
+    decoded_per_second=400,
+    lloyd_row=2e-9,
+    first_centroids=4.0,
+    bookkeeping_row=3e-7,
+    search_pair=1e-9,
+)
+
+
+@pytest.mark.parametrize(
+    ("k", "dim", "microseconds"),
+    [
+        (4, 512, (12, 42, 62, 82)),
+        (32, 512, (12, 43, 63, 83)),
+        (32, 2048, (13, 44, 64, 84)),
+        (1000, 512, (20, 60, 81, 101)),
+        (1000, 2048, (44, 114, 138, 159)),
+    ],
+)
+def test_sums_take_what_the_communication_model_says(k: int, dim: int, microseconds: tuple[int, ...]) -> None:
+    size = 4 * k * dim + 8 * k + 8  # float32 sums, as the model's table has them; ours are float64
+    assert [Network().all_reduce(size, ranks) / MICRO for ranks in (8, 64, 256, 1024)] == pytest.approx(microseconds, abs=0.7)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rows", "microseconds"),
+    [(8, 128, 8), (64, 128, 41), (256, 128, 120), (1024, 128, 410), (64, 1024, 180), (1024, 1024, 3000)],
+)
+def test_gathers_take_what_the_communication_model_says(ranks: int, rows: int, microseconds: float) -> None:
+    total = ranks * rows * 2 * 512  # bfloat16; ours is float32
+    assert Network().all_gather(total, ranks) / MICRO == pytest.approx(microseconds, rel=0.03)
+    if (ranks, rows) == (1024, 128):
+        assert Network(ring=True, ring_hop_latency=0).all_gather(total, ranks) == pytest.approx(3.0e-3, rel=0.02)
+
+
+def test_an_iteration_sums_66_kilobytes_in_float32_and_twice_that_in_float64() -> None:
+    assert lloyd_bytes(32, 512) == 8 * (32 * 512 + 32 + 2) == pytest.approx(2 * 66e3, rel=0.01)
+    few, many = (division_bytes(Workload(images=images), 512) for images in (10**6, 10**8))
+    assert few["iteration"] == many["iteration"] and few["sample"] == many["sample"]
+    assert many["ids"] == 100 * few["ids"]
+    replicated = division_bytes(Workload(images=100_000), 512)
+    assert replicated["features"] == 100_000 * 4 * 512 and replicated["iteration"] == 0
+
+
+def test_a_learner_is_gathered_in_its_group() -> None:
+    whole, group = (step_bytes(Workload(learners_per_step=m), 64, 128)["gather"] for m in (1, 32))
+    assert whole == 63 * group
+    # Ranks that cannot be divided among the learners gather everything.
+    assert step_bytes(Workload(learners_per_step=3), 64, 128)["gather"] == whole
+
+
+def test_more_ranks_never_make_a_rank_more_efficient_and_one_alone_sends_nothing() -> None:
+    # The step of the optimizer is divided among ranks, which makes many more efficient than one.
+    for prediction in predict(Workload(), replace(GPU, optimizer=0.0), Network()):
+        efficiency = list(prediction.efficiency.values())
+        assert efficiency[0] == 1 and (np.diff(efficiency) <= 1e-9).all(), prediction.name
+    alone = step(Workload(), GPU, Network(), 1, 128)
+    assert alone["gathers"] == alone["stats"] == alone["gradients"] == alone["input"] == 0
+    assert sum(alone.values()) == pytest.approx(0.085 + GPU.loss_seconds(128, 128) + GPU.optimizer, rel=1e-6)
+
+
+def test_a_better_network_never_takes_longer() -> None:
+    slow, fast = Network(), Network(nic=90e9, nvlink=900e9, hop_latency=5e-6, node_latency=6e-6, storage=None)
+    for before, after in zip(predict(Workload(), GPU, slow), predict(Workload(), GPU, fast), strict=True):
+        assert all(sum(after.seconds[w].values()) <= sum(before.seconds[w].values()) for w in before.seconds)
+
+
+@pytest.mark.parametrize(
+    ("phase", "measured", "network"),
+    [
+        ("input", replace(GPU, decoded_per_second=50), Network(storage=None)),
+        ("input", GPU, Network(storage=1e9)),
+        ("gathers", GPU, Network(nic=1e8, storage=None)),
+        ("gradients", replace(GPU, parameters=2 * 10**9, optimizer=0), Network(storage=None)),
+        ("loss", replace(GPU, loss=[(128, 128 * times, 1e-6 * 128 * times) for times in (1, 4, 16)]), Network(storage=None)),
+    ],
+)
+def test_the_first_bottleneck_is_named(phase: str, measured: Measured, network: Network) -> None:
+    work = Workload(zero=0 if phase == "gradients" else 1, dim=4096 if phase == "gathers" else 512)
+    measured = replace(measured, parameters=1000) if phase == "gathers" else measured
+    measured = replace(measured, forward_backward=[(32, 0.0205), (128, 0.082)])  # nothing that does not depend on the rows
+    first = predict(work, measured, network)[0].first()
+    assert first is not None and first[1] == phase and first[2] >= 0.1
+
+
+class Counted(NamedTuple):
+    """Bytes that one rank received."""
+
+    steps: dict[tuple[str, int], dict[str, int]]
+    division: dict[str, int]
+    evaluation: dict[str, int]
+    zero: dict[int, dict[str, float]]
+
+
+DIM, LEARNERS, ROWS, FEATURES = 16, 2, 4000, 8
+QUERIES, GALLERY, PER_CLASS = 400, 1600, 20
+
+
+def _difference(call: Any) -> dict[str, int]:
+    before = distributed.traffic()
+    call()
+    after = distributed.traffic()
+    return {kind: after[kind] - before[kind] for kind in before}
+
+
+def _cfg(root: str, loss: str = "margin", together: int = 1, zero: int = 1) -> Any:
+    return config(
+        Path(root),
+        Path("/nowhere/run"),
+        loss={"name": loss},
+        model={"batch_norm": "frozen"},
+        division={"num_learners": LEARNERS, "learners_per_step": together},
+        engine={"zero": zero},
+    )
+
+
+def _one_step(root: str, loss: str, together: int) -> dict[str, int]:
+    cfg = _cfg(root, loss, together)
+    data = RunData(cfg)
+    batch = next(data.train_batches(data.schedule(division_by_hand(data.train.labels, LEARNERS), 0, conquer=False), first_step=0, skip=0))
+    objective = build_objective(cfg, data.train.num_classes).train()
+    group = distributed.rank_groups(together).get(together)
+    return _difference(lambda: objective(batch, Phase(0, LEARNERS, False, False), group=group, max_positives=2)[0].backward())
+
+
+def _divide() -> None:
+    """A flat division, and the gather of who could be decoded that comes before it."""
+    start, stop = distributed.local_range(ROWS)
+    centres = np.random.default_rng(1).standard_normal((LEARNERS, FEATURES))
+    features = centres[np.arange(ROWS) % LEARNERS] + 0.01 * np.random.default_rng(0).standard_normal((ROWS, FEATURES))
+    distributed.gather_rows(torch.ones(stop - start, dtype=torch.bool))
+    labels = np.arange(ROWS) % (10 * LEARNERS)
+    divide(
+        torch.from_numpy(features[start:stop]).float(),
+        labels,
+        row_start=start,
+        target=LEARNERS,
+        epoch=0,
+        mode="flat",
+        seed=0,
+        previous=None,
+        iterations=1,
+        replicated_rows=0,
+    )
+
+
+def _evaluate() -> None:
+    total = QUERIES + GALLERY
+    labels, asks = np.arange(total) // 25, np.arange(total) % 5 == 0
+    start, stop = distributed.local_range(total)
+    x = torch.randn(total, DIM, generator=torch.Generator().manual_seed(0))[start:stop]
+    evaluate(x, torch.arange(start, stop), labels, asks, ~asks, sample=0)
+
+
+def _bytes_of_deepspeed(root: str) -> dict[int, dict[str, float]]:
+    """By ZeRO stage: trainable parameters, and the bytes that a rank receives in a ring for what one step hands to collectives."""
+    counted, world = {"gradients": 0.0, "parameters": 0.0}, distributed.world_size()
+    all_reduce, all_gather = dist.all_reduce, dist.all_gather_into_tensor
+
+    def count_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counted["gradients"] += 2 * (world - 1) / world * tensor.nbytes
+        return all_reduce(tensor, *args, **kwargs)
+
+    def count_gather(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        counted["parameters"] += (world - 1) / world * output_tensor.nbytes
+        return all_gather(output_tensor, *args, **kwargs)
+
+    # DeepSpeed takes them from here when its first engine is made, in a process that ends soon.
+    dist.all_reduce, dist.all_gather_into_tensor = count_reduce, count_gather
+    found = {}
+    for zero in (0, 1, 2):
+        cfg = _cfg(root, zero=zero)
+        data = RunData(cfg)
+        schedule = data.schedule(division_by_hand(data.train.labels, LEARNERS), 0, conquer=False)
+        engine = build_engine(build_objective(cfg, data.train.num_classes).train(), cfg)
+        set_learning_rates(engine, dict.fromkeys(("backbone", "embedding", "masks", "loss"), 1e-3))
+        batch = next(data.train_batches(schedule, first_step=0, skip=0))
+        loss, _ = engine(batch, Phase(0, LEARNERS, False, False), max_positives=2)
+        counted.update(gradients=0.0, parameters=0.0)
+        engine.backward(loss)
+        engine.step()
+        found[zero] = counted | {"size": sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)}
+    return found
+
+
+def _count(root: str) -> Counted:
+    steps = {(loss, m): _one_step(root, loss, m) for loss in ("margin", "proxy_anchor") for m in (1, 2)}
+    zero = _bytes_of_deepspeed(root) if distributed.world_size() == 2 else {}
+    return Counted(steps, _difference(_divide), _difference(_evaluate), zero)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_dataset(tmp_path_factory.mktemp("scaling")))
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def counted(request: pytest.FixtureRequest, root: str) -> list[Counted]:
+    return spawn(_count, request.param, root)
+
+
+def test_the_bytes_of_a_step_are_those_that_are_counted(counted: list[Counted]) -> None:
+    world = len(counted)
+    for rank in counted:
+        for (loss, together), found in rank.steps.items():
+            work = Workload(dim=DIM, learners=LEARNERS, samples_per_class=3, loss=loss, learners_per_step=together)
+            assert found == step_bytes(work, world, 24 // world), (loss, together)
+
+
+def test_the_bytes_of_a_division_are_those_that_are_counted(counted: list[Counted]) -> None:
+    world = len(counted)
+    sizes = division_bytes(Workload(images=ROWS, learners=LEARNERS), FEATURES) | {"sample": ROWS * (4 * FEATURES + 8), "ids": 2 * ROWS}
+    # Two Lloyd steps (the last one finds that no row moves or that it may not go on), the means at the end, and a few numbers.
+    sums = 2 * lloyd_bytes(LEARNERS, FEATURES) + 8 * LEARNERS * FEATURES
+    for rank in counted:
+        assert rank.division["gather"] == (world - 1) * (sizes["sample"] + sizes["ids"]) // world
+        assert 0 <= rank.division["reduce"] - 2 * (world - 1) * sums // world < 500
+
+
+def test_the_bytes_of_an_evaluation_are_those_that_are_counted(counted: list[Counted]) -> None:
+    world = len(counted)
+    sizes = evaluation_bytes(Workload(queries=QUERIES, gallery=GALLERY, dim=DIM, neighbours=PER_CLASS))
+    for rank in counted:
+        gathered = sizes["queries"] + sizes["lists"] + sizes["values"]
+        assert 0 <= rank.evaluation["gather"] - (world - 1) * gathered // world < 100
+        assert 0 <= rank.evaluation["reduce"] - 2 * (world - 1) * sizes["presence"] // world < 1000
+
+
+@pytest.mark.parametrize("counted", [2], indirect=True)
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_the_bytes_of_deepspeed_are_those_that_it_hands_to_collectives(counted: list[Counted], zero: int) -> None:
+    for rank in counted:
+        found = dict(rank.zero[zero])
+        expected = gradient_bytes(Workload(zero=zero), int(found.pop("size")), 2)
+        assert found == pytest.approx(expected, rel=0.01, abs=100)
+
+
+def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
+    network = tmp_path / "network.yaml"
+    network.write_text("{nic: 25e9, gpus_per_node: 4, storage: null}")
+    command = [sys.executable, "-m", "benchmarks.scaling", "--measured", str(tmp_path / "measured.json"), "--network", str(network)]
+    quick = ["--measure", "configs/quickstart.yaml", "--rows", "8", "16", "--calls", "1", "--size", "512"]
+    done = subprocess.run([*command, *quick, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer = json.loads(done.stdout)
+    assert {"measured", "assumed", "counted", "modelled"} < set(answer)
+    assert answer["assumed"]["network"]["nic"] == 25e9
+    assert list(answer["modelled"][0]["seconds"]) == ["1", "8", "16", "32", "64", "128", "256", "512", "1024"]
+    assert all(seconds >= 0 for table in answer["modelled"] for phases in table["seconds"].values() for seconds in phases.values())
+    assert all(name in answer["come_from"] for table in answer["modelled"] for name in table["seconds"]["8"])
+    for name in ("images_per_second", "decoded_per_second", "optimizer", "search_pair", "bookkeeping_row", "first_centroids"):
+        assert answer["measured"][name] > 0, name
+    measured, assumed = read_measured(tmp_path / "measured.json"), read_network(network)
+    shown = show(Workload(), measured, assumed, predict(Workload(), measured, assumed))
+    assert "Everything below is modelled" in shown and shown.count("first bottleneck: ") == 4
+
+
+def test_an_unknown_word_in_the_network_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "network.yaml"
+    path.write_text("nics: 45e9")
+    with pytest.raises(SystemExit, match=r"unknown nics; allowed are .*nic"):
+        read_network(path)
