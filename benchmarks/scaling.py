@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from benchmarks import record
 from benchmarks.scaling_model import Measured, Network, Workload, division, division_bytes, evaluation, gradient_bytes, step, step_bytes
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
-BOTTLENECK = 0.1  # of the time: from here on a phase is called one
-USEFUL = ("rows", "extraction")  # what an ideal machine would do all the time
+BOTTLENECK = 0.1  # of the efficiency: a phase that costs so much is called one
 COME_FROM = {
     "rows": "measured: forward and backward, by the row",
     "launches": "measured: forward and backward without rows",
@@ -48,32 +47,37 @@ COME_FROM = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds by phase at each number of ranks, and the efficiency against one rank."""
+    """Seconds by phase at each number of ranks, and on one rank. `grows`: the work grows with the ranks (weak scaling)."""
 
     name: str
+    one: dict[str, float]
     seconds: dict[int, dict[str, float]]
-    efficiency: dict[int, float]
+    grows: bool
+
+    def efficiency(self, ranks: int) -> float:
+        """Seconds that as many ideal ranks would take, over those of the model."""
+        return sum(self._ideal(ranks).values()) / sum(self.seconds[ranks].values())
 
     def bottleneck(self, ranks: int) -> tuple[str, float]:
-        """The phase beside useful work that takes most, and its share of the time."""
-        phases = self.seconds[ranks]
-        name = max((phase for phase in phases if phase not in USEFUL), key=lambda phase: phases[phase])
-        return name, phases[name] / sum(phases.values())
+        """The phase that costs most efficiency, and how much: the losses of all phases add up to what is missing."""
+        phases, ideal = self.seconds[ranks], self._ideal(ranks)
+        name = max(phases, key=lambda phase: phases[phase] - ideal[phase])
+        return name, (phases[name] - ideal[name]) / sum(phases.values())
 
     def first(self) -> tuple[int, str, float] | None:
-        """Ranks from which on a phase is a bottleneck, which one, and its share there; None: there is none."""
+        """Ranks from which on a phase is called a bottleneck, which one, and its loss there; None: there is none."""
         found = ((ranks, *self.bottleneck(ranks)) for ranks in sorted(self.seconds))
         return next((line for line in found if line[2] >= BOTTLENECK), None)
+
+    def _ideal(self, ranks: int) -> dict[str, float]:
+        return {phase: seconds / (1 if self.grows else ranks) for phase, seconds in self.one.items()}
 
 
 def predict(work: Workload, measured: Measured, network: Network, ranks: tuple[int, ...] = RANKS) -> list[Prediction]:
     """Weak scaling (so many rows a GPU) and strong scaling (so many rows a step), division and evaluation."""
 
     def table(name: str, phases: Callable[[int], dict[str, float]], grows: bool) -> Prediction:
-        seconds = {w: phases(w) for w in ranks}
-        one = sum(phases(1).values())
-        total = {w: sum(found.values()) for w, found in seconds.items()}
-        return Prediction(name, seconds, {w: one / total[w] / (1 if grows else w) for w in ranks})
+        return Prediction(name, phases(1), {w: phases(w) for w in ranks}, grows)
 
     return [
         table(
@@ -130,16 +134,18 @@ def show(work: Workload, measured: Measured, network: Network, predictions: list
     ]
     for prediction in predictions:
         names = list(next(iter(prediction.seconds.values())))
-        lines = [["GPUs", *names, "in all", "efficiency", "bottleneck"]]
+        lines = [["GPUs", *names, "in all", "efficiency", "lost most by"]]
         for ranks, phases in prediction.seconds.items():
-            name, share = prediction.bottleneck(ranks)
+            name, lost = prediction.bottleneck(ranks)
             total = sum(phases.values())
-            efficiency = f"{100 * prediction.efficiency[ranks]:.0f} %"
-            lines.append([str(ranks), *map(_time, phases.values()), _time(total), efficiency, f"{name} {100 * share:.0f} %"])
+            efficiency = f"{100 * prediction.efficiency(ranks):.0f} %"
+            lines.append(
+                [str(ranks), *map(_time, phases.values()), _time(total), efficiency, f"{name} {100 * lost:.0f} %" if lost > 0 else "-"]
+            )
         first = prediction.first()
-        note = (
-            "none takes 10 % of the time" if first is None else f"{first[1]}, from {first[0]} GPUs on ({100 * first[2]:.0f} % of the time)"
-        )
+        note = "no phase costs 10 % of the efficiency"
+        if first is not None:
+            note = f"{first[1]}, from {first[0]} GPUs on (it costs {100 * first[2]:.0f} % of the efficiency there)"
         parts.append(f"{prediction.name}\n{_rows(lines)}\nfirst bottleneck: {note}")
     received = {ranks: bytes_received(work, measured, ranks) for ranks in predictions[0].seconds}
     lines = [["GPUs", *next(iter(received.values()))], *([str(ranks), *map(_size, sizes.values())] for ranks, sizes in received.items())]
@@ -160,19 +166,20 @@ def read_network(path: Path | None) -> Network:
     return Network(**values)
 
 
-def read_measured(path: Path) -> Measured:
-    """What `--measure` has written."""
+def read_measured(path: Path) -> tuple[Measured, Workload]:
+    """What `--measure` has written: times, and the work that they belong to."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    return Measured(**{field.name: values[field.name] for field in fields(Measured)})
+    return Measured(**values["measured"]), Workload(**values["work"])
 
 
 def _measure(args: argparse.Namespace) -> None:
-    from benchmarks.scaling_measure import measure
+    from benchmarks.scaling_measure import measure, workload
     from dnc_dist.config import load_config
 
     cfg = load_config(args.measure, ["data.root=unused", "model.weights=none", *args.overrides])
     found = measure(cfg, args.rows, calls=args.calls, size=args.size)
-    args.measured.write_text(json.dumps(asdict(found) | {"config": str(args.measure), **record.machine()}, indent=1), encoding="utf-8")
+    kept = {"measured": asdict(found), "work": asdict(workload(cfg)), "config": str(args.measure), **record.machine()}
+    args.measured.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     print(f"measured on one {found.device}, kept in {args.measured}", file=sys.stderr)
 
 
@@ -188,15 +195,19 @@ def main() -> None:
     parser.add_argument("--network", type=Path, metavar="YAML", help="what is known of the network")
     parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS))
     parser.add_argument("--json", action="store_true")
+    work_options = parser.add_argument_group("the work", "as the measured configuration has it, unless given here")
+    allowed = {"loss": ("margin", "proxy_anchor"), "zero": (0, 1, 2)}
     for field in fields(Workload):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default, help=f"{field.default}")
+        option = f"--{field.name.replace('_', '-')}"
+        work_options.add_argument(option, type=type(field.default), choices=allowed.get(field.name), help=f"default {field.default}")
     args = parser.parse_args()
     if args.measure:
         _measure(args)
     if not args.measured.exists():
         parser.error(f"{args.measured} does not exist; write it with --measure CONFIG on a machine with one of the GPUs")
-    work = Workload(**{field.name: getattr(args, field.name) for field in fields(Workload)})
-    measured, network = read_measured(args.measured), read_network(args.network)
+    measured, work = read_measured(args.measured)
+    work = replace(work, **{field.name: value for field in fields(Workload) if (value := getattr(args, field.name)) is not None})
+    network = read_network(args.network)
     predictions = predict(work, measured, network, tuple(args.ranks))
     if not args.json:
         print(show(work, measured, network, predictions))
@@ -206,7 +217,8 @@ def main() -> None:
         "assumed": {"network": asdict(network), "workload": asdict(work)},
         "counted": {w: bytes_received(work, measured, w) for w in args.ranks},
         "modelled": [
-            {"name": p.name, "seconds": p.seconds, "efficiency": p.efficiency, "first_bottleneck": p.first()} for p in predictions
+            {"name": p.name, "seconds": p.seconds, "efficiency": {w: p.efficiency(w) for w in p.seconds}, "first_bottleneck": p.first()}
+            for p in predictions
         ],
         "come_from": COME_FROM,
     }

@@ -62,7 +62,10 @@ class Network:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained. The defaults are the published recipe on a set of a million images (configs/vehicleid.yaml)."""
+    """What is trained: 32 learners in 512 dimensions on a million images, with batches that fill GPUs. BatchNorm is frozen.
+
+    (BatchNorm with statistics of the global batch sums over ranks in every layer; that is not modelled.)
+    """
 
     rows_per_gpu: int = 128  # of a step, in weak scaling
     batch: int = 1024  # rows of a step over all GPUs, in strong scaling

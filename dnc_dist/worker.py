@@ -11,7 +11,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from contextlib import redirect_stderr, redirect_stdout
+from typing import Any, NoReturn, TextIO
 
 from dnc_dist.config import ConfigError
 from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code
@@ -25,6 +26,26 @@ STOP_TIMEOUT_SECONDS = 300.0
 _ending = threading.Event()
 
 
+class _Output:
+    """A stream that writes to nowhere once nobody reads it any more; all that matters stands in the run directory, too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, and keep nothing back: only so is it known whether somebody reads."""
+        try:
+            written = self._stream.write(text)
+            self._stream.flush()
+            return written
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            return len(text)
+
+
 def run_worker(work: Callable[[], None]) -> int:
     """Run the work of one rank and return its exit code.
 
@@ -32,6 +53,12 @@ def run_worker(work: Callable[[], None]) -> int:
     finds alike (in the configuration, or a RunError), only rank 0 speaks. A failed rank of several ends at once, without the interpreter's
     shutdown, which may wait for ever for peers that are stuck in a collective.
     """
+    # A training outlives whoever reads its output, as in `| head`.
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
+        return _run(work)
+
+
+def _run(work: Callable[[], None]) -> int:
     faulthandler.enable(2)
     if launcher := os.environ.get(LAUNCHER_PID):
         threading.Thread(target=_follow, args=(int(launcher), STOP_TIMEOUT_SECONDS), daemon=True).start()

@@ -210,7 +210,7 @@ def out_of_memory(trial: Trial) -> Done:
     return trial.go_on()
 
 
-@fault("a loader process is killed", 1, r"rank 1 failed: .*DataLoader worker .*killed")
+@fault("a loader process is killed", 1, r"rank 1 failed: .*DataLoader worker .*(killed|exited unexpectedly)")
 def loader_killed(trial: Trial) -> Done:
     trial.start()
     trial.reach()
@@ -259,7 +259,7 @@ def missing_shard(trial: Trial) -> Done:
     return trial.go_on()
 
 
-@fault("disk full while a checkpoint is saved", 1, r"cannot be written, \d+ MB are free there; `--resume auto` goes on later")
+@fault("disk full while a checkpoint is saved", 1, r"cannot be written.*, \d+ MB are free there; `--resume auto` goes on later")
 def disk_full(trial: Trial) -> Done:
     runs = trial.folder / "runs"
     runs.mkdir()
@@ -352,7 +352,7 @@ def _break_image(root: Path) -> None:
 
 @contextmanager
 def _small_disk(place: Path) -> Iterator[None]:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(place)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(place)], check=True)
     try:
         yield
     finally:

@@ -22,7 +22,6 @@ PLACES = {
     "features": ("dnc_dist.engine.objective", "DncObjective", "features"),
     "divide": ("dnc_dist.engine.cluster", "divide"),
     "embeddings": ("dnc_dist.engine.objective", "DncObjective", "embeddings"),
-    "search": ("dnc_dist.engine.evaluate", "evaluate_lists"),
 }
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +22,7 @@ from dnc_dist.doctor import env, facts
 from dnc_dist.doctor.table import Check, Section, as_json, render
 from tests.engine_fixtures import damage, make_dataset
 from tests.run_fixtures import Done, dnc, draw_folder, start, write_config
-from tests.spawn import _free_port, spawn
+from tests.spawn import _free_port
 
 
 def ranks(
@@ -112,22 +114,21 @@ def test_gpus_are_judged() -> None:
     assert "3 ranks share 2 GPUs" in [check.value for check in env._devices([new, new, new])][-1]
 
 
-def _on_odd_machines(ahead: float) -> tuple[list[float], Check]:
-    """Rank 1 is on another machine: its clock is ahead, and the run's folder is not there."""
+def _as_on_another_machine() -> None:
+    """Rank 1's clock is ahead, and the run's folder is not there."""
     env._SHARED_WITHIN_SECONDS = 0.2
     if os.environ["RANK"] == "1":
         now = time.time
-        time.time = lambda: now() + ahead
+        time.time = lambda: now() + 5
         env._attend = lambda folder: (folder / "elsewhere" / "1").write_text("here")
-    return facts.clock_offsets(), env.shared_folder(Path("runs"), ["a", "b"])
 
 
-def test_other_clocks_and_folders_are_found() -> None:
-    offsets, folder = spawn(_on_odd_machines, 2, 5.0)[0]
-    assert offsets[0] == 0 and abs(offsets[1] - 5) < 0.5
-    clocks = env._clocks([_facts()] * 2, offsets)
-    assert clocks.status == "warning" and "rank 1" in clocks.value and "+5.0 s" in clocks.value
-    assert folder.status == "failed" and folder.value.endswith("of rank 0 is not shared with rank 1 (b)")
+def test_other_clocks_and_folders_are_found(place: Path) -> None:
+    values = found(ranks("env", "--json", folder=place, before=_as_on_another_machine)[0], code=1)
+    assert [abs(rank["clock_offset"] - ahead) < 0.5 for rank, ahead in zip(values["env"]["ranks"], (0, 5), strict=True)] == [True, True]
+    assert row(values, "clocks")["status"] == "warning" and row(values, "clocks")["value"].startswith("rank 1 (")
+    assert row(values, "run.dir")["status"] == "failed"
+    assert f"{place} of rank 0 is not shared with rank 1 (" in row(values, "run.dir")["value"]
 
 
 def test_a_folder_that_cannot_be_written_is_found() -> None:
@@ -276,6 +277,14 @@ def test_workers_that_the_doctor_starts_equal_one(place: Path, world: int) -> No
 
 
 @pytest.mark.slow
+def test_every_gradient_that_is_compared_is_one(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "dnc_dist.doctor.reference", tmp_path / "outcomes.pt"], check=True)
+    for case, (loss, tensors) in torch.load(tmp_path / "outcomes.pt").items():
+        assert bool((loss > 0).all()), case
+        assert [name for name, value in tensors.items() if not value.any()] == [], case
+
+
+@pytest.mark.slow
 def test_all_checks_together(place: Path) -> None:
     done = dnc("doctor", "run.yaml", folder=place)
     assert done.code == 0, done
@@ -297,6 +306,10 @@ def test_all_checks_together(place: Path) -> None:
 )
 def test_wrong_input(arguments: list[str], message: str, place: Path) -> None:
     assert dnc("doctor", *arguments, folder=place).error.startswith(message)
+
+
+def test_workers_start_no_workers(place: Path) -> None:
+    assert ranks("env", "--nproc", "2", folder=place, world=1)[0].error.startswith("--nproc starts workers, but srun or torchrun")
 
 
 def test_one_rank_cannot_be_compared(place: Path) -> None:

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
-from dnc_dist.launch import launch_workers, verdict
+from dnc_dist.errors import InputError
+from dnc_dist.launch import launch_workers, verdict, workers_here
 from dnc_dist.launch.verdict import Report
 
 PRELUDE = """
@@ -188,6 +190,36 @@ def test_a_second_interrupt_ends_workers_that_do_not_stop(tmp_path: Path) -> Non
         assert not any(alive(pid) for pid in pids)
 
 
+def test_workers_outlive_whoever_reads_their_output(tmp_path: Path) -> None:
+    body = """
+def work():
+    for line in range(20):
+        print(line)
+        time.sleep(0.01)
+    Path(os.environ["HERE"], "done").touch()
+sys.exit(run_worker(work))
+"""
+    start = "import sys; from dnc_dist.launch import launch_workers; sys.exit(launch_workers([sys.executable, '-c', sys.argv[1]], 1))"
+    environment = os.environ | {"HERE": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, PRELUDE + body], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.wait(30) == 0 and process.stderr.read() == ""
+    assert (tmp_path / "done").exists()
+    process.stderr.close()
+
+
+def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert workers_here(5) == 5 or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert (workers_here(None), workers_here(1), workers_here(2)) == (2, 1, 2)
+    with pytest.raises(InputError, match=r"--nproc 3, but torch sees 2 GPU\(s\) here, .*; use at most 2"):
+        workers_here(3)
+
+
 def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> dict[str, object]:
     return {"time": moment, "exit_code": 1, "type": kind, "message": text, "traceback": f"Traceback\n{kind}: {text}\n"}
 
@@ -217,3 +249,26 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> dict[st
 )
 def test_verdict(codes: dict[int, int | None], errors: dict[int, dict[str, object]], stopping: bool, expected: tuple[int, str]) -> None:
     assert verdict(Report(codes, errors), stopping=stopping) == expected
+
+
+HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
+
+
+@pytest.mark.parametrize(
+    ("codes", "errors", "stopping", "expected"),
+    [
+        ({0: 1, 1: 1, 2: -9, 3: 1}, {0: error(1.0), 1: error(1.0), 3: error(1.0)}, False, (1, "rank 2 on b was killed by SIGKILL")),
+        ({0: 1, 1: None, 2: 0, 3: 2}, {0: error(2.0), 3: error(1.0, text="no data")}, False, (2, "error: rank 3 on b: no data")),
+        (dict.fromkeys(range(4), 2), {rank: error(rank, text="no data") for rank in range(4)}, False, (2, "error: no data")),
+        ({0: 75, 1: 75}, {}, True, (75, "b: gone; the other workers have stopped")),
+        ({0: None, 1: None}, {}, False, (1, "b: gone")),
+        ({0: 1, 1: None}, {0: error(1.0)}, False, (1, "Traceback\nRuntimeError: x\nrank 0 on a failed: RuntimeError: x\nb: gone")),
+        ({0: -9, 1: None}, {}, False, (1, "rank 0 on a was killed by SIGKILL")),
+        ({0: 0, 1: 0}, {}, False, (0, "")),
+    ],
+)
+def test_verdict_of_two_machines(
+    codes: dict[int, int | None], errors: dict[int, dict[str, object]], stopping: bool, expected: tuple[int, str]
+) -> None:
+    lost = {} if 3 in codes else {"b": "gone"}
+    assert verdict(Report(codes, errors, lost=lost), stopping=stopping, hosts=HOSTS) == expected

@@ -14,8 +14,9 @@ import pytest
 
 from dnc_dist.errors import InputError
 from dnc_dist.launch import host, meeting
-from dnc_dist.launch.meeting import Alarm, Meeting, MeetingError, meet
+from dnc_dist.launch.meeting import Meeting, MeetingError, meet
 from dnc_dist.launch.network import interface_settings, is_here, parse_endpoint
+from dnc_dist.launch.peers import Alarm
 from dnc_dist.launch.verdict import Report, verdict
 
 

@@ -60,6 +60,7 @@ def work():
         if step == 2:
             Path(f"{rank}.ready").write_text(str(distributed.world_size()))
         if stop:
+            distributed.shutdown()
             raise Stopped("saved")
         happen(rank, step)
         time.sleep(0.05)
@@ -129,7 +130,7 @@ def hosts(tmp_path: Path) -> Iterator[Sequence[Host]]:
 def on_one_machine(place: Path, world: int) -> dict[str, object]:
     """The same training as so many processes of this machine."""
     ranks = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    arguments = ["train", "run.yaml", "--set", "run.name=whole"]
+    arguments = ["train", "run.yaml", "--set", f"run.name=whole-{world}"]
     workers = [start(arguments, place, env={**ranks, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
     first, *_ = [worker.wait() for worker in workers]
     return first.result
@@ -154,7 +155,7 @@ def test_a_killed_rank_ends_the_run_everywhere_and_the_same_command_goes_on(plac
     (code, out, err), (other, other_out, other_err) = launch(hosts, place).end()
     assert (code, other) == (0, 0), err + other_err
     assert json.loads(out.splitlines()[-1].removeprefix("RESULT ")) | {"run": ""} == whole | {"run": ""}
-    assert_same_run(run, place / "runs" / "whole")
+    assert_same_run(run, place / "runs" / "whole-2")
     assert other_out == "" and "resumed in epoch" in out
     said = f"{BETA}: machine 2 of 2, rank 1 of 2; GLOO_SOCKET_IFNAME eth0, NCCL_SOCKET_IFNAME =eth0; rank 0 writes on {ALPHA}"
     assert other_err.splitlines()[-1] == said
@@ -177,7 +178,7 @@ def test_two_processes_on_each_of_two_hosts(place: Path, hosts: Sequence[Host]) 
     assert [code for code, _, _ in ends] == [0, 0], ends
     whole = on_one_machine(place, 4)
     assert json.loads(ends[0][1].splitlines()[-1].removeprefix("RESULT ")) | {"run": ""} == whole | {"run": ""}
-    assert_same_run(place / "runs" / "four", place / "runs" / "whole")
+    assert_same_run(place / "runs" / "four", place / "runs" / "whole-4")
 
 
 @pytest.mark.slow

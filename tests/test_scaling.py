@@ -98,7 +98,7 @@ def test_a_learner_is_gathered_in_its_group() -> None:
 def test_more_ranks_never_make_a_rank_more_efficient_and_one_alone_sends_nothing() -> None:
     # The step of the optimizer is divided among ranks, which makes many more efficient than one.
     for prediction in predict(Workload(), replace(GPU, optimizer=0.0), Network()):
-        efficiency = list(prediction.efficiency.values())
+        efficiency = [prediction.efficiency(ranks) for ranks in prediction.seconds]
         assert efficiency[0] == 1 and (np.diff(efficiency) <= 1e-9).all(), prediction.name
     alone = step(Workload(), GPU, Network(), 1, 128)
     assert alone["gathers"] == alone["stats"] == alone["gradients"] == alone["input"] == 0
@@ -124,9 +124,18 @@ def test_a_better_network_never_takes_longer() -> None:
 def test_the_first_bottleneck_is_named(phase: str, measured: Measured, network: Network) -> None:
     work = Workload(zero=0 if phase == "gradients" else 1, dim=4096 if phase == "gathers" else 512)
     measured = replace(measured, parameters=1000) if phase == "gathers" else measured
-    measured = replace(measured, forward_backward=[(32, 0.0205), (128, 0.082)])  # nothing that does not depend on the rows
     first = predict(work, measured, network)[0].first()
     assert first is not None and first[1] == phase and first[2] >= 0.1
+
+
+def test_what_the_phases_lose_is_the_efficiency_that_is_missing() -> None:
+    for prediction in predict(Workload(), GPU, Network()):
+        for ranks, phases in prediction.seconds.items():
+            missing = 1 - prediction.efficiency(ranks)
+            name, lost = prediction.bottleneck(ranks)
+            assert missing / len(phases) - 1e-12 <= lost <= phases[name] / sum(phases.values())
+    strong = predict(Workload(), GPU, Network())[1].first()
+    assert strong is not None and strong[1] == "launches"  # on few rows, what does not depend on them
 
 
 class Counted(NamedTuple):
@@ -285,19 +294,21 @@ def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
     network = tmp_path / "network.yaml"
     network.write_text("{nic: 25e9, gpus_per_node: 4, storage: null}")
     command = [sys.executable, "-m", "benchmarks.scaling", "--measured", str(tmp_path / "measured.json"), "--network", str(network)]
-    quick = ["--measure", "configs/quickstart.yaml", "--rows", "8", "16", "--calls", "1", "--size", "512"]
+    quick = ["--measure", "configs/quickstart.yaml", "--rows", "8", "16", "--calls", "1", "--size", "512", "--images", "5000"]
     done = subprocess.run([*command, *quick, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout)
     assert {"measured", "assumed", "counted", "modelled"} < set(answer)
     assert answer["assumed"]["network"]["nic"] == 25e9
+    work = answer["assumed"]["workload"]
+    assert (work["dim"], work["learners"], work["batch"], work["images"]) == (128, 4, 128, 5000)  # three from the configuration
     assert list(answer["modelled"][0]["seconds"]) == ["1", "8", "16", "32", "64", "128", "256", "512", "1024"]
     assert all(seconds >= 0 for table in answer["modelled"] for phases in table["seconds"].values() for seconds in phases.values())
     assert all(name in answer["come_from"] for table in answer["modelled"] for name in table["seconds"]["8"])
-    for name in ("images_per_second", "decoded_per_second", "optimizer", "search_pair", "bookkeeping_row", "first_centroids"):
+    for name in ("images_per_second", "decoded_per_second", "optimizer", "bookkeeping_row", "first_centroids"):
         assert answer["measured"][name] > 0, name
-    measured, assumed = read_measured(tmp_path / "measured.json"), read_network(network)
-    shown = show(Workload(), measured, assumed, predict(Workload(), measured, assumed))
+    (measured, work), assumed = read_measured(tmp_path / "measured.json"), read_network(network)
+    shown = show(work, measured, assumed, predict(work, measured, assumed))
     assert "Everything below is modelled" in shown and shown.count("first bottleneck: ") == 4
 
 

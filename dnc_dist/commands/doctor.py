@@ -37,6 +37,8 @@ def doctor(words: tuple[str, ...], nproc: int | None, decode: str, as_json: bool
     # Before torch is imported: its store warns about every address that no name belongs to.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if _is_worker():
+        if nproc:
+            raise click.UsageError("--nproc starts workers, but srun or torchrun has already started this one; leave it out")
         return run_worker(lambda: _work(names, config, overrides, decode == "all", as_json))
     _load(config, overrides)
 

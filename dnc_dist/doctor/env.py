@@ -169,7 +169,8 @@ def _resources(facts: Sequence[Facts], cfg: RunConfig) -> Iterator[Check]:
 def _size(name: str, size: float | None, enough: int, hint: str) -> Check:
     if size is None:
         return Check(name, "this system does not tell")
-    return Check(name, f"{size / _GB:,.1f} GB", "ok", "") if size >= enough else Check(name, f"{size / _GB:,.1f} GB", "warning", hint)
+    value = f"{size / _GB:,.1f} GB"
+    return Check(name, value) if size >= enough else Check(name, value, "warning", hint)
 
 
 def shared_folder(run_dir: Path, hosts: Sequence[str]) -> Check:

@@ -20,7 +20,7 @@ import torch
 from dnc_dist import distributed
 from dnc_dist.engine.repartition import cut_partition, num_partitions
 from dnc_dist.engine.state import TrainState
-from dnc_dist.errors import InputError
+from dnc_dist.errors import InputError, RunError
 
 _MANIFEST = "files.json"
 _BLOCK = 1 << 20
@@ -65,7 +65,7 @@ class Checkpoints:
         The newest ``keep`` up to this one stay, and the best. What is newer than this one was abandoned by a resume before it.
 
         Raises:
-            OSError: it cannot be written; the checkpoints before it are untouched.
+            RunError: it cannot be written; the checkpoints before it are untouched.
         """
         tag, temporary = f"step-{state.step:08d}", f".step-{state.step:08d}.tmp"
         if distributed.is_main():
@@ -79,13 +79,20 @@ class Checkpoints:
             # On a full disk torch's writer only speaks of positions; other RuntimeErrors come from lost peers.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
-            free = shutil.disk_usage(self.folder).free / 2**20
-            raise OSError(f"{self.folder / tag} cannot be written, {free:.0f} MB are free there; `--resume auto` goes on later") from error
+            raise self._unwritable(tag, error) from error
         distributed.barrier()
         if distributed.is_main():
-            self._publish(temporary, tag, best)
+            try:
+                self._publish(temporary, tag, best)
+            except OSError as error:
+                raise self._unwritable(tag, error) from error
         distributed.barrier()
         return self.folder / tag
+
+    def _unwritable(self, tag: str, error: Exception) -> RunError:
+        free = shutil.disk_usage(self.folder).free / 2**20
+        why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        return RunError(f"{self.folder / tag} cannot be written{why}, {free:.0f} MB are free there; `--resume auto` goes on later")
 
     def _publish(self, temporary: str, tag: str, best: bool) -> None:
         folder = self.folder / temporary

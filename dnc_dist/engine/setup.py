@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from typing import Any
 
+import deepspeed
+import deepspeed.ops
 import torch
 from torch import nn
 
@@ -23,10 +24,6 @@ from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.embedding import EmbeddingHead
 from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.rng import seed_for
-
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-import deepspeed
-import deepspeed.ops
 
 
 def build_objective(cfg: RunConfig, num_classes: int) -> DncObjective:
@@ -91,7 +88,12 @@ def deepspeed_config(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         # Ranks may hold different numbers of rows; DeepSpeed only wants the product to be consistent.
         "train_micro_batch_size_per_gpu": max(1, cfg.schedule.batch_size // world_size),
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": cfg.engine.zero, "overlap_comm": distributed.device().type == "cuda"},
+        "zero_optimization": {
+            "stage": cfg.engine.zero,
+            "overlap_comm": distributed.device().type == "cuda",
+            # 64 MB of gradients at a time keep a network busy; the default allocates 2 GB for them, and twice that to overlap.
+            "reduce_bucket_size": 16_000_000,
+        },
         # Any class but torch's own Adam counts as untested there; ours differs from it only in skipping groups.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,

@@ -1,7 +1,8 @@
 """Start the workers of a launch, here or on several machines, watch them, and explain once how they ended.
 
 workers.py runs a launch; agent.py is torchrun's agent with patience; host.py and meeting.py are how several machines find each
-other and hear of each other's failures; network.py knows addresses and interfaces; verdict.py names the cause.
+other and hear of each other's failures (peers.py: what they are to each other); network.py knows addresses and interfaces;
+verdict.py names the cause.
 """
 
 from dnc_dist.launch.verdict import verdict

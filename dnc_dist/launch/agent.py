@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 from dnc_dist.errors import EXIT_STOPPED
 from dnc_dist.launch.console import say
-from dnc_dist.launch.meeting import Alarm, Peers
+from dnc_dist.launch.peers import Alarm, Peers
 from dnc_dist.worker import ERROR_FILE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)

@@ -151,7 +151,8 @@ class Host:
         self._roster = sorted(self._here, key=lambda one: (one.card["id"] != self._card["id"], one.card["host"], one.address))
         names = [machine.name for machine in self._roster]
         for number, machine in enumerate(self._roster):
-            address = self._own_address if number == 0 else machine.address
+            # The first one cannot see this by itself: it is connected through its loopback.
+            address = self._own_address if number == 0 else ""
             machine.send(roster=names, number=number, address=address, store_port=self._store_port)
 
     def _warn(self, source: _Machine | None, alarm: dict[str, Any]) -> None:

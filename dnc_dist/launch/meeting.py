@@ -1,4 +1,4 @@
-"""One machine's part in a launch: alone, or in a meeting with others through the host that --rdzv names."""
+"""How a machine finds the others of a launch through the host that --rdzv names, and speaks with them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import asdict
+from typing import Any
 
 from torch.distributed import TCPStore
 
 from dnc_dist.errors import EXIT_INPUT, InputError
 from dnc_dist.launch.console import say
 from dnc_dist.launch.host import GONE, ORPHAN_SECONDS, PROTOCOL, SILENCE_SECONDS, Host, silent
-from dnc_dist.launch.network import is_here, listen, parse_endpoint
+from dnc_dist.launch.network import is_here, listen, parse_endpoint, plain
+from dnc_dist.launch.peers import Alarm, open_store
 from dnc_dist.launch.verdict import Report
 
 _HELLO_SECONDS = 10.0
@@ -26,76 +27,6 @@ _HELLO_SECONDS = 10.0
 
 class MeetingError(Exception):
     """The machines did not meet; the message says who came, and where."""
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Something happened on a machine that the workers of the others must not wait for.
-
-    Attributes:
-        text: what; empty if the verdict will say it.
-        stop: whether the workers should save and stop, since all others do.
-        seconds: after which they are ended.
-    """
-
-    text: str
-    stop: bool
-    seconds: float
-
-
-class Peers(Protocol):
-    """The machines of a launch as one of them sees them. Number 0 has the store that workers meet in at ``store``."""
-
-    machines: list[str]
-    number: int
-    address: str
-    store: tuple[str, int]
-
-    def raise_alarm(self, alarm: Alarm) -> None:
-        """Tell the other machines."""
-
-    def alarms(self) -> Iterator[Alarm]:
-        """What other machines have told since the last call."""
-
-    def tell(self, report: Report) -> None:
-        """Say how the workers of this machine ended."""
-
-    def verdict(self) -> Report | None:
-        """How all workers ended; None as long as that is not known."""
-
-    def close(self) -> None:
-        """Leave."""
-
-
-class Alone:
-    """The only machine of a launch."""
-
-    machines = ["this machine"]
-    number = 0
-    address = "localhost"
-
-    def __init__(self) -> None:
-        self._store = _open_store("localhost")
-        self.store = ("localhost", self._store.port)
-        self._report: Report | None = None
-
-    def raise_alarm(self, alarm: Alarm) -> None:
-        """Nobody listens."""
-
-    def alarms(self) -> Iterator[Alarm]:
-        """Nobody speaks."""
-        return iter(())
-
-    def tell(self, report: Report) -> None:
-        """Say how the workers ended."""
-        self._report = report
-
-    def verdict(self) -> Report | None:
-        """What was told."""
-        return self._report
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class Meeting:
@@ -121,7 +52,7 @@ class Meeting:
     ) -> None:
         self.machines: list[str] = roster["roster"]
         self.number: int = roster["number"]
-        self.address: str = roster["address"]
+        self.address: str = roster["address"] or plain(connection.getsockname()[0])
         self.store = (endpoint[0], int(roster["store_port"]))
         self._connection, self._lines, self._host, self._store = connection, lines, host, store
         self._alarms: queue.SimpleQueue[Alarm] = queue.SimpleQueue()
@@ -202,10 +133,6 @@ def _close(connection: socket.socket) -> None:
     connection.close()
 
 
-def _open_store(host: str) -> TCPStore:
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
-
-
 class _Retry(Exception):
     """The host cannot be joined now, but perhaps soon; the message says why."""
 
@@ -234,7 +161,7 @@ def meet(endpoint: str, nnodes: int, terms: Mapping[str, Any], wait: float) -> M
             # If the port is taken, then by the launch before this one, which is about to end, or by another launcher on this machine.
             with suppress(OSError):
                 listener = listen(port)
-                store = _open_store(host_name)
+                store = open_store(host_name)
                 host = Host(listener, card, endpoint, nnodes, store.port, wait)
         try:
             return _join((host_name, port), card, host, store)

@@ -84,6 +84,6 @@ def interface_settings(address: str) -> dict[str, str]:
     interface = next(_interfaces_of(address), None)
     if missing and interface is None:
         raise InputError(
-            f"no network interface of this machine has the address {address}, under which the others know it; set {' and '.join(missing)}"
+            f"no network interface of this machine has the address {address}, from which it reaches the others; set {' and '.join(missing)}"
         )
     return {name: os.environ.get(name, pattern.format(interface)) for name, pattern in _INTERFACE_VARIABLES.items()}

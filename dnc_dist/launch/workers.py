@@ -23,8 +23,9 @@ from dnc_dist import __version__
 from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
 from dnc_dist.launch.agent import STOP_SIGNALS, Agent, Known, WorkerOutput
 from dnc_dist.launch.console import say
-from dnc_dist.launch.meeting import Alone, MeetingError, Peers, meet
+from dnc_dist.launch.meeting import MeetingError, meet
 from dnc_dist.launch.network import interface_settings
+from dnc_dist.launch.peers import Alone, Peers
 from dnc_dist.launch.verdict import Report, verdict
 from dnc_dist.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
 

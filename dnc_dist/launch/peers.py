@@ -1,0 +1,93 @@
+"""The machines of a launch as one of them sees them, and what that is for the only one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch.distributed import TCPStore
+
+from dnc_dist.launch.verdict import Report
+
+
+def open_store(host: str) -> TCPStore:
+    """The store in which the workers of all machines meet, at a free port of this one."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something happened on a machine that the workers of the others must not wait for.
+
+    Attributes:
+        text: what; empty if the verdict will say it.
+        stop: whether the workers should save and stop, since all others do.
+        seconds: after which they are ended.
+    """
+
+    text: str
+    stop: bool
+    seconds: float
+
+
+class Peers(Protocol):
+    """The machines of a launch as one of them sees them.
+
+    Attributes:
+        machines: their names.
+        number: which one this is.
+        address: of this one, on the network to the others.
+        store: host and port where workers find the store of torch; it is in the launcher of machine 0.
+    """
+
+    machines: list[str]
+    number: int
+    address: str
+    store: tuple[str, int]
+
+    def raise_alarm(self, alarm: Alarm) -> None:
+        """Tell the other machines."""
+
+    def alarms(self) -> Iterator[Alarm]:
+        """What other machines have told since the last call."""
+
+    def tell(self, report: Report) -> None:
+        """Say how the workers of this machine ended."""
+
+    def verdict(self) -> Report | None:
+        """How all workers ended; None as long as that is not known."""
+
+    def close(self) -> None:
+        """Leave."""
+
+
+class Alone:
+    """The only machine of a launch."""
+
+    machines = ["this machine"]
+    number = 0
+    address = "localhost"
+
+    def __init__(self) -> None:
+        self._store = open_store("localhost")
+        self.store = ("localhost", self._store.port)
+        self._report: Report | None = None
+
+    def raise_alarm(self, alarm: Alarm) -> None:
+        """Nobody listens."""
+
+    def alarms(self) -> Iterator[Alarm]:
+        """Nobody speaks."""
+        return iter(())
+
+    def tell(self, report: Report) -> None:
+        """Say how the workers ended."""
+        self._report = report
+
+    def verdict(self) -> Report | None:
+        """What was told."""
+        return self._report
+
+    def close(self) -> None:
+        """Nothing is open."""
