@@ -70,7 +70,8 @@ class Prediction:
         return next((line for line in found if line[2] >= BOTTLENECK), None)
 
     def _ideal(self, ranks: int) -> dict[str, float]:
-        return {phase: seconds / (1 if self.grows else ranks) for phase, seconds in self.one.items()}
+        """Seconds by phase of ranks that send nothing, share all work evenly and never wait for images."""
+        return {phase: 0.0 if phase == "input" else seconds / (1 if self.grows else ranks) for phase, seconds in self.one.items()}
 
 
 def predict(work: Workload, measured: Measured, network: Network, ranks: tuple[int, ...] = RANKS) -> list[Prediction]:

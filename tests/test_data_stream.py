@@ -65,7 +65,10 @@ def joined(parts: list[Batch]) -> Batch:
     """The global batch of a step from those of its ranks, without dummies."""
     real = [part.rows >= 0 for part in parts]
     tensors = [torch.cat([part[at][keep] for part, keep in zip(parts, real, strict=True)]) for at in range(6)]
-    return Batch(*tensors, sorted(key for part in parts for key in part.failed), parts[0].step)  # type: ignore[call-arg, arg-type]
+    for rank, part in enumerate(parts):  # consecutive ranks share a learner, or all share all
+        assert part.rows_of_ranks[rank % len(part.rows_of_ranks)] == len(part.rows)
+    failed = sorted(key for part in parts for key in part.failed)
+    return Batch(*tensors, failed, parts[0].step, (len(tensors[0]),))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 12])

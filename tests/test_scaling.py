@@ -97,7 +97,7 @@ def test_a_learner_is_gathered_in_its_group() -> None:
 
 def test_more_ranks_never_make_a_rank_more_efficient_and_one_alone_sends_nothing() -> None:
     # The step of the optimizer is divided among ranks, which makes many more efficient than one.
-    for prediction in predict(Workload(), replace(GPU, optimizer=0.0), Network()):
+    for prediction in predict(Workload(), replace(GPU, optimizer=0.0, decoded_per_second=1000), Network()):
         efficiency = [prediction.efficiency(ranks) for ranks in prediction.seconds]
         assert efficiency[0] == 1 and (np.diff(efficiency) <= 1e-9).all(), prediction.name
     alone = step(Workload(), GPU, Network(), 1, 128)

@@ -65,7 +65,9 @@ def extract(
                     break
                 result = compute(batch.images.to(device, non_blocking=True)).float().cpu()
                 if values is None:
-                    values = torch.zeros(end - start, result.shape[1])
+                    # Tensors made in inference mode cannot take part in autograd later.
+                    with torch.inference_mode(False):
+                        values = torch.zeros(end - start, result.shape[1])
                 at = batch.positions - start
                 values[at], valid[at] = result * batch.valid[:, None], batch.valid
                 failed += batch.failed
@@ -81,8 +83,7 @@ def extract(
     watchdog.phase(f"{name}, all blocks")
     if values is None:
         values = torch.zeros(0, _width(objective, compute))
-    # Made in inference mode, where tensors cannot take part in autograd later; callers only read them.
-    return Extracted(values.clone(), valid, start, failed)
+    return Extracted(values, valid, start, failed)
 
 
 def _width(objective: DncObjective, compute: Callable[[Tensor], Tensor]) -> int:

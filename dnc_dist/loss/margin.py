@@ -125,7 +125,10 @@ class MarginLoss(nn.Module):
         here = (other >= 0) & (other < len(z))
         positive = pairs.positive.view(len(z), -1)[:1].expand(len(references.z), slots).flatten()
         anchor = torch.arange(len(references.z), device=z.device).repeat_interleave(slots)
-        drawn_here = dnc_kernels.Pairs(anchor, torch.where(here, other, -1), positive)
+        if z.device.type == "cpu":
+            drawn_here = dnc_kernels.Pairs(anchor[here], other[here], positive[here])
+        else:  # the number of pairs must not depend on values, or the host waits for the device
+            drawn_here = dnc_kernels.Pairs(anchor, torch.where(here, other, -1), positive)
         return dnc_kernels.margin_loss_on_pairs(
             references.z,
             references.labels,
