@@ -68,7 +68,7 @@ def joined(parts: list[Batch]) -> Batch:
     for rank, part in enumerate(parts):  # consecutive ranks share a learner, or all share all
         assert part.rows_of_ranks[rank % len(part.rows_of_ranks)] == len(part.rows)
     failed = sorted(key for part in parts for key in part.failed)
-    return Batch(*tensors, failed, parts[0].step, (len(tensors[0]),))  # type: ignore[arg-type]
+    return Batch(*tensors, failed, parts[0].step, [len(tensors[0])])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 12])

@@ -66,10 +66,10 @@ class EpochSchedule:
         first, count, me, ranks = self._share(step, rank, world)
         return first + count * me // ranks, first + count * (me + 1) // ranks
 
-    def rows_of_ranks(self, step: int, rank: int, world: int) -> tuple[int, ...]:
+    def rows_of_ranks(self, step: int, rank: int, world: int) -> list[int]:
         """Batch rows of every rank of the rank's group (without groups: of every rank), the dummy of one without rows included."""
         _, count, _, ranks = self._share(step, rank, world)
-        return tuple(max(1, count * (other + 1) // ranks - count * other // ranks) for other in range(ranks))
+        return [max(1, count * (other + 1) // ranks - count * other // ranks) for other in range(ranks)]
 
     def max_rows_per_class(self, labels: NDArray[np.int64]) -> int:
         """The largest number of rows that one class has in any step, given ``labels`` (n,) of the view."""

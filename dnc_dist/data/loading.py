@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     valid: Tensor
     failed: list[str]
     step: int
-    rows_of_ranks: tuple[int, ...]
+    rows_of_ranks: list[int]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on another device."""
@@ -47,7 +47,7 @@ class Request(NamedTuple):
     labels: NDArray[np.int64]
     learner: NDArray[np.int64]
     positions: NDArray[np.int64]
-    rows_of_ranks: tuple[int, ...]
+    rows_of_ranks: list[int]
 
 
 def load_image(data: bytes, geometry: Geometry, uniforms: Tensor | None) -> Tensor | None:
@@ -78,7 +78,7 @@ def assemble(index: DatasetIndex, request: Request, images: list[Tensor | None],
     )
 
 
-def dummy(step: int, size: int, rows_of_ranks: tuple[int, ...]) -> Batch:
+def dummy(step: int, size: int, rows_of_ranks: list[int]) -> Batch:
     """The batch of a rank without rows: one row that takes part in nothing."""
     one = torch.ones(1, dtype=torch.int64)
     return Batch(

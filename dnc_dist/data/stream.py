@@ -150,7 +150,7 @@ class _SequentialDataset(IterableDataset[Batch]):
             images = [load_image(next(data), self.geometry, None) for _ in range(block.start, block.stop)]
             positions = np.arange(block.start, block.stop)
             nothing = np.zeros_like(positions)
-            request = Request(block.number, self.view.rows[positions], self.view.labels[positions], nothing, positions, (len(positions),))
+            request = Request(block.number, self.view.rows[positions], self.view.labels[positions], nothing, positions, [len(positions)])
             yield assemble(self.index, request, images, self.geometry.image_size)
 
     def _indexed(self, blocks: list[_Block]) -> Iterator[bytes]:

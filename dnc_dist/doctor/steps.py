@@ -151,7 +151,7 @@ def _global_batch(learners: int, step: int) -> Batch:
         valid=torch.ones(ROWS, dtype=torch.bool),
         failed=[],
         step=step,
-        rows_of_ranks=(ROWS,),
+        rows_of_ranks=[ROWS],
     )
 
 
@@ -172,7 +172,7 @@ def _local_batch(learners: int, layout: Layout, grouped: bool, step: int) -> Bat
     ranks, count = world // parts, ROWS // parts
     group, me = divmod(rank, ranks)
     bounds = _bounds(count, ranks, layout)
-    rows_of_ranks = tuple(max(1, stop - start) for start, stop in itertools.pairwise(bounds))
+    rows_of_ranks = [max(1, stop - start) for start, stop in itertools.pairwise(bounds)]
     start, stop = group * count + bounds[me], group * count + bounds[me + 1]
     if start == stop:
         return dummy(step, SIZE, rows_of_ranks).to(distributed.device())
