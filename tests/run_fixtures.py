@@ -7,7 +7,6 @@ signals and output, without the seconds that an import of torch and DeepSpeed ta
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import resource
 import shutil
@@ -26,19 +25,9 @@ import torch
 import yaml
 from PIL import Image
 
+from tests.process_server import SERVER
+
 SIZE = 16
-_SERVER = mp.get_context("forkserver")
-# All that a training imports in its course; DeepSpeed's optimizers bring torch's compiler, the slowest of them.
-_SERVER.set_forkserver_preload(
-    [
-        "dnc_dist.commands.train",
-        "dnc_dist.engine.trainer",
-        "dnc_dist.report",
-        "matplotlib.backends.backend_agg",
-        "deepspeed.runtime.zero.muon.original_muon",
-        "tests.run_fixtures",
-    ]
-)
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Values that two runs may not share: how long things took, and how much memory they needed.
 _OF_THE_CLOCK = ("seconds", "images_per_second", "share_data", "share_divide", "share_evaluate", "memory_mb")
@@ -152,7 +141,7 @@ def start(
     out, err = folder / f".std-{count}.out", folder / f".std-{count}.err"
     out.touch()
     err.touch()
-    process = _SERVER.Process(
+    process = SERVER.Process(
         target=_entry, args=([str(part) for part in arguments], str(folder), str(out), str(err), dict(env or {}), before)
     )
     process.start()

@@ -10,12 +10,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from dnc_dist import distributed
+from tests.process_server import SERVER
 
 
-def _worker(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], out: str) -> None:
+def _worker(
+    rank: int,
+    world_size: int,
+    port: int,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    out: str,
+    environment: dict[str, str],
+) -> None:
+    # The server's own environment is that of the first test.
+    os.environ.clear()
+    os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     try:
@@ -40,11 +51,11 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout: fl
     Raises:
         AssertionError: a rank raised (its traceback is shown), died, or was not done after ``timeout`` seconds.
     """
-    context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as out:
         port = _free_port()
         workers = [
-            context.Process(target=_worker, args=(rank, world_size, port, function, args, out), daemon=False) for rank in range(world_size)
+            SERVER.Process(target=_worker, args=(rank, world_size, port, function, args, out, dict(os.environ)), daemon=False)
+            for rank in range(world_size)
         ]
         for worker in workers:
             worker.start()

@@ -201,10 +201,13 @@ def bytes_per_iteration(num_rows: int, k: int, dim: int) -> tuple[list[int], int
     return summed, distributed.traffic()["gather"] - before, result.iterations
 
 
+def few_and_many(k: int, dim: int) -> list[tuple[list[int], int, int]]:
+    return [bytes_per_iteration(num_rows, k, dim) for num_rows in (2_000, 200_000)]
+
+
 def test_bytes_per_iteration_do_not_depend_on_the_number_of_rows() -> None:
-    k, dim, world = 5, 8, 4
-    few, many = (spawn(bytes_per_iteration, world, num_rows, k, dim) for num_rows in (2_000, 200_000))
-    for (summed, gathered, iterations), (expected, _, _) in zip(many, few, strict=True):
+    k, dim = 5, 8
+    for (expected, _, _), (summed, gathered, iterations) in spawn(few_and_many, 4, k, dim):
         # Sums and counts of the clusters, the objective and the number of moved rows, in float64; from a given start no row travels.
         assert summed[1:] == [8 * (k * dim + k + 2)] * (iterations + 1)
         assert summed == expected and gathered == 0 and iterations == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -295,7 +296,8 @@ def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
     network.write_text("{nic: 25e9, gpus_per_node: 4, storage: null}")
     command = [sys.executable, "-m", "benchmarks.scaling", "--measured", str(tmp_path / "measured.json"), "--network", str(network)]
     quick = ["--measure", "configs/quickstart.yaml", "--rows", "8", "16", "--calls", "1", "--size", "512", "--images", "5000"]
-    done = subprocess.run([*command, *quick, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *quick, "--json"], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     answer = json.loads(done.stdout)
     assert {"measured", "assumed", "counted", "modelled"} < set(answer)
