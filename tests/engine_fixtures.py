@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig, parse_tree
@@ -104,21 +104,6 @@ def shake(objective: DncObjective, level: int) -> None:
                 buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
             elif name.endswith("running_var"):
                 buffer.mul_(0.5 + torch.rand(buffer.shape, generator=generator))
-
-
-def smooth(module: nn.Module) -> nn.Module:
-    """The network with GELU for ReLU and average for maximum pooling.
-
-    Rounding that turns one of a million ReLUs on or off changes a gradient by 0.1 %: only a smooth network can be compared closely.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(module, name, nn.GELU())
-        elif isinstance(child, nn.MaxPool2d):
-            setattr(module, name, nn.AvgPool2d(child.kernel_size))
-        else:
-            smooth(child)
-    return module
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

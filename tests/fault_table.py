@@ -98,6 +98,13 @@ class Trial:
         assert self.process.poll() is None, self.end()
         self.fault()
 
+    def start_and_stop(self) -> None:
+        """Train to the step of the faults, and stop there with a checkpoint; the fault is yet to come."""
+        self.start()
+        self.reach()
+        kill(self.process, signal.SIGTERM)
+        self.process.wait(timeout=60)
+
     def worker(self, rank: int) -> psutil.Process:
         """The worker of a rank."""
         return next(child for child in psutil.Process(self.process.pid).children() if child.environ().get("RANK") == str(rank))
@@ -275,10 +282,7 @@ def disk_full(trial: Trial) -> Done:
 
 @fault("corrupt latest checkpoint", 0, r"checkpoint .* is damaged .*; not used")
 def corrupt_checkpoint(trial: Trial) -> Done:
-    trial.start()
-    trial.reach()
-    kill(trial.process, signal.SIGTERM)
-    trial.process.wait(timeout=60)
+    trial.start_and_stop()
     newest = trial.run / "checkpoints" / (trial.run / "checkpoints" / "latest").read_text().strip()
     file = max(newest.glob("*.pt"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
@@ -327,10 +331,7 @@ def hanging(trial: Trial) -> Done:
 
 @fault("the loss becomes NaN", 1, r"not finite")
 def not_finite(trial: Trial) -> Done:
-    trial.start()
-    trial.reach()
-    kill(trial.process, signal.SIGTERM)
-    trial.process.wait(timeout=60)
+    trial.start_and_stop()
     trial.start("optim.lr=1e30")
     trial.end()
     assert list((trial.run / "not-finite").glob("*.npz")), "the batch was not written"

@@ -16,10 +16,11 @@ from torch.nn.utils import parameters_to_vector
 from dnc_dist import distributed
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import open_index
+from dnc_dist.doctor.steps import smooth
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
-from tests.engine_fixtures import config, damage, division_by_hand, make_dataset, relative_error, shake, smooth
+from tests.engine_fixtures import config, damage, division_by_hand, make_dataset, relative_error, shake
 from tests.spawn import spawn
 
 STEP = 7

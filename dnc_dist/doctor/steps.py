@@ -109,7 +109,7 @@ def _config(case: Case) -> RunConfig:
 def _objective(cfg: RunConfig) -> DncObjective:
     """The smooth network with masks, boundaries and statistics that are not those of the start, equal on every rank."""
     objective = build_objective(cfg, CLASSES).train()
-    _smooth(objective.backbone)
+    smooth(objective.backbone)
     numbers = generator("doctor", "parameters", _SEED)
     state = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
     with torch.no_grad():
@@ -126,14 +126,16 @@ def _objective(cfg: RunConfig) -> DncObjective:
     return objective
 
 
-def _smooth(module: nn.Module) -> None:
+def smooth(module: nn.Module) -> nn.Module:
+    """The network, changed in place: GELU for ReLU and average for maximum pooling."""
     for name, child in module.named_children():
         if isinstance(child, nn.ReLU):
             setattr(module, name, nn.GELU())
         elif isinstance(child, nn.MaxPool2d):
             setattr(module, name, nn.AvgPool2d(child.kernel_size))
         else:
-            _smooth(child)
+            smooth(child)
+    return module
 
 
 def _global_batch(learners: int, step: int) -> Batch:
