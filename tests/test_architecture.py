@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels" / "dnc_kernels"
 
 # A module imports from lower layers and, inside a sub-package, from its siblings; entries of one layer do not import each other.
 LAYERS = [
-    {"errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact", "watchdog", "traces"},
+    {"errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact", "watchdog", "traces", "foreign"},
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine"},
     {"report", "launch", "inference", "doctor"},
@@ -26,11 +26,12 @@ LAYERS = [
 ]
 # Layer 0 is ordered inside itself: what may be imported from the same layer.
 BASE_IMPORTS = {
-    "config": {"errors"},
-    "distributed": {"errors"},
-    "tracker": {"errors", "distributed"},
-    "gallery": {"errors"},
-    "worker": {"errors", "config"},
+    "foreign": {"errors"},
+    "config": {"errors", "foreign"},
+    "distributed": {"errors", "foreign"},
+    "tracker": {"errors", "distributed", "foreign"},
+    "gallery": {"errors", "foreign"},
+    "worker": {"errors", "config", "foreign"},
     "watchdog": {"distributed", "traces"},
     "__main__": {"cli"},
 }
@@ -44,7 +45,7 @@ FENCES = {
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
     "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_kernels"},
     "triton": {"dnc_kernels"},
-    "pydantic": {"dnc_dist.config"},
+    "pydantic": {"dnc_dist.config", "dnc_dist.foreign"},
 }
 # Values that config.py owns are handed down; of the packages below the engine none reads the configuration.
 CONFIG_READERS = {"engine", "report", "launch", "inference", "doctor", "commands", "cli", "worker"}

@@ -1,0 +1,180 @@
+"""Bytes that may come from elsewhere: a data set, a run directory or an environment that somebody else made.
+
+Each kind of content has one reader. It bounds what it reads, checks the type of every value, executes nothing, and raises
+InputError with the file's name, whatever the bytes are. Code that gets its values from here needs no check of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from dnc_dist.errors import InputError
+
+T = TypeVar("T")
+MOST_BYTES = 1 << 28
+"""A text file beyond this size is none of ours: the class names of ten million classes fit."""
+MOST_UNPACKED = 1 << 32
+"""Arrays beyond this size are none of ours: a division of a billion images fits."""
+
+
+class Array(NamedTuple):
+    """What an array of a file has to be: the kinds of its dtype (as ``numpy.dtype.kind``), and its number of dimensions."""
+
+    kinds: str
+    ndim: int
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        InputError: it is missing, no regular file (a pipe would wait for ever), unreadable, or longer than ``most`` bytes.
+    """
+    try:
+        # Without O_NONBLOCK already the opening of a pipe waits.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path} is no regular file; give a file")
+            if status.st_size > most:
+                raise InputError(f"{path} has {status.st_size:,} bytes, at most {most:,} are read; it is not what it should be")
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def read_text(path: Path, most: int = MOST_BYTES) -> str:
+    """The content of a UTF-8 file; a byte-order mark is passed over.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
+
+
+def parse_json(data: str | bytes, shape: type[T] | TypeAdapter[T], source: str | Path, cure: str = "") -> T:
+    """JSON as a value of the given type: a dataclass, or any annotation that pydantic knows.
+
+    Args:
+        data: the JSON.
+        shape: what it must be; no text is taken for a number.
+        source: where it is from, for the message.
+        cure: what the user can do about it.
+
+    Raises:
+        InputError: no JSON, too deep, or a value of another type; names the first wrong value.
+    """
+    adapter = shape if isinstance(shape, TypeAdapter) else TypeAdapter(shape)
+    try:
+        return adapter.validate_json(data, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        got = "" if first["type"] in ("json_invalid", "missing") else f" (got {shorten(first['input'])})"
+        tail = f"; {cure}" if cure else ""
+        raise InputError(f"{source} is damaged: {f'{where}: ' if where else ''}{first['msg']}{got}{tail}") from None
+
+
+def read_json(path: Path, shape: type[T] | TypeAdapter[T], cure: str = "") -> T:
+    """A JSON file as a value of the given type; see ``parse_json``.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    return parse_json(read_bytes(path), shape, path, cure)
+
+
+def read_lines(path: Path, most: int = 1 << 20) -> Iterator[bytes]:
+    """The complete lines of a file one by one, without keeping the whole; those longer than ``most`` bytes are passed over.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{path} is no regular file; give a file")
+            long = False
+            while line := file.readline(most):
+                whole = line.endswith(b"\n")
+                if whole and not long:
+                    yield line
+                long = not whole
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "") -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file. No object is unpickled.
+
+    Raises:
+        InputError: it cannot be read, or an array is missing or of another kind.
+    """
+    if not path.is_file():
+        read_bytes(path)  # says why
+    tail = f"; {cure}" if cure else ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MOST_UNPACKED:
+            raise InputError(f"{path} unpacks to {size:,} bytes, at most {MOST_UNPACKED:,} are read; it is not what it should be{tail}")
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in shapes}
+    except InputError:
+        raise
+    except Exception as error:  # bytes that no array file has make numpy, zipfile and zlib raise almost anything
+        raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
+    for name, (kinds, ndim) in shapes.items():
+        array = found[name]
+        if array.dtype.kind not in kinds or array.ndim != ndim:
+            raise InputError(f"{path} is damaged: {name} is an array of {array.dtype} with {array.ndim} dimension(s){tail}")
+    return found
+
+
+def environment_int(name: str, default: int | None = None, least: int = 0, most: int = 1 << 31) -> int:
+    """A whole number from the environment.
+
+    Raises:
+        InputError: the variable is not set and has no default, or it is no number in [least, most].
+    """
+    text = os.environ.get(name)
+    if text is None:
+        if default is None:
+            raise InputError(f"the environment variable {name} is not set; start with `dnc-dist launch`, torchrun or srun")
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if not least <= value <= most:
+        raise InputError(
+            f"the environment variable {name} is {shorten(text)}, not a whole number from {least} to {most}; set it right or unset it"
+        )
+    return value
+
+
+def shorten(value: Any, most: int = 80) -> str:
+    """A foreign value for a message: on one line, without control characters, not too long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _brief(error: BaseException) -> str:
+    """An error of a library, on one line."""
+    lines = str(error).strip().splitlines()
+    return shorten(lines[0], 200).strip("'\"") if lines else type(error).__name__
