@@ -4,15 +4,19 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .PHONY: help quickstart test test-full lint format clean
 
+$(if $(wildcard constraints.txt),,$(error make has to start in the folder of this Makefile: cd there, or make -C FOLDER))
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 comma := ,
-EXTRA := $(if $(shell command -v nvidia-smi),gpu,cpu)
+# What is installed depends on the GPUs that the driver lists (it may be there and list none); how many processes train, on those
+# that torch can use at that time (`dnc-dist launch --help`).
+EXTRA = $(shell [[ "$$(nvidia-smi -L 2> /dev/null)" == "GPU 0:"* ]] && echo gpu || echo cpu)
 # The first of these that is new enough and can make virtual environments; PYTHON=... chooses another.
-PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
-	if $$name -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then echo $$name; break; fi; done)
+SUITS := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null
+PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do if $$name $(SUITS); then echo $$name; break; fi; done)
 
 # `import kernels` must never find the folder of that name (a package on PyPI is called like that).
 export PYTHONSAFEPATH := 1
@@ -23,7 +27,7 @@ FAST := not slow and not gpu
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 help:
-	@echo "make quickstart   train on rendered characters with 2 processes (about 5 minutes on 2 cores) and write a report"
+	@echo "make quickstart   train on rendered characters, one process per GPU or 2 on the CPU (about 5 minutes on 2 cores), and write a report"
 	@echo "make test         lint, types and all tests but the slow ones"
 	@echo "make test-full    all tests"
 	@echo "make lint         ruff and mypy; make format repairs what ruff can"
@@ -31,12 +35,12 @@ help:
 
 # torch first and alone: DeepSpeed looks for it when it is built. DS_BUILD_OPS=0: no operator is compiled at installation.
 define install
-	@if [ -z "$(PYTHON)" ]; then \
-		echo "no Python 3.11 or newer with the venv module was found; install one (Debian: python3-venv) or give PYTHON=/path/to/python" >&2; exit 2; fi
-	@echo "installing into $(VENV) with $(PYTHON), extras: $(1)"
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(PIP) torch
-	@DS_BUILD_OPS=0 $(PIP) --editable ".[$(1)]"
+	@[ -x $(BIN)/python ] || "$(PYTHON)" $(SUITS) || { echo "error: Python 3.11 or newer with the venv module is needed;" \
+		"$(or $(PYTHON),no python3 found here) is none. Install one (Debian: apt install python3-venv) or give PYTHON=/path/to/python" >&2; exit 2; }
+	@echo "installing into $(VENV), extras: $(1)"
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@$(PIP) torch && DS_BUILD_OPS=0 $(PIP) --editable ".[$(1)]" || { echo "error: pip could not install the packages (see above);" \
+		"it needs the network, or a copy of the packages that PIP_INDEX_URL or PIP_FIND_LINKS names" >&2; exit 1; }
 endef
 
 $(STAMP): pyproject.toml constraints.txt
@@ -51,7 +55,7 @@ $(TEST_STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@[ -f data/glyphs/manifest.json ] || { rm -rf data/glyphs && $(BIN)/dnc-dist data prepare glyphs --out data/glyphs; }
 	@rm -rf $(RUN)
-	@$(BIN)/dnc-dist launch configs/quickstart.yaml --nproc 2
+	@$(BIN)/dnc-dist launch configs/quickstart.yaml
 	@echo "report: $(RUN)/report.html"
 
 lint: $(TEST_STAMP)

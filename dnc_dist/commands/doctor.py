@@ -42,13 +42,11 @@ def doctor(words: tuple[str, ...], nproc: int | None, decode: str, as_json: bool
         return run_worker(lambda: _work(names, config, overrides, decode == "all", as_json))
     _load(config, overrides)
 
-    import torch
-
     from dnc_dist.launch import launch_workers, workers_here
 
     command = [sys.executable, "-m", "dnc_dist", "doctor", *words, "--decode", decode, *(["--json"] if as_json else [])]
     command += [part for override in overrides for part in ("--set", override)]
-    return launch_workers(command, workers_here(nproc) if nproc or torch.cuda.is_available() else 2)
+    return launch_workers(command, workers_here(nproc))
 
 
 def _work(names: tuple[str, ...], config: Path | None, overrides: tuple[str, ...], decode_all: bool, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from dnc_dist.commands.train import overrides_option, resume_option
 
 @click.command(short_help="Train on one machine or several, one worker per GPU.")
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--nproc", type=click.IntRange(min=1), help="Workers on each machine.  [default: number of GPUs, or 1]")
+@click.option("--nproc", type=click.IntRange(min=1), help="Workers on each machine.  [default: number of GPUs; without a GPU 2]")
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines; start the same command on each.")
 @click.option("--rdzv", metavar="HOST:PORT", default="", help="Where the machines meet: an address of one of them and a free port.")
 @click.option("--wait", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds to wait for the other machines.")

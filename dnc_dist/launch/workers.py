@@ -29,23 +29,28 @@ from dnc_dist.launch.peers import Alone, Peers
 from dnc_dist.launch.verdict import Report, verdict
 from dnc_dist.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
 
+WORKERS_WITHOUT_GPU = 2
 # What a machine may take to report, once its workers should have ended.
 _REPORT_SECONDS = 15.0
 
 
 def workers_here(nproc: int | None) -> int:
-    """How many workers to start on this machine: as many as wanted, else one per GPU, else one.
+    """How many workers to start on this machine: as many as wanted, else one per GPU, without a GPU two.
+
+    Two, so that a trial on the CPU takes the ways of a run on many GPUs; not one per core, so that the same command gives the
+    same digits on a laptop and on a server.
 
     Raises:
         InputError: there are GPUs, but fewer than workers wanted.
     """
-    gpus = torch.cuda.device_count()
+    # The count alone knows the GPUs of a driver that is too old for this torch, too; the workers of such a machine use the CPU.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if nproc and 0 < gpus < nproc:
         raise InputError(
             f"--nproc {nproc}, but torch sees {gpus} GPU(s) here, and every worker needs one of its own; use at most {gpus}, "
             "or set CUDA_VISIBLE_DEVICES to nothing for a run on the CPU"
         )
-    return nproc or max(1, gpus)
+    return nproc or gpus or WORKERS_WITHOUT_GPU
 
 
 def launch_workers(
