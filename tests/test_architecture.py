@@ -17,7 +17,21 @@ KERNELS = ROOT / "kernels" / "dnc_kernels"
 
 # A module imports from lower layers and, inside a sub-package, from its siblings; entries of one layer do not import each other.
 LAYERS = [
-    {"errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact", "watchdog", "traces", "foreign"},
+    {
+        "errors",
+        "config",
+        "rng",
+        "progress",
+        "distributed",
+        "tracker",
+        "gallery",
+        "worker",
+        "exact",
+        "watchdog",
+        "traces",
+        "foreign",
+        "torchvision_guard",
+    },
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine"},
     {"report", "launch", "inference", "doctor"},

@@ -43,7 +43,9 @@ class Clone:
 
     def make(self, *arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": str(self.path), "HOME": str(self.path.parent)}
-        return subprocess.run([str(MAKE), *arguments], cwd=folder or self.folder, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [str(MAKE), *arguments], cwd=folder or self.folder, env=environment, capture_output=True, text=True, timeout=60
+        )
 
     def record(self) -> list[str]:
         return (self.folder / "record.txt").read_text().splitlines()

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import multiprocessing
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 
+from dnc_dist import torchvision_guard
 from dnc_dist.errors import InputError
-from dnc_dist.model import backbone as backbone_module
 from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d
 from dnc_dist.model.embedding import EmbeddingHead, inference
+from tests.process_server import SERVER
 
 
 def test_conv4_shapes_and_poolings() -> None:
@@ -82,7 +91,6 @@ def test_weights_that_cannot_be_had_say_what_to_give(tmp_path: Path, monkeypatch
             build_backbone("conv4", str(tmp_path / name), batch_norm="global")
     with pytest.raises(InputError, match="no pretrained weights"):
         build_backbone("conv4", "pretrained", batch_norm="global")
-    backbone_module._declare_torchvision_operators()
     import timm
 
     def offline(*args: object, **kwargs: object) -> None:
@@ -108,3 +116,100 @@ def test_inference_is_normalised_for_every_kind() -> None:
     torch.testing.assert_close(whole, embeddings / embeddings.norm(dim=1, keepdim=True))
     torch.testing.assert_close(sliced.norm(dim=1), torch.ones(5))
     torch.testing.assert_close(sliced.view(5, 4, 2).norm(dim=2), torch.full((5, 4), 0.5))
+
+
+# ---------------------------------------------------------------- torchvision beside a CPU-only torch
+
+
+def guarded() -> bool:
+    return torchvision_guard._guard in sys.meta_path
+
+
+def in_a_new_process(work: Callable[..., None], *arguments: Path) -> None:
+    """Run it in a process that has torch and dnc_dist, but neither torchvision nor timm."""
+    process = SERVER.Process(target=work, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+USER = """
+import importlib, importlib.util, sys
+import dnc_dist
+assert importlib.util.find_spec("torchvision").origin.endswith("__init__.py")
+assert not {"torch", "torchvision", "numpy"} & set(sys.modules), "import dnc_dist has to stay quick"
+import timm, torchvision
+from dnc_dist import torchvision_guard
+assert torchvision_guard._guard not in sys.meta_path
+timm.create_model("test_vit", num_classes=0)
+assert importlib.reload(torchvision) is torchvision
+"""
+
+
+def test_a_user_imports_dnc_dist_and_then_timm() -> None:
+    done = subprocess.run([sys.executable, "-c", USER], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def _guard_the_real_one() -> None:
+    assert guarded() and importlib.util.find_spec("torchvision") is not None
+    assert guarded() and "torchvision" not in sys.modules, "only a question"
+    child = multiprocessing.get_context("fork").Process(target=importlib.import_module, args=("torchvision",))
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and guarded()
+    from torchvision import transforms
+
+    assert not guarded()
+    assert pickle.loads(pickle.dumps(transforms.CenterCrop(8))).size == (8, 8)
+    assert type(transforms.__spec__.loader) is type(importlib.import_module("torchvision").__loader__)
+    torchvision_guard.install()
+    assert not guarded(), "too late, and not needed"
+
+
+def _import_without_the_guard_first() -> None:
+    torchvision_guard.remove()
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        assert "torchvision::nms does not exist" in str(error)
+    torchvision_guard.install()
+    importlib.import_module("timm")
+
+
+def _import_one_that_works(folder: Path) -> None:
+    """Its library can be loaded, so there is nothing to declare."""
+    sys.path.insert(0, str(folder))
+    assert importlib.import_module("torchvision").__version__ == "of the test"
+    assert not guarded() and not hasattr(torch.ops.torchvision, "nms")
+
+
+def _import_one_that_fails(folder: Path) -> None:
+    sys.path.insert(0, str(folder))
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            importlib.import_module("torchvision")
+    assert not guarded()
+
+
+def _import_none() -> None:
+    sys.path[:] = [entry for entry in sys.path if "site-packages" not in entry]
+    with pytest.raises(ModuleNotFoundError, match="torchvision"):
+        importlib.import_module("torchvision")
+
+
+@pytest.mark.parametrize("work", [_guard_the_real_one, _import_without_the_guard_first, _import_none])
+def test_the_guard_acts_once_and_leaves(work: Callable[[], None]) -> None:
+    in_a_new_process(work)
+
+
+def test_another_torchvision_is_left_alone(tmp_path: Path) -> None:
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("__version__ = 'of the test'")
+    library = importlib.util.find_spec("_multiprocessing")  # any that can be loaded
+    assert library is not None and library.origin is not None
+    shutil.copy(library.origin, package / "_C.so")
+    in_a_new_process(_import_one_that_works, tmp_path)
+    (package / "__init__.py").write_text("1 / 0")
+    in_a_new_process(_import_one_that_fails, tmp_path)

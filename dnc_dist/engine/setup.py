@@ -47,11 +47,13 @@ def kernels_note(kmeans_backend: Backend) -> str:
     """What computes mining, loss and k-means on this rank's device, for the start of a run.
 
     Raises:
-        InputError: DNC_KERNELS or division.kmeans_backend names something that does not exist or cannot run here.
+        InputError: DNC_KERNELS or division.kmeans_backend names something that does not exist or cannot run here, or Triton
+            cannot compile a kernel: without a C compiler the first step would fail.
     """
     device = distributed.device()
     try:
         note = dnc_kernels.implementation_note(device)
+        dnc_kernels.check_implementation(device)
     except RuntimeError as error:
         raise InputError(str(error)) from None
     return f"{note}; k-means by {choose_backend(kmeans_backend, device)}"

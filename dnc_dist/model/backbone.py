@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import itertools
 from pathlib import Path
 from typing import Any, Literal
@@ -15,30 +14,6 @@ from dnc_dist.errors import InputError
 from dnc_dist.model.batch_norm import BatchNormKind, replace_batch_norm
 
 Pooling = Literal["avg", "max", "avg+max"]
-
-_torchvision_schemas: list[torch.library.Library] = []
-
-
-def _declare_torchvision_operators() -> None:
-    """Let torchvision, and so timm, be imported where its compiled operators cannot be loaded.
-
-    A stock torchvision wheel next to a CPU-only torch finds no CUDA libraries, and its import then stops at "operator
-    torchvision::nms does not exist". Nothing here calls the operators; their two schemas are enough for the import.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if _torchvision_schemas or spec is None or spec.origin is None:
-        return
-    try:
-        for library in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(str(library))
-            return
-    except OSError:
-        pass  # what the schemas below are for
-    schemas = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):  # declared by somebody with the same trouble
-            schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _torchvision_schemas.append(schemas)  # a library that is garbage-collected takes its schemas along
 
 
 def _pool(maps: Tensor, pooling: Pooling) -> Tensor:
@@ -96,7 +71,6 @@ class TimmBackbone(nn.Module):
 
 
 def _build_timm(name: str, weights: str, pooling: Pooling) -> TimmBackbone:
-    _declare_torchvision_operators()
     import timm  # 2.4 s: only for those who ask for it
 
     if not timm.is_model(name):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dnc_kernels import reference
 from dnc_kernels.contract import MarginLossOutput, Pairs
-from dnc_kernels.dispatch import dispatched, implementation, implementation_note
+from dnc_kernels.dispatch import check_implementation, dispatched, implementation, implementation_note
 from dnc_kernels.reference import negative_weights
 
 __all__ = [
     "MarginLossOutput",
     "Pairs",
+    "check_implementation",
     "implementation",
     "implementation_note",
     "lloyd_step",

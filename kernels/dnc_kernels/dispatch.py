@@ -10,9 +10,12 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+from dnc_kernels.toolchain import check_launch, use_cache_folder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,6 +75,9 @@ def _is_current(device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result  # torch.compile cannot look into an import
 def _load_triton(name: str) -> None:
+    if name in _triton_functions:
+        return
+    use_cache_folder()
     _triton_functions[name] = getattr(importlib.import_module(TRITON_MODULES[name]), name)
 
 
@@ -87,6 +93,18 @@ def implementation_note(device: torch.device | str) -> str:
     else:
         reason = ""
     return f"dnc_kernels: {name} implementation ({what}{reason})"
+
+
+def check_implementation(device: torch.device | str) -> None:
+    """Prove that what serves this device runs: Triton compiles and launches a kernel. The reference needs no proof.
+
+    Raises:
+        RuntimeError: it does not; says what is missing.
+    """
+    device = torch.device(device)
+    if implementation(device) == "triton":
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            check_launch(device)
 
 
 def dispatched(function: Callable[P, R]) -> Callable[P, R]:
