@@ -57,7 +57,7 @@ FENCES = {
     "click": {"dnc_dist.cli", "dnc_dist.commands"},
     "timm": {"dnc_dist.model.backbone"},
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
-    "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_kernels"},
+    "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.doctor", "dnc_kernels"},
     "triton": {"dnc_kernels"},
     "pydantic": {"dnc_dist.config", "dnc_dist.foreign"},
 }

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dnc_dist.config import parse_tree
 from dnc_dist.data.index import open_index
 from dnc_dist.doctor import env, facts
 from dnc_dist.doctor.table import Check, Section, as_json, render
@@ -39,6 +41,9 @@ def ranks(
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **((env_of_1 or {}) if rank == 1 else {})}
         running.append(start(["doctor", *arguments], folder, env=place | own, before=before))
     return [process.wait() for process in running]
+
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def found(done: Done, code: int = 0) -> dict[str, Any]:
@@ -72,6 +77,8 @@ def test_environment_of_one_process(place: Path) -> None:
     assert row(values, "torch")["value"] == torch.__version__
     assert row(values, "W&B")["value"] == "not chosen (tracker.kind=jsonl)"
     assert "reference implementation" in row(values, "kernels")["value"]
+    assert row(values, "faiss search")["value"].startswith("on the CPU")
+    assert {row(values, name)["status"] for name in ("C compiler", "Python headers", "kernel cache")} == {"ok"}
     (rank,) = values["env"]["ranks"]
     assert rank["memory"] > 0 and rank["run_disk"] > 0 and rank["clock_offset"] == 0
     assert [path.name for path in place.iterdir() if "doctor" in path.name] == []
@@ -134,6 +141,117 @@ def test_other_clocks_and_folders_are_found(place: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_found() -> None:
     check = env.shared_folder(Path("/proc/nowhere/runs"), ["a"])
     assert check.status == "failed" and check.value.startswith("/proc: ")
+
+
+def _for_triton(**changes: Any) -> list[tuple[str, str]]:
+    """Names and values of the warnings about what Triton needs, for a rank with a GPU and one without."""
+    mine = dataclasses.replace(_facts(), compiler="/usr/bin/cc", python_header="/usr/include/Python.h", kernel_cache="/k", host="a")
+    on_gpu = dataclasses.replace(mine, gpu=facts.Gpu("G", 80 * 2**30, (9, 0)), kernel_cache_system="ext4")
+    without = dataclasses.replace(mine, compiler="", python_header="", kernel_cache_system="nfs")
+    return [
+        (check.name, check.value) for check in env._toolchain([without, dataclasses.replace(on_gpu, **changes)]) if check.status != "ok"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({}, None),
+        ({"compiler": ""}, ("C compiler", "none on rank 1 (a)")),
+        ({"python_header": ""}, ("Python headers", "none on rank 1 (a)")),
+        ({"kernel_cache_system": "nfs4"}, ("kernel cache", "/k (nfs4) on rank 1 (a)")),
+        ({"kernel_cache_system": "fuse.sshfs"}, ("kernel cache", "/k (fuse.sshfs) on rank 1 (a)")),
+        ({"kernel_cache_system": None}, None),
+    ],
+)
+def test_what_triton_needs_on_a_gpu(changes: dict[str, Any], warning: tuple[str, str] | None) -> None:
+    assert _for_triton(**changes) == ([warning] if warning else [])
+
+
+def test_the_kind_of_a_file_system(tmp_path: Path) -> None:
+    home, late = tmp_path / "my home", tmp_path / "late"
+    (home / "below").mkdir(parents=True)
+    late.mkdir()
+    point = str(home).replace(" ", r"\040")
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        f"1 0 8:1 / / rw,relatime - ext4 /dev/root rw\n2 1 0:5 / {point} rw shared:1 master:2 - nfs4 server:/x rw\n"
+        f"3 1 8:2 / {late} rw - xfs /dev/b rw\n4 3 0:6 / {late} rw - lustre o:/x rw\n"
+    )
+    found = [facts._file_system(path, mounts) for path in (tmp_path, home / "below" / "not yet", late, tmp_path / "latecomer")]
+    assert found == ["ext4", "nfs4", "lustre", "ext4"]
+    assert facts._file_system(tmp_path, tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("listing", "visible", "found"),
+    [
+        ("echo 'GPU 0: X (UUID: y)'", None, True),
+        ("echo 'GPU 0: X (UUID: y)'", "0", True),
+        ("echo 'GPU 0: X (UUID: y)'", "", False),
+        ("echo 'No devices were found'; exit 6", None, False),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", None, False),
+    ],
+)
+def test_a_driver_counts_with_its_gpus(
+    listing: str, visible: str | None, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{listing}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert facts._driver_has_gpus() is found
+
+
+def test_shared_memory_is_judged_by_what_the_workers_load() -> None:
+    four = [dataclasses.replace(_facts(), shared_memory=2 * 2**30)] * 4
+    of_workers = {workers: parse_tree({"data": {"root": ".", "workers": workers}}, "test") for workers in (1, 40)}
+    found = {workers: next(check for check in env._resources(four, cfg) if check.name == "/dev/shm") for workers, cfg in of_workers.items()}
+    assert [check.status for check in found.values()] == ["ok", "warning"] and "--shm-size" in found[40].hint
+
+
+def _forge_faiss() -> None:
+    import faiss
+
+    search = faiss.knn
+
+    def forged(*args: Any) -> Any:
+        distance, found = search(*args)
+        distance[3, 1] += 1
+        return distance, found
+
+    faiss.knn = forged
+
+
+def _kernels_for_everybody() -> None:
+    """The folder for compiled kernels is one that everybody can write to, and DNC_KERNELS asks for kernels."""
+    os.environ.pop("TRITON_CACHE_DIR", None)
+    tempfile.tempdir = os.getcwd()
+    folder = Path(f"dnc-dist-triton-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o777)
+
+
+WITH_TRITON = {"DNC_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+
+
+def test_wrong_neighbours_of_faiss_are_found(place: Path) -> None:
+    done = dnc("doctor", "env", "--json", folder=place, env=ALONE, before=_forge_faiss)
+    assert row(found(done, code=1), "faiss search")["hint"].startswith("FAISS on the CPU finds wrong neighbours for 1 of 256 rows")
+
+
+@pytest.mark.parametrize("command", ["doctor", "train"])
+def test_kernels_that_others_could_have_written_are_not_run(command: str, tmp_path: Path) -> None:
+    write_config(tmp_path, Path("nowhere"))
+    message = f"dnc-dist-triton-{os.getuid()} for compiled kernels is not a folder that this user alone can use; remove it, or set TRITON_"
+    if command == "train":
+        done = dnc("train", "run.yaml", folder=tmp_path, env=WITH_TRITON, before=_kernels_for_everybody)
+        assert message in done.error and not (tmp_path / "runs").exists()
+        return
+    done = dnc("doctor", "env", "--json", folder=tmp_path, env=WITH_TRITON | ALONE, before=_kernels_for_everybody)
+    assert message in row(found(done, code=1), "kernels")["hint"]
 
 
 # ---------------------------------------------------------------- data

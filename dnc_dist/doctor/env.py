@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from dnc_dist.tracker import wandb_route
 _GB = 2**30
 # Below these the hint is given; a training may still work.
 _ENOUGH_MEMORY, _ENOUGH_DISK, _ENOUGH_SHARED_MEMORY, _ENOUGH_FILES = 2 * _GB, 5 * _GB, 1 * _GB, 1024
+_NETWORK_FILE_SYSTEMS = re.compile(r"afs|beegfs|ceph|cifs|gpfs|lustre|nfs\d?|panfs|smb\d?|wekafs|fuse\.(ceph|glusterfs|sshfs)")
 _SHARED_WITHIN_SECONDS = 20.0
 # Log lines and the question which rank failed first are read by the hosts' clocks.
 _MOST_SKEW_SECONDS = 1.0
@@ -33,8 +35,13 @@ def check_env(cfg: RunConfig) -> Section:
     broken = any(one.import_error for one in facts)
     checks = [*_software(facts), *_devices(facts)]
     if not broken:
-        checks += [_kernels(cfg), _wandb(cfg, facts[0].versions["wandb"])]
-    checks += [*_resources(facts, cfg), shared_folder(cfg.run.dir, [one.host for one in facts]), _clocks(facts, offsets)]
+        checks += [_kernels(cfg), _faiss_search(), _wandb(cfg, facts[0].versions["wandb"])]
+    checks += [
+        *_toolchain(facts),
+        *_resources(facts, cfg),
+        shared_folder(cfg.run.dir, [one.host for one in facts]),
+        _clocks(facts, offsets),
+    ]
     hosts = list(dict.fromkeys(one.host for one in facts))
     note = f"{len(facts)} rank(s) on {len(hosts)} host(s): {', '.join(hosts[:8])}{', …' if len(hosts) > 8 else ''}"
     ranks = [asdict(one) | {"cores": len(one.cores), "clock_offset": offset} for one, offset in zip(facts, offsets, strict=True)]
@@ -79,9 +86,11 @@ def _devices(facts: Sequence[Facts]) -> Iterator[Check]:
         if any(one.driver for one in facts):
             yield Check(
                 "GPUs",
-                "nvidia-smi is there, but torch finds none",
+                "nvidia-smi lists some, but torch finds none: the CPU trains",
                 "failed",
-                "install a CUDA build of torch, and look at CUDA_VISIBLE_DEVICES",
+                "install a CUDA build of torch"
+                if facts[0].versions["cuda"] == "none"
+                else f"torch is built for CUDA {facts[0].versions['cuda']}: update the driver, and look at CUDA_VISIBLE_DEVICES",
             )
         else:
             yield Check("GPUs", "none, the CPU trains", "warning", "enough to try things out; real datasets want a GPU")
@@ -118,6 +127,35 @@ def _kernels(cfg: RunConfig) -> Check:
             "kernels", "; ".join(sorted({note for note, _ in notes})), "failed", "set DNC_KERNELS and install triton alike on every rank"
         )
     return Check("kernels", notes[0][0].removeprefix("dnc_kernels: "))
+
+
+def _faiss_search() -> Check:
+    from dnc_dist.retrieval.faiss_check import faiss_note
+
+    notes = distributed.gather_objects(_note_or_error(lambda: faiss_note(distributed.device().index)))
+    error = next((error for _, error in notes if error), "")
+    return Check(
+        "faiss search", "cannot search" if error else "; ".join(sorted({note for note, _ in notes})), "failed" if error else "ok", error
+    )
+
+
+def _toolchain(facts: Sequence[Facts]) -> Iterator[Check]:
+    """What Triton builds its launcher with, and where it keeps kernels: of no account without a GPU, whatever it is."""
+    on_gpu = [rank for rank, one in enumerate(facts) if one.gpu is not None]
+    for name, found, cure in (
+        ("C compiler", [one.compiler for one in facts], "Triton needs one for its first kernel: install gcc, or set CC"),
+        ("Python headers", [one.python_header for one in facts], "Triton needs Python.h for its first kernel: install python3-dev"),
+    ):
+        lacking = next((rank for rank in on_gpu if not found[rank]), None)
+        if lacking is None:
+            yield Check(name, found[on_gpu[0] if on_gpu else 0] or "none; only GPUs need it")
+        else:
+            yield Check(name, f"none on {_on(lacking, facts)}", "warning", cure)
+    far = next((rank for rank in on_gpu if _NETWORK_FILE_SYSTEMS.fullmatch(facts[rank].kernel_cache_system or "")), None)
+    one = facts[far or 0]
+    value = f"{one.kernel_cache} ({one.kernel_cache_system or 'unknown file system'})"
+    hint = "ranks wait for a network there; set TRITON_CACHE_DIR to a folder on a disk of each machine, or unset it"
+    yield Check("kernel cache", value) if far is None else Check("kernel cache", f"{value} on {_on(far, facts)}", "warning", hint)
 
 
 def _note_or_error(function: Callable[[], str]) -> tuple[str, str]:
@@ -158,12 +196,18 @@ def _resources(facts: Sequence[Facts], cfg: RunConfig) -> Iterator[Check]:
     yield _size(
         "/dev/shm",
         shared,
-        _ENOUGH_SHARED_MEMORY,
+        max(_ENOUGH_SHARED_MEMORY, _loaded_ahead(cfg, max(map(len, hosts)))),
         "loader workers pass images through it; in Docker, start with --shm-size=8g, or set data.workers=0",
     )
     files = min(one.open_files for one in facts)
     few = files < _ENOUGH_FILES
     yield Check("open files", f"at most {files:,}", "warning" if few else "ok", "loaders need many: `ulimit -n 65536`" if few else "")
+
+
+def _loaded_ahead(cfg: RunConfig, ranks: int) -> int:
+    """Bytes of the batches that the loader workers of so many ranks keep ready, two each, in training and in an evaluation beside it."""
+    rows = -(-cfg.schedule.batch_size // distributed.world_size()) + cfg.evaluation.batch_size
+    return ranks * cfg.data.workers * 2 * rows * 3 * cfg.data.image_size**2
 
 
 def _size(name: str, size: float | None, enough: int, hint: str) -> Check:

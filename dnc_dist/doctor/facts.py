@@ -6,9 +6,11 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 
 import dnc_dist
 from dnc_dist import distributed
+from dnc_kernels import toolchain
 
 # What is compared between ranks, and the names that its distributions have.
 _PACKAGES = {
@@ -52,7 +55,9 @@ class Facts:
     """One rank's view. Sizes in bytes; None: this system does not tell.
 
     ``import_error`` why the program cannot be imported, or empty; ``cores`` the CPUs that this rank may use; ``run_disk`` and
-    ``temporary_disk`` what is free there.
+    ``temporary_disk`` what is free there; ``driver`` whether the driver has GPUs that this process may use; ``compiler`` and
+    ``python_header`` what Triton builds its launcher with, empty if absent; ``kernel_cache`` and ``kernel_cache_system`` where it
+    keeps compiled kernels, and the kind of that file system.
     """
 
     host: str
@@ -68,19 +73,23 @@ class Facts:
     temporary_disk: int
     shared_memory: int | None
     open_files: int
+    compiler: str
+    python_header: str
+    kernel_cache: str
+    kernel_cache_system: str | None
 
 
 def gather_facts(run_dir: Path) -> list[Facts]:
     """Collective. What every rank sees, in rank order."""
-    shm = Path("/dev/shm")
+    shm, header, kernels = Path("/dev/shm"), toolchain.python_header(), toolchain.cache_folder()
     return distributed.gather_objects(
         Facts(
             host=socket.gethostname(),
             versions=_versions(),
             import_error=_import_error(),
             gpu=_gpu(),
-            num_gpus=torch.cuda.device_count(),
-            driver=shutil.which("nvidia-smi") is not None,
+            num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            driver=_driver_has_gpus(),
             cores=frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)),
             threads=torch.get_num_threads(),
             memory=_available_memory(),
@@ -88,6 +97,10 @@ def gather_facts(run_dir: Path) -> list[Facts]:
             temporary_disk=shutil.disk_usage(tempfile.gettempdir()).free,
             shared_memory=shutil.disk_usage(shm).total if shm.is_dir() else None,
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            compiler=toolchain.compiler() or "",
+            python_header=str(header) if header.is_file() else "",
+            kernel_cache=str(kernels),
+            kernel_cache_system=_file_system(kernels),
         )
     )
 
@@ -132,6 +145,31 @@ def _import_error() -> str:
     except Exception as error:  # whatever a broken installation raises is what is looked for
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return ""
+
+
+def _driver_has_gpus() -> bool:
+    """Whether nvidia-smi lists a GPU and CUDA_VISIBLE_DEVICES does not hide all of them; also if it does not answer, as it should."""
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return False
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False).stdout.startswith("GPU 0:")
+    except subprocess.TimeoutExpired:
+        return True
+
+
+def _file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """The kind of file system that a folder lies on, or would lie on."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    place, found = existing_parent(path).resolve(), (0, "")
+    for line in lines:  # 36 35 98:0 /root /mount\\040point options [tag:value]... - type source options; later ones cover earlier ones
+        left, _, right = line.partition(" - ")
+        mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
+        if place.is_relative_to(mount) and len(mount) >= found[0]:
+            found = (len(mount), right.split()[0])
+    return found[1] or None
 
 
 def _gpu() -> Gpu | None:
