@@ -13,10 +13,10 @@ TEST_STAMP := $(VENV)/.installed-test
 comma := ,
 # What is installed depends on the GPUs that the driver lists (it may be there and list none); how many processes train, on those
 # that torch can use at that time (`dnc-dist launch --help`).
-EXTRA = $(shell [[ "$$(nvidia-smi -L 2> /dev/null)" == "GPU 0:"* ]] && echo gpu || echo cpu)
+EXTRA = $(shell [[ "$$(nvidia-smi -L 2> /dev/null)" == *"GPU 0:"* ]] && echo gpu || echo cpu)
 # The first of these that is new enough and can make virtual environments; PYTHON=... chooses another.
 SUITS := -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2> /dev/null
-PYTHON ?= $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do if $$name $(SUITS); then echo $$name; break; fi; done)
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do if $$name $(SUITS); then echo $$name; break; fi; done)
 
 # `import kernels` must never find the folder of that name (a package on PyPI is called like that).
 export PYTHONSAFEPATH := 1

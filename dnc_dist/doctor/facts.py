@@ -152,7 +152,7 @@ def _driver_has_gpus() -> bool:
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
         return False
     try:
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False).stdout.startswith("GPU 0:")
+        return "GPU 0:" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False).stdout
     except subprocess.TimeoutExpired:
         return True
 
@@ -164,7 +164,7 @@ def _file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str
     except OSError:
         return None
     place, found = existing_parent(path).resolve(), (0, "")
-    for line in lines:  # 36 35 98:0 /root /mount\\040point options [tag:value]... - type source options; later ones cover earlier ones
+    for line in lines:  # "36 35 98:0 / /mount/point options tags - type source options", a space as \040; the later covers the earlier
         left, _, right = line.partition(" - ")
         mount = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), left.split()[4])
         if place.is_relative_to(mount) and len(mount) >= found[0]:

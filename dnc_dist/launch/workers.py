@@ -37,8 +37,8 @@ _REPORT_SECONDS = 15.0
 def workers_here(nproc: int | None) -> int:
     """How many workers to start on this machine: as many as wanted, else one per GPU, without a GPU two.
 
-    Two, so that a trial on the CPU takes the ways of a run on many GPUs; not one per core, so that the same command gives the
-    same digits on a laptop and on a server.
+    Two, so that a trial on the CPU takes the ways of a run on many GPUs; not one per core, as memory and rounding would then
+    depend on the machine.
 
     Raises:
         InputError: there are GPUs, but fewer than workers wanted.
