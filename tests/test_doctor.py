@@ -106,6 +106,8 @@ def test_other_versions_and_broken_installations_are_found() -> None:
     assert [check.name for check in failed] == ["imports", "same versions", "same versions"]
     assert failed[0].value == "rank 1 (b): ImportError: no libfaiss"
     assert failed[1].value == f"torch {torch.__version__} on rank 0, 1.0 on rank 1 (b)"
+    two = dataclasses.replace(mine, versions=mine.versions | {"faiss": "1.15.1 (faiss-gpu), 1.15.1 (faiss-cpu)"})
+    assert [(check.name, check.status) for check in env._software([two]) if check.status != "ok"] == [("faiss", "warning")]
     missing = [check.name for check in env._software([other, other]) if check.status == "failed"]
     assert missing == ["faiss", "imports"]
 

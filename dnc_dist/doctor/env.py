@@ -54,6 +54,8 @@ def _software(facts: Sequence[Facts]) -> Iterator[Check]:
         absent = mine[name] == ABSENT
         if name == "faiss" and absent:
             yield Check(name, mine[name], "failed", "pip install 'dnc-dist[cpu]' or 'dnc-dist[gpu]'")
+        elif name == "faiss" and "," in mine[name]:
+            yield Check(name, mine[name], "warning", "they overwrite each other's files; uninstall all of them, then install one")
         elif name == "triton" and absent and facts[0].gpu is not None:
             yield Check(name, mine[name], "warning", "without it mining and loss take memory for every pair; pip install triton")
         else:

@@ -126,7 +126,7 @@ def clock_offsets(rounds: int = 11) -> list[float]:
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "dnc-dist": dnc_dist.__version__, "cuda": torch.version.cuda or "none"}
     for name, distributions in _PACKAGES.items():
-        found[name] = next((version for entry in distributions if (version := _version(entry))), ABSENT)
+        found[name] = ", ".join(filter(None, map(_version, distributions))) or ABSENT
     return found
 
 
