@@ -7,7 +7,6 @@ package; each is the identity on one rank, so callers never ask whether they are
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal
@@ -18,50 +17,50 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
+from dnc_dist import rendezvous
 from dnc_dist.errors import InputError
-
-_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def _slurm_environment() -> dict[str, str]:
-    """torchrun's variables from those of a SLURM step with one task per GPU."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout.split()
-    return {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "WORLD_SIZE": os.environ["SLURM_NTASKS"],
-        "MASTER_ADDR": os.environ.get("MASTER_ADDR", hosts[0]),
-        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000)),
-    }
+from dnc_dist.foreign import environment_int
 
 
 def init(timeout_seconds: float = 1800) -> None:
     """Collective. Join the process group described by torchrun's variables, else SLURM's, else be the only rank.
 
+    Args:
+        timeout_seconds: of collectives, and of the store of the ranks.
+
     Raises:
-        InputError: torchrun's variables are only partly set.
+        InputError: the variables are incomplete or wrong, or not all ranks come to the address that they name.
     """
     if dist.is_initialized():
         return
-    given = [name for name in _TORCHRUN if name in os.environ]
-    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        os.environ.update(_slurm_environment())
-    elif not {"RANK", "WORLD_SIZE"} & set(given):
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    elif missing := [name for name in _TORCHRUN if name not in os.environ]:
-        raise InputError(
-            f"the environment sets {', '.join(given)} but not {', '.join(missing)}; start with `dnc-dist launch`, torchrun or srun, "
-            "or unset all of them"
-        )
-    timeout = timedelta(seconds=timeout_seconds)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if world_size() == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+    start = rendezvous.read_environment()
+    if start.world == 1 or rendezvous.is_loopback(start.address):
+        rendezvous.use_loopback()
+    store = dist.HashStore() if start.world == 1 else rendezvous.join(start, timeout_seconds)
+    mine = _claim_device()
+    if mine is not None:
+        torch.cuda.set_device(mine)
+    dist.init_process_group(
+        "gloo" if mine is None else "nccl",
+        store=store,
+        rank=start.rank,
+        world_size=start.world,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=mine,
+    )
+
+
+def _claim_device() -> torch.device | None:
+    """The CUDA device of this rank, if there are any; from now on LOCAL_RANK is its number.
+
+    DeepSpeed takes LOCAL_RANK for the number of a device, which it is not where each process sees one GPU only, as under
+    ``srun --gpus-per-task=1``.
+    """
+    mine = device()
+    if mine.type != "cuda":
+        return None
+    os.environ["LOCAL_RANK"] = str(mine.index)
+    return mine
 
 
 def set_timeout(seconds: float) -> None:
@@ -86,17 +85,17 @@ def shutdown() -> None:
 
 def rank() -> int:
     """This process's global rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else environment_int("RANK", 0)
 
 
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if dist.is_initialized() else environment_int("WORLD_SIZE", 1, least=1)
 
 
 def local_rank() -> int:
     """This process's rank on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return environment_int("LOCAL_RANK", 0)
 
 
 def is_main() -> bool:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 from dnc_dist.config import ConfigError
 from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code
+from dnc_dist.foreign import environment_int
 
 # Set by the launcher for each worker: where its error goes, and whom to follow.
 ERROR_FILE = "DNC_ERROR_FILE"
@@ -60,9 +61,9 @@ def run_worker(work: Callable[[], None]) -> int:
 
 def _run(work: Callable[[], None]) -> int:
     faulthandler.enable(2)
-    if launcher := os.environ.get(LAUNCHER_PID):
-        threading.Thread(target=_follow, args=(int(launcher), STOP_TIMEOUT_SECONDS), daemon=True).start()
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank, world = environment_int("RANK", environment_int("SLURM_PROCID", 0)), environment_int("WORLD_SIZE", 1, least=1)
+    if launcher := environment_int(LAUNCHER_PID, 0):
+        threading.Thread(target=_follow, args=(launcher, STOP_TIMEOUT_SECONDS), daemon=True).start()
     try:
         work()
         return 0
@@ -82,7 +83,7 @@ def _run(work: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr)
         elif not isinstance(error, ConfigError | RunError):
             print(f"error on rank {rank}: {error}", file=sys.stderr)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if world > 1:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

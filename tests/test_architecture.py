@@ -31,6 +31,7 @@ LAYERS = [
         "traces",
         "foreign",
         "torchvision_guard",
+        "rendezvous",
     },
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine"},
@@ -42,7 +43,8 @@ LAYERS = [
 BASE_IMPORTS = {
     "foreign": {"errors"},
     "config": {"errors", "foreign"},
-    "distributed": {"errors", "foreign"},
+    "rendezvous": {"errors", "foreign"},
+    "distributed": {"errors", "foreign", "rendezvous"},
     "tracker": {"errors", "distributed", "foreign"},
     "gallery": {"errors", "foreign"},
     "worker": {"errors", "config", "foreign"},

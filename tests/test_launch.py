@@ -16,7 +16,7 @@ import torch
 
 from dnc_dist.errors import InputError
 from dnc_dist.launch import launch_workers, verdict, workers_here
-from dnc_dist.launch.verdict import Report
+from dnc_dist.launch.verdict import Failure, Report
 
 PRELUDE = """
 import os, signal, sys, time
@@ -229,8 +229,8 @@ def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         workers_here(3)
 
 
-def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> dict[str, object]:
-    return {"time": moment, "exit_code": 1, "type": kind, "message": text, "traceback": f"Traceback\n{kind}: {text}\n"}
+def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure:
+    return Failure(moment, 1, kind, text, f"Traceback\n{kind}: {text}\n")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> dict[st
         ),
     ],
 )
-def test_verdict(codes: dict[int, int | None], errors: dict[int, dict[str, object]], stopping: bool, expected: tuple[int, str]) -> None:
+def test_verdict(codes: dict[int, int | None], errors: dict[int, Failure], stopping: bool, expected: tuple[int, str]) -> None:
     assert verdict(Report(codes, errors), stopping=stopping) == expected
 
 
@@ -277,7 +277,7 @@ HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
     ],
 )
 def test_verdict_of_two_machines(
-    codes: dict[int, int | None], errors: dict[int, dict[str, object]], stopping: bool, expected: tuple[int, str]
+    codes: dict[int, int | None], errors: dict[int, Failure], stopping: bool, expected: tuple[int, str]
 ) -> None:
     lost = {} if 3 in codes else {"b": "gone"}
     assert verdict(Report(codes, errors, lost=lost), stopping=stopping, hosts=HOSTS) == expected

@@ -23,6 +23,7 @@ from dnc_dist.config import ConfigError, load_config
 from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.finite import _all_finite
+from dnc_dist.launch.verdict import Failure
 from dnc_dist.launch.verdict import Report as LaunchReport
 from dnc_dist.launch.verdict import verdict
 from dnc_dist.traces import place as trace
@@ -333,7 +334,7 @@ def test_parameters_that_are_not_finite_are_found_behind_a_finite_loss() -> None
 
 
 def test_the_launcher_shows_no_traceback_of_a_run_error() -> None:
-    record = {"time": 1.0, "exit_code": 1, "type": "RunError", "message": "rank 1 does not answer", "traceback": ""}
+    record = Failure(1.0, 1, "RunError", "rank 1 does not answer", "")
     assert verdict(LaunchReport(codes={0: 1, 1: None}, errors={0: record})) == (1, "error: rank 1 does not answer")
 
 

@@ -11,6 +11,7 @@ import click
 from dnc_dist.commands.train import overrides_option
 from dnc_dist.config import RunConfig, load_config, parse_tree
 from dnc_dist.errors import RunError
+from dnc_dist.foreign import environment_int
 from dnc_dist.worker import run_worker
 
 CHECKS = ("env", "data", "network", "parity")
@@ -64,7 +65,7 @@ def _work(names: tuple[str, ...], config: Path | None, overrides: tuple[str, ...
 
 def _is_worker() -> bool:
     """Whether torchrun, srun or this command's own launch started this process; a batch script or a shell of SLURM did not."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return "RANK" in os.environ or environment_int("SLURM_STEP_NUM_TASKS", 1) > 1
 
 
 def _parse(words: tuple[str, ...], overrides: tuple[str, ...]) -> tuple[tuple[str, ...], Path | None]:

@@ -27,6 +27,10 @@ def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float,
     Rank 0's output is shown, on the machine that --rdzv names; if a worker fails, the first error of any rank is shown once on
     every machine, and all end. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 make the workers of all machines save and stop (exit code
     75); `--resume auto` continues.
+
+    Several machines prove to each other that they know one secret. The one that --rdzv names writes it, anew for each launch, to a
+    file beside the run directory (run.dir/.NAME.launch-secret, readable for you alone), where the others find it. Where they share
+    no such folder, set DNC_LAUNCH_SECRET to the same random text on all of them.
     """
     from dnc_dist.config import load_config
 
@@ -43,7 +47,15 @@ def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float,
     terms = {"--resume": resume, **dict(_flat(cfg.model_dump(mode="json")))}
     # Each machine may have its own copy of the data, which workers compare.
     del terms["data.root"]
-    return launch_workers(command, workers_here(nproc), nnodes=nnodes, rendezvous=rdzv, wait=wait, terms=terms)
+    return launch_workers(
+        command,
+        workers_here(nproc),
+        nnodes=nnodes,
+        rendezvous=rdzv,
+        secret_file=cfg.run.path.with_name(f".{cfg.run.path.name}.launch-secret"),
+        wait=wait,
+        terms=terms,
+    )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import queue
 import socket
 import threading
@@ -10,17 +9,31 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
-from torch.distributed import TCPStore
-
 from dnc_dist.errors import EXIT_INPUT, InputError
+from dnc_dist.launch.channel import (
+    CODE_BYTES,
+    HEADER,
+    MAGIC,
+    NONCE_BYTES,
+    Card,
+    Channel,
+    Forged,
+    FromHost,
+    FromMachine,
+    Roster,
+    answer,
+    nonce,
+    trust,
+)
 from dnc_dist.launch.console import say
-from dnc_dist.launch.host import GONE, ORPHAN_SECONDS, PROTOCOL, SILENCE_SECONDS, Host, silent
-from dnc_dist.launch.network import is_here, listen, parse_endpoint, plain
-from dnc_dist.launch.peers import Alarm, open_store
+from dnc_dist.launch.host import ORPHAN_SECONDS, SILENCE_SECONDS, Host, why_lost
+from dnc_dist.launch.network import is_here, parse_endpoint, plain
+from dnc_dist.launch.peers import Alarm
+from dnc_dist.launch.secret import NoSecretError, Secret
 from dnc_dist.launch.verdict import Report
+from dnc_dist.rendezvous import listen
 
 _HELLO_SECONDS = 10.0
 
@@ -29,32 +42,62 @@ class MeetingError(Exception):
     """The machines did not meet; the message says who came, and where."""
 
 
+class _Line:
+    """A connection to the host whose two ends have proved themselves."""
+
+    def __init__(self, connection: socket.socket, channel: Channel) -> None:
+        self.connection, self._channel = connection, channel
+        self._sending = threading.Lock()
+
+    def send(self, message: FromMachine) -> None:
+        # Whoever reads from the connection finds out, and says, that it is broken.
+        with self._sending, suppress(OSError):
+            self.connection.sendall(self._channel.seal(message))
+
+    def receive(self) -> FromHost:
+        """The next message.
+
+        Raises:
+            OSError: the connection has ended, or nothing came for too long.
+            Forged: what came is not of the host.
+        """
+        deadline = time.monotonic() + SILENCE_SECONDS
+        header = _receive(self.connection, HEADER.size, deadline)
+        return self._channel.open(header, _receive(self.connection, self._channel.size(header), deadline), FromHost)
+
+    def close(self) -> None:
+        # Not only `close`, which does nothing as long as somebody reads from it.
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+
+
+def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
+    """So many bytes, before that time."""
+    data = b""
+    while len(data) < size:
+        connection.settimeout(max(0.001, deadline - time.monotonic()))
+        part = connection.recv(size - len(data))
+        if not part:
+            raise ConnectionError("the connection is closed")
+        data += part
+    return data
+
+
 class Meeting:
     """This machine among the others, from the roster on; its own thread listens and answers the host's beats.
 
     Args:
-        connection: to the host, at which the roster has just arrived.
-        lines: what comes from there.
+        line: to the host, from which the roster has just arrived.
         roster: the host's message.
-        endpoint: host and port of --rdzv.
         host: the server, if it runs here.
-        store: of the workers, if it is here.
     """
 
-    def __init__(
-        self,
-        connection: socket.socket,
-        lines: Iterator[bytes],
-        roster: Mapping[str, Any],
-        endpoint: tuple[str, int],
-        host: Host | None,
-        store: TCPStore | None,
-    ) -> None:
-        self.machines: list[str] = roster["roster"]
-        self.number: int = roster["number"]
-        self.address: str = roster["address"] or plain(connection.getsockname()[0])
-        self.store = (endpoint[0], int(roster["store_port"]))
-        self._connection, self._lines, self._host, self._store = connection, lines, host, store
+    def __init__(self, line: _Line, roster: Roster, host: Host | None) -> None:
+        self.machines, self.number = roster.machines, roster.number
+        self.address = roster.address or plain(line.connection.getsockname()[0])
+        self.store = (roster.store_address, roster.store_port)
+        self._line, self._host = line, host
         self._alarms: queue.SimpleQueue[Alarm] = queue.SimpleQueue()
         self._report = Report()
         self._verdict: Report | None = None
@@ -63,7 +106,7 @@ class Meeting:
 
     def raise_alarm(self, alarm: Alarm) -> None:
         """Tell the other machines."""
-        _send(self._connection, alarm=asdict(alarm))
+        self._line.send(FromMachine(alarm=alarm))
 
     def alarms(self) -> Iterator[Alarm]:
         """What other machines have told since the last call, or that they cannot be heard any more."""
@@ -74,9 +117,7 @@ class Meeting:
     def tell(self, report: Report) -> None:
         """Say how the workers of this machine ended; times as ages, since the clocks of machines differ."""
         self._report = report
-        message = asdict(report)
-        message["errors"] = {rank: {**error, "age": time.time() - error["time"]} for rank, error in report.errors.items()}
-        _send(self._connection, report=message)
+        self._line.send(FromMachine(report=report.later(-time.time())))
 
     def verdict(self) -> Report | None:
         """How all workers ended, or those that can still be known about."""
@@ -86,58 +127,34 @@ class Meeting:
 
     def close(self) -> None:
         """Leave; the host waits for the others."""
-        _close(self._connection)
+        self._line.close()
         if self._host is not None:
             self._host.close()
 
     def _read(self) -> None:
-        host, why, stop = self.machines[0], GONE, True
+        host = self.machines[0]
         try:
-            for line in self._lines:
-                message = json.loads(line)
-                if "beat" in message:
-                    _send(self._connection, beat=True)
-                elif "alarm" in message:
-                    self._alarms.put(Alarm(**message["alarm"]))
-                elif "verdict" in message:
-                    self._verdict = _joined(message["verdict"])
+            while True:
+                message = self._line.receive()
+                if message.alarm is not None:
+                    self._alarms.put(message.alarm)
+                elif message.verdict is not None:
+                    self._verdict = message.verdict
                     return
-        except OSError as error:
-            # As in the host: an end is not silence.
-            if not isinstance(error, ConnectionError):
-                why, stop = silent(), False
+                else:
+                    self._line.send(FromMachine())
+        except (OSError, Forged, InputError) as error:
+            why, stop = why_lost(error)
         # The alarm first: whoever sees that the host is lost must not miss why.
         self._alarms.put(Alarm(f"{host}: {why}", stop, ORPHAN_SECONDS if stop else 0.0))
         self._lost = {host: why}
-
-
-def _joined(message: Mapping[str, Any]) -> Report:
-    """The reports of all machines as one; JSON has turned the ranks into text."""
-    whole = Report(lost=message["lost"])
-    for part in message["reports"]:
-        codes, errors, tails = ({int(rank): value for rank, value in part[name].items()} for name in ("codes", "errors", "tails"))
-        whole |= Report(codes, errors, tails)
-    return whole
-
-
-def _send(connection: socket.socket, **message: Any) -> None:
-    # Whoever reads from the connection finds out, and says, that it is broken.
-    with suppress(OSError):
-        connection.sendall(json.dumps(message).encode() + b"\n")
-
-
-def _close(connection: socket.socket) -> None:
-    # Not only `close`, which does nothing as long as somebody reads from it.
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-    connection.close()
 
 
 class _Retry(Exception):
     """The host cannot be joined now, but perhaps soon; the message says why."""
 
 
-def meet(endpoint: str, nnodes: int, terms: Mapping[str, Any], wait: float) -> Meeting:
+def meet(endpoint: str, nnodes: int, terms: Mapping[str, Any], wait: float, secret: Secret) -> Meeting:
     """Find the other machines and wait until all have come.
 
     Args:
@@ -145,27 +162,28 @@ def meet(endpoint: str, nnodes: int, terms: Mapping[str, Any], wait: float) -> M
         nnodes: how many there are.
         terms: what must be the same on all of them.
         wait: seconds until the last one must have come.
+        secret: what all of them know and nobody else.
 
     Raises:
-        InputError: the address cannot be used, or machines start different things.
+        InputError: the address or the secret cannot be used, or machines start different things.
         MeetingError: they did not all come in time.
     """
-    host_name, port = parse_endpoint(endpoint)
-    card = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "terms": dict(terms)}
-    here = is_here(host_name)
-    host = store = None
+    place = parse_endpoint(endpoint)
+    card = Card(uuid.uuid4().hex, socket.gethostname(), dict(terms))
+    here = is_here(place[0])
+    host, key = None, b""
     deadline = time.monotonic() + wait
     said = ""
     while True:
         if here and host is None:
             # If the port is taken, then by the launch before this one, which is about to end, or by another launcher on this machine.
             with suppress(OSError):
-                listener = listen(port)
-                store = open_store(host_name)
-                host = Host(listener, card, endpoint, nnodes, store.port, wait)
+                listener = listen(*place)
+                key = secret.renew()
+                host = Host(listener, secret, key, card, endpoint, nnodes, wait)
         try:
-            return _join((host_name, port), card, host, store)
-        except _Retry as error:
+            return _join(place, card, host, secret, key)
+        except (_Retry, NoSecretError) as error:
             why = str(error)
         except OSError as error:
             why = error.strerror or str(error)
@@ -177,48 +195,51 @@ def meet(endpoint: str, nnodes: int, terms: Mapping[str, Any], wait: float) -> M
         time.sleep(0.5)
 
 
-def _join(endpoint: tuple[str, int], card: Mapping[str, Any], host: Host | None, store: TCPStore | None) -> Meeting:
+def _join(place: tuple[str, int], card: Card, host: Host | None, secret: Secret, key: bytes) -> Meeting:
     """Connect to the host and wait for the roster; for how long, the host says.
 
     Raises:
-        _Retry, OSError: it does not answer, or has no place.
+        _Retry, NoSecretError, OSError: it does not answer, does not know the secret, or has no place.
         InputError, MeetingError: as ``meet``.
     """
-    connection = socket.create_connection(endpoint, timeout=_HELLO_SECONDS)
-    lines = iter(connection.makefile("rb"))
+    line = None
+    connection = socket.create_connection(place, timeout=_HELLO_SECONDS)
     try:
-        _read_hello(lines, f"--rdzv {endpoint[0]}:{endpoint[1]}")
-        connection.settimeout(SILENCE_SECONDS)
-        _send(connection, card=dict(card))
-        for line in lines:
-            message = json.loads(line)
-            if "roster" in message:
-                return Meeting(connection, lines, message, endpoint, host, store)
-            if "busy" in message:
-                raise _Retry(f"a run of {', '.join(message['busy']) or 'others'} has not ended there")
-            if "over" in message:
-                raise (InputError if message["over"]["code"] == EXIT_INPUT else MeetingError)(message["over"]["message"])
-            if "waiting" in message:
-                say(f"{message['waiting']}; waiting for the others")
-            _send(connection, beat=True)
-        raise _Retry("the launcher there has ended")
+        line = _greet(connection, place, secret, key)
+        line.send(FromMachine(card=card))
+        while True:
+            message = line.receive()
+            if message.roster is not None:
+                return Meeting(line, message.roster, host)
+            if message.busy is not None:
+                raise _Retry(f"a run of {', '.join(message.busy) or 'others'} has not ended there")
+            if message.over is not None:
+                code, text = message.over
+                raise (InputError if code == EXIT_INPUT else MeetingError)(text)
+            if message.waiting:
+                say(f"{message.waiting}; waiting for the others")
+            line.send(FromMachine())
     except BaseException as error:
-        _close(connection)
+        (line or connection).close()
+        if isinstance(error, Forged):
+            raise _Retry("what comes from there is not of this launch") from None
         if host is not None and isinstance(error, (InputError, MeetingError)):
             host.close()
         raise
 
 
-def _read_hello(lines: Iterator[bytes], what: str) -> None:
+def _greet(connection: socket.socket, place: tuple[str, int], secret: Secret, key: bytes) -> _Line:
+    """Prove to the host that this machine knows the secret, and let it do the same."""
+    deadline = time.monotonic() + _HELLO_SECONDS
+    if _receive(connection, len(MAGIC), deadline) != MAGIC:
+        raise InputError(
+            f"--rdzv {place[0]}:{place[1]}: the port is used by another program, or by another version of dnc-dist; choose a free one"
+        )
+    host_nonce, own_nonce = _receive(connection, NONCE_BYTES, deadline), nonce()
+    # Read only now: a host that greets has written its own.
+    key = key or secret.read()
+    connection.sendall(answer(key, host_nonce, own_nonce))
     try:
-        line = next(lines, b"")
-    except TimeoutError:
-        line = b"silence"
-    if not line:
-        raise _Retry("the connection is closed at once")
-    try:
-        hello = json.loads(line)["hello"]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{what}: the port is used by another program; choose a free one") from None
-    if hello != PROTOCOL:
-        raise InputError(f"{what}: the launcher there is of another version of dnc-dist ({hello} instead of {PROTOCOL})")
+        return _Line(connection, trust(key, host_nonce, own_nonce, _receive(connection, CODE_BYTES, deadline)))
+    except (ConnectionError, Forged):
+        raise _Retry(f"the launcher there does not know the secret of this machine ({secret.where})") from None

@@ -52,17 +52,6 @@ def _binds(family: int, address: tuple[Any, ...]) -> bool:
         return True
 
 
-def listen(port: int) -> socket.socket:
-    """A listening socket on all addresses of this machine.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", port), backlog=1024)
-
-
 def plain(address: str) -> str:
     """An IPv4 address as such, where a socket shows it inside an IPv6 one."""
     return address.removeprefix("::ffff:")

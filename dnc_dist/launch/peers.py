@@ -6,14 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch.distributed import TCPStore
-
 from dnc_dist.launch.verdict import Report
-
-
-def open_store(host: str) -> TCPStore:
-    """The store in which the workers of all machines meet, at a free port of this one."""
-    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+from dnc_dist.rendezvous import LOOPBACK, open_store
 
 
 @dataclass(frozen=True)
@@ -67,11 +61,11 @@ class Alone:
 
     machines = ["this machine"]
     number = 0
-    address = "localhost"
+    address = LOOPBACK
 
     def __init__(self) -> None:
-        self._store = open_store("localhost")
-        self.store = ("localhost", self._store.port)
+        self._store = open_store(LOOPBACK)
+        self.store = (LOOPBACK, self._store.port)
         self._report: Report | None = None
 
     def raise_alarm(self, alarm: Alarm) -> None:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from dnc_dist.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The error that a worker recorded (see worker.py); ``traceback`` is empty if the message says all about it."""
+
+    time: float
+    exit_code: int
+    type: str
+    message: str
+    traceback: str
 
 
 @dataclass(frozen=True)
@@ -22,9 +32,13 @@ class Report:
     """
 
     codes: dict[int, int | None] = field(default_factory=dict)
-    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[int, Failure] = field(default_factory=dict)
     tails: dict[int, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+
+    def later(self, seconds: float) -> Report:
+        """The same with the times of all errors moved: by minus the clock they become ages, which machines can exchange."""
+        return replace(self, errors={rank: replace(error, time=error.time + seconds) for rank, error in self.errors.items()})
 
     def __or__(self, other: Report) -> Report:
         """Two reports of different machines as one."""
@@ -59,7 +73,9 @@ def verdict(report: Report, *, stopping: bool = False, hosts: Mapping[int, str] 
     """
     codes, errors = report.codes, report.errors
     failed = {rank: code for rank, code in codes.items() if code}
-    rank = min(failed, key=lambda rank: (_kind(failed[rank], rank in errors), errors.get(rank, {}).get("time", 0.0), rank), default=None)
+    rank = min(
+        failed, key=lambda rank: (_kind(failed[rank], rank in errors), errors[rank].time if rank in errors else 0.0, rank), default=None
+    )
     stopped = (stopping and -signal.SIGTERM in failed.values()) or set(failed.values()) == {EXIT_STOPPED}
     if report.lost and codes.get(0) != 0 and (rank is None or _kind(failed[rank], rank in errors) > 1 or stopped):
         gone = "\n".join(f"{machine}: {why}" for machine, why in report.lost.items())
@@ -80,17 +96,17 @@ def _cause(rank: int, code: int, report: Report, hosts: Mapping[int, str]) -> tu
     who = f"rank {rank} on {hosts[rank]}" if rank in hosts else f"rank {rank}"
     error = report.errors.get(rank)
     if error is not None and code == EXIT_INPUT:
-        everywhere = {hosts.get(other) for other, found in report.errors.items() if found["message"] == error["message"]}
+        everywhere = {hosts.get(other) for other, found in report.errors.items() if found.message == error.message}
         where = "" if everywhere >= set(hosts.values()) else f"{who}: "
-        return EXIT_INPUT, f"error: {where}{error['message']}"
-    if error is not None and not error["traceback"]:
+        return EXIT_INPUT, f"error: {where}{error.message}"
+    if error is not None and not error.traceback:
         # A RunError: its message names the ranks that it is about, which need not be the one that recorded it.
-        return EXIT_FAILED, f"error: {error['message']}"
+        return EXIT_FAILED, f"error: {error.message}"
     if error is not None:
         # The message of an error in a loader's process is that process's whole traceback, which has just been shown.
-        *_, last = str(error["message"]).rstrip().splitlines() or [""]
-        brief = last if "in DataLoader worker process" in error["message"] else f"{error['type']}: {error['message']}"
-        return EXIT_FAILED, f"{error['traceback'].rstrip()}\n{who} failed: {brief}"
+        *_, last = error.message.rstrip().splitlines() or [""]
+        brief = last if "in DataLoader worker process" in error.message else f"{error.type}: {error.message}"
+        return EXIT_FAILED, f"{error.traceback.rstrip()}\n{who} failed: {brief}"
     ending = f"{who} was killed by {signal.Signals(-code).name}" if code < 0 else f"{who} ended with exit code {code}"
     tail = report.tails.get(rank, "")
     return EXIT_INPUT if code == EXIT_INPUT else EXIT_FAILED, f"{tail}\n{ending}" if tail else ending

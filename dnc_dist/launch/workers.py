@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -11,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,17 +21,21 @@ from torch.distributed.elastic.multiprocessing import SignalException
 
 from dnc_dist import __version__
 from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
+from dnc_dist.foreign import read_json
 from dnc_dist.launch.agent import STOP_SIGNALS, Agent, Known, WorkerOutput
 from dnc_dist.launch.console import say
 from dnc_dist.launch.meeting import MeetingError, meet
 from dnc_dist.launch.network import interface_settings
 from dnc_dist.launch.peers import Alone, Peers
-from dnc_dist.launch.verdict import Report, verdict
+from dnc_dist.launch.secret import Secret
+from dnc_dist.launch.verdict import Failure, Report, verdict
 from dnc_dist.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
 
 WORKERS_WITHOUT_GPU = 2
 # What a machine may take to report, once its workers should have ended.
 _REPORT_SECONDS = 15.0
+# Of a message, a traceback or the end of an output, as other machines hear of it.
+_MOST_CHARACTERS = 1 << 14
 
 
 def workers_here(nproc: int | None) -> int:
@@ -59,6 +63,7 @@ def launch_workers(
     *,
     nnodes: int = 1,
     rendezvous: str = "",
+    secret_file: Path | None = None,
     wait: float = 600.0,
     terms: Mapping[str, Any] | None = None,
     stop_timeout: float = STOP_TIMEOUT_SECONDS,
@@ -71,6 +76,8 @@ def launch_workers(
         nproc: workers on this machine, and on each other one.
         nnodes: machines that take part.
         rendezvous: HOST:PORT where they meet, if there are several: an address of one of them and a free port.
+        secret_file: where the machine of that address leaves the secret of this launch for the others, in a folder that they share;
+            not needed if DNC_LAUNCH_SECRET is set on all of them.
         wait: seconds until the last machine must have come.
         terms: what else must be the same on all machines, by name.
         stop_timeout: seconds that workers have to save after a stop was requested.
@@ -96,7 +103,7 @@ def launch_workers(
     same = {"--nnodes": nnodes, "--nproc": nproc, **_versions(), **(terms or {})}
     with tempfile.TemporaryDirectory(prefix="dnc-dist-launch-") as name, _handling_signals() as ignored:
         try:
-            peers: Peers = meet(rendezvous, nnodes, same, wait) if nnodes > 1 else Alone()
+            peers: Peers = meet(rendezvous, nnodes, same, wait, Secret(secret_file)) if nnodes > 1 else Alone()
         except Stopped as error:
             say(f"stopped: {error}")
             return EXIT_STOPPED
@@ -169,14 +176,22 @@ def _handling_signals() -> Iterator[set[int]]:
 
 def _report(agent: Agent, folder: Path) -> Report:
     """How the workers of this machine ended."""
-    errors = {rank: json.loads(file.read_text()) for rank in agent.codes if (file := folder / f"{rank}.json").exists()}
-    unexplained = [rank for rank, code in agent.codes.items() if code and rank not in errors]
-    tails = {rank: text for rank in unexplained if (text := _tail(folder / f"{rank}.err"))}
+    errors, tails = {}, {}
+    for rank, code in agent.codes.items():
+        tail = _tail(folder / f"{rank}.err")
+        try:
+            if (record := folder / f"{rank}.json").exists():
+                error = read_json(record, Failure)
+                errors[rank] = replace(error, message=error.message[:_MOST_CHARACTERS], traceback=error.traceback[-_MOST_CHARACTERS:])
+        except InputError as damage:
+            tail = f"{tail}\n{damage}".lstrip()
+        if code and rank not in errors and tail:
+            tails[rank] = tail
     return Report(agent.codes, errors, tails)
 
 
 def _tail(path: Path, lines: int = 30) -> str:
-    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if path.exists() else ""
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])[-_MOST_CHARACTERS:] if path.exists() else ""
 
 
 def _conclude(agent: Agent, peers: Peers, report: Report) -> Report:
