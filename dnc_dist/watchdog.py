@@ -16,14 +16,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch.distributed import DistError
 
 from dnc_dist import distributed
+from dnc_dist.errors import InputError
+from dnc_dist.foreign import parse_json, shorten
 from dnc_dist.traces import main_thread, remember_sources
 
+T = TypeVar("T")
 _VERDICT = "verdict"
+# Of what a rank writes into the store, and of a message.
+_MOST_BYTES = 1 << 16
 # The timeout of the process groups is a safety net behind this thread, which knows more.
 _GROUP_MARGIN_SECONDS = 60.0
 _SHOWN = 3
@@ -103,6 +108,18 @@ def _keys(reports: Sequence[Report]) -> list[str]:
     return sorted({f"{report.key} (now {report.limit:g} s)" for report in reports})
 
 
+def read(text: bytes, shape: type[T]) -> T:
+    """What a rank wrote into the store of all. The store has no lock: on several machines, who reaches its port can write there, too.
+
+    Raises:
+        InputError: no rank of a run writes such a thing.
+    """
+    source = "what a rank wrote about itself in the store of the ranks"
+    if len(text) > _MOST_BYTES:
+        raise InputError(f"{source} is damaged: {len(text):,} bytes")
+    return parse_json(text, shape, source)
+
+
 class Watchdog:
     """The threads of one rank."""
 
@@ -170,6 +187,8 @@ class Watchdog:
         except DistError:
             # It ended with the process that held it. The main thread will see what that means; if not, the other thread ends the wait.
             return
+        except InputError as error:
+            self._end(f"{error}; {_GO_ON}", True, 0.0)
 
     def _talk(self) -> None:
         """Write this rank's report, read the verdict; overdue, read all reports twice and pass a verdict."""
@@ -187,7 +206,7 @@ class Watchdog:
                 before = None
             elif before is None or (report.overdue and report.age - read_at >= self._patience):
                 keys = [str(rank) for rank in range(self._world)]
-                now = [Report(*json.loads(text)) for text in self._store.multi_get(keys)]
+                now = [read(text, Report) for text in self._store.multi_get(keys)]
                 if before is not None:
                     silent = [new.rank for old, new in zip(before, now, strict=True) if new.number == old.number]
                     if text := diagnose(now, silent):
@@ -202,9 +221,9 @@ class Watchdog:
 
     def _obey(self, verdict: bytes) -> None:
         """End this process; the rank that passed the verdict speaks for all."""
-        author, text = json.loads(verdict)
+        author, text = read(verdict, tuple[int, str])
         # The others have yet to read it, from a store that may end with this process.
-        self._end(f"{text}; {_GO_ON}", author == self._rank, 2 * self._tick)
+        self._end(f"{text if text.isprintable() else shorten(text, 1000)}; {_GO_ON}", author == self._rank, 2 * self._tick)
 
 
 _active: Watchdog | None = None

@@ -48,7 +48,7 @@ BASE_IMPORTS = {
     "tracker": {"errors", "distributed", "foreign"},
     "gallery": {"errors", "foreign"},
     "worker": {"errors", "config", "foreign"},
-    "watchdog": {"distributed", "traces"},
+    "watchdog": {"errors", "foreign", "distributed", "traces"},
     "__main__": {"cli"},
 }
 # Third-party module -> where it may be imported (a module or a whole sub-package).

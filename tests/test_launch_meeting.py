@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dnc_dist.errors import InputError
-from dnc_dist.launch import host, meeting
-from dnc_dist.launch.meeting import Meeting, MeetingError, meet
+from dnc_dist.launch import channel, host, meeting
+from dnc_dist.launch.channel import Card, FromMachine
+from dnc_dist.launch.meeting import Meeting, MeetingError
 from dnc_dist.launch.network import interface_settings, is_here, parse_endpoint
 from dnc_dist.launch.peers import Alarm
-from dnc_dist.launch.verdict import Report, verdict
+from dnc_dist.launch.secret import VARIABLE, Secret
+from dnc_dist.launch.verdict import Failure, Report, verdict
+from dnc_dist.rendezvous import listen
 
 
 @pytest.fixture
@@ -31,6 +38,19 @@ def endpoint() -> str:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as threads:
         yield threads
+
+
+SECRET = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all machines here know."""
+    monkeypatch.setenv(VARIABLE, SECRET)
+
+
+def meet(endpoint: str, count: int, terms: dict[str, Any], wait: float, file: Path | None = None) -> Meeting:
+    return meeting.meet(endpoint, count, terms, wait, Secret(file))
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10) -> None:
@@ -50,8 +70,8 @@ def close(meetings: list[Meeting], pool: ThreadPoolExecutor) -> None:
     list(pool.map(Meeting.close, meetings))
 
 
-def error(age: float, text: str) -> dict[str, Any]:
-    return {"time": time.time() - age, "exit_code": 1, "type": "RuntimeError", "message": text, "traceback": "Traceback\n"}
+def error(age: float, text: str) -> Failure:
+    return Failure(time.time() - age, 1, "RuntimeError", text, "Traceback\n")
 
 
 def test_machines_meet_and_all_hear_how_it_ended(endpoint: str, pool: ThreadPoolExecutor) -> None:
@@ -84,7 +104,7 @@ def test_the_earliest_error_is_found_though_clocks_differ(endpoint: str, pool: T
     machines = gathered(pool, endpoint, 2)
     clock = time.time
     machines[0].tell(Report({0: 1}, {0: error(1.0, "a consequence")}))
-    early = error(2.0, "the cause") | {"time": clock() - 2 + 3600}
+    early = error(2.0 - 3600, "the cause")
     monkeypatch.setattr(meeting.time, "time", lambda: clock() + (3600 if threading.current_thread() is threading.main_thread() else 0))
     machines[1].tell(Report({1: 1}, {1: early}))
     monkeypatch.undo()
@@ -118,12 +138,8 @@ def test_a_silent_machine_is_gone(endpoint: str, pool: ThreadPoolExecutor, monke
     monkeypatch.setattr(host, "BEAT_SECONDS", 0.1)
     monkeypatch.setattr(host, "SILENCE_SECONDS", 1.0)
     first = pool.submit(meet, endpoint, 2, {}, 20)
-    address, port = endpoint.split(":")
-    wait_for(lambda: socket.socket().connect_ex((address, int(port))) == 0)
-    with socket.create_connection((address, int(port))) as silent, silent.makefile("rw") as lines:
-        lines.readline()
-        lines.write(json.dumps({"card": {"id": "x", "host": "sleepy", "terms": {}}}) + "\n")
-        lines.flush()
+    with connected(endpoint) as silent:
+        prove(silent, SECRET.encode()).send(FromMachine(card=Card("x", "sleepy", {})))
         machine = first.result()
         alarms: list[Alarm] = []
         wait_for(lambda: alarms.extend(machine.alarms()) or alarms)
@@ -174,14 +190,62 @@ def test_a_late_machine_waits_for_the_end_of_the_run_before(
     close([late.result(), again.result()], pool)
 
 
-@pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH_9.2\r\n", b"3\n", b""])
-def test_a_port_of_another_program(greeting: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meeting, "_HELLO_SECONDS", 0.5)
+def connected(endpoint: str) -> socket.socket:
+    """A connection to a host that is about to listen."""
+    address, port = endpoint.split(":")
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return socket.create_connection((address, int(port)), timeout=10)
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def prove(connection: socket.socket, key: bytes) -> meeting._Line:
+    """What a launcher does first, with this key."""
+    return meeting._greet(connection, ("127.0.0.1", 0), Secret(None), key)
+
+
+@pytest.mark.parametrize(
+    ("greeting", "error", "message"),
+    [
+        (
+            b"SSH-2.0-OpenSSH_9.2\r\n",
+            InputError,
+            "the port is used by another program, or by another version of dnc-dist; choose a free one",
+        ),
+        (b'{"hello": "dnc-dist launch 1"}\n', InputError, "the port is used by another program, or by another version of dnc-dist"),
+        (b"3\n", MeetingError, "no start at .* within 1 s: timed out"),
+        (b"", MeetingError, "no start at .* within 1 s: timed out"),
+        (
+            channel.MAGIC + bytes(32 + 32),
+            MeetingError,
+            r"the launcher there does not know the secret of this machine \(DNC_LAUNCH_SECRET of",
+        ),
+    ],
+)
+def test_a_port_of_another_program(greeting: bytes, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of one that plays the host: it hears a proof, and nothing about the run."""
+    monkeypatch.setattr(meeting, "_HELLO_SECONDS", 0.3)
+    heard: list[bytes] = []
+
+    def serve(server: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection = server.accept()[0]
+                connection.sendall(greeting)
+                connection.settimeout(5)
+                while part := connection.recv(1000):
+                    heard.append(part)
+
     with socket.create_server(("127.0.0.1", 0)) as server:
-        threading.Thread(target=lambda: server.accept()[0].sendall(greeting) or time.sleep(2), daemon=True).start()
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
         place = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(InputError, match=f"--rdzv {place}: the port is used by another program; choose a free one"):
-            meet(place, 2, {}, 5)
+        with pytest.raises(error, match=message):
+            meet(place, 2, {"seed": 1}, 1)
+        server.shutdown(socket.SHUT_RDWR)
+    assert {len(part) for part in heard} <= {channel.ANSWER_BYTES} and b"seed" not in b"".join(heard)
 
 
 @pytest.mark.parametrize("text", ["host", "host:", ":1", "host:http", "host:0", "host:65536", "fd00::1:29500"])
@@ -203,3 +267,220 @@ def test_addresses_and_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
         interface_settings("192.0.2.1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
     assert interface_settings("127.0.0.1") == {"GLOO_SOCKET_IFNAME": "mine", "NCCL_SOCKET_IFNAME": "=lo"}
+
+
+def sealed(line: meeting._Line, payload: bytes) -> bytes:
+    """Any bytes as a message with its right code."""
+    ours = line._channel
+    ours.sent += 1
+    return channel.HEADER.pack(len(payload), channel._code(ours.sending, ours.sent, payload)) + payload
+
+
+def strangers(endpoint: str, recorded: list[bytes], stack: ExitStack, until: threading.Event) -> int:
+    """All that can be done without the secret, again and again; how many bytes the host told beyond its greeting."""
+    told = 0
+    first_message = b"".join(recorded)
+    deeds = [
+        b"",
+        b"GET / HTTP/1.1\r\n\r\n" * 50,
+        b'{"card": {"id": "x", "host": "y", "terms": 5}}\n' * 4,
+        b"[" * 100_000,
+        os.urandom(channel.ANSWER_BYTES),
+        b"A" * (1 << 20),
+        first_message,
+        first_message[: channel.ANSWER_BYTES],
+    ]
+    number = 0
+    while not until.is_set():
+        number += 1
+        with suppress(OSError):
+            one = stack.enter_context(connected(endpoint))
+            one.settimeout(0.2)
+            one.sendall(deeds[number % len(deeds)])
+            if number % 16 < 8:
+                received = b""
+                while part := one.recv(4096):
+                    received += part
+                told += max(0, len(received) - len(channel.MAGIC) - channel.NONCE_BYTES)
+    return told
+
+
+def test_strangers_change_nothing(
+    endpoint: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Garbage, a recorded session, a flood, long and deep lines, connections that stay: the machines meet, speak and end as if alone."""
+    sent: list[bytes] = []
+    send, seal = channel.answer, channel.Channel.seal
+
+    def recording(self: channel.Channel, message: Any) -> bytes:
+        sent.append(seal(self, message))
+        return sent[-1]
+
+    monkeypatch.setattr(meeting, "answer", lambda *args: sent.append(send(*args)) or sent[-1])
+    monkeypatch.setattr(channel.Channel, "seal", recording)
+    close(gathered(pool, endpoint, 2), pool)
+    monkeypatch.undo()
+    monkeypatch.setenv(VARIABLE, SECRET)
+    (proof, *_) = recorded = [part for part in sent if len(part) == channel.ANSWER_BYTES][:1] + [
+        part for part in sent if b'"card": {' in part
+    ][:1]
+    assert len(recorded) == 2 and len(proof) == channel.ANSWER_BYTES
+
+    over = threading.Event()
+    with ExitStack() as stack:
+        attacks = [pool.submit(strangers, endpoint, recorded, stack, over) for _ in range(3)]
+        time.sleep(0.2)
+        try:
+            machines = gathered(pool, endpoint, 2)
+            machines[1].raise_alarm(Alarm("fire", stop=True, seconds=3.0))
+            heard: list[Alarm] = []
+            wait_for(lambda: heard.extend(machines[0].alarms()) or heard)
+            time.sleep(0.5)
+            for number, one in enumerate(machines):
+                assert list(one.alarms()) == []
+                one.tell(Report({number: 0}))
+            for one in machines:
+                wait_for(one.verdict)
+                assert one.verdict() == Report({0: 0, 1: 0})
+        finally:
+            over.set()
+        assert [attack.result() for attack in attacks] == [0, 0, 0]
+        close(machines, pool)
+    said = capfd.readouterr().err.splitlines()
+    refused = (
+        "refused 127.0.0.1, which does not know the secret of this launch (DNC_LAUNCH_SECRET of this machine); more of that is not reported"
+    )
+    assert said.count(refused) == 1
+
+
+def test_strangers_do_not_stay_and_are_few(endpoint: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_STRANGER_SECONDS", 1.0)
+    first = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(connected(endpoint)) for _ in range(3 * host._MOST_STRANGERS)]
+        started = time.monotonic()
+        for one in waiting:
+            with suppress(ConnectionError):
+                while one.recv(100):
+                    pass
+        assert time.monotonic() - started < 10
+    second = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
+    close([first.result(), second.result()], pool)
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"5",
+        b"[" * 100_000,
+        b'{"card": {"id": "x", "host": "y", "terms": 5}}',
+        b'{"card": {"id": 1, "host": "y", "terms": {}}}',
+        b'{"card": {"id": "x", "host": "y", "terms": {}}, "report": {"codes": {"a": 0}}}',
+        b"\xff\x00",
+        None,
+        b"forged",
+        b"endless",
+    ],
+)
+def test_odd_messages_leave_no_ghost(
+    payload: bytes | None, endpoint: str, pool: ThreadPoolExecutor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of somebody who knows the secret, too: nothing has changed before a message is found to be right."""
+    first = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
+    with connected(endpoint) as odd:
+        line = prove(odd, SECRET.encode())
+        if payload == b"forged":
+            message = bytearray(sealed(line, b'{"card": {"id": "x", "host": "y", "terms": {}}}'))
+            message[-3] ^= 1
+            odd.sendall(message)
+        elif payload == b"endless":
+            odd.sendall(channel.HEADER.pack(0xFFFFFFFF, bytes(32)) + bytes(100))
+        elif payload is not None:
+            odd.sendall(sealed(line, payload))
+        if payload is not None:
+            with suppress(ConnectionError):
+                assert odd.recv(100) == b""
+    second = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
+    machines = [first.result(), second.result()]
+    assert len(machines[0].machines) == 2 and "y (" not in "".join(machines[0].machines)
+    close(machines, pool)
+
+
+def test_a_message_cannot_be_repeated_or_turned_around() -> None:
+    number, mine = channel.nonce(), channel.nonce()
+    key = SECRET.encode()
+    proof, at_host = channel.admit(key, number, channel.answer(key, number, mine))
+    at_machine = channel.trust(key, number, mine, proof)
+    message = at_machine.seal(FromMachine(alarm=Alarm("fire", True, 1.0)))
+    header, payload = message[: channel.HEADER.size], message[channel.HEADER.size :]
+    assert json.loads(payload)["alarm"]["text"] == "fire"
+    with pytest.raises(channel.Forged):
+        at_machine.open(header, payload, FromMachine)
+    assert at_host.open(header, payload, FromMachine).alarm == Alarm("fire", True, 1.0)
+    with pytest.raises(channel.Forged):
+        at_host.open(header, payload, FromMachine)
+    # A recorded answer to another number, and the machine's own proof as that of a host.
+    with pytest.raises(channel.Forged):
+        channel.admit(key, channel.nonce(), channel.answer(key, number, mine))
+    with pytest.raises(channel.Forged):
+        channel.trust(key, number, mine, channel.answer(key, number, mine)[channel.NONCE_BYTES :])
+
+
+def test_the_secret_is_in_a_private_file_while_the_launch_lasts(
+    endpoint: str, pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that an earlier launch left behind is no obstacle; who waits reads again until it is the right one."""
+    monkeypatch.delenv(VARIABLE)
+    file = tmp_path / "runs" / ".mine.launch-secret"
+    stale = tmp_path / "stale"
+    stale.write_text("of a launcher that was killed")
+    stale.chmod(0o600)
+    first = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20, file)
+    wait_for(file.exists)
+    fresh = file.read_bytes()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and len(fresh) == 64
+    second = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20, stale)
+    err = ""
+    while f"the launcher there does not know the secret of this machine ({stale})" not in err:
+        err += capfd.readouterr().err
+    stale.write_bytes(fresh)
+    machines = [first.result(), second.result()]
+    assert file.exists()
+    close(machines, pool)
+    assert not file.exists() and list(file.parent.iterdir()) == [] and stale.exists()
+
+
+def test_no_secret_is_one_message(endpoint: str, pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "short")
+    with pytest.raises(InputError, match="DNC_LAUNCH_SECRET has 5 characters; set it to 16 or more that nobody can guess"):
+        Secret(None)
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(
+        InputError, match=r"several machines need a secret .*; set DNC_LAUNCH_SECRET to the same random text on all of them"
+    ):
+        Secret(None)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot be written to .* \(.*\); make its folder writable, or set DNC_LAUNCH_SECRET to the same"):
+        meet(endpoint, 2, {}, 5, tmp_path / "file" / "secret")
+    first = pool.submit(meet, endpoint, 2, {}, 3, tmp_path / "shared" / "secret")
+    connected(endpoint).close()
+    with pytest.raises(
+        MeetingError, match=r"no start at .* within 1 s: no secret in .*elsewhere/secret \(No such file.*\); run.dir must be a"
+    ):
+        meet(endpoint, 2, {}, 1, tmp_path / "elsewhere" / "secret")
+    (tmp_path / "open").write_text(SECRET)
+    (tmp_path / "open").chmod(0o644)
+    with pytest.raises(InputError, match=r"open can be read or written by others \(mode 644\), so it is no secret; remove it"):
+        meet(endpoint, 2, {}, 1, tmp_path / "open")
+    with pytest.raises(MeetingError):
+        first.result()
+
+
+def test_only_the_named_address_is_open() -> None:
+    with listen("127.0.0.1", 0) as ours:
+        assert ours.getsockname()[0] == "127.0.0.1"
+    with listen("localhost", 0) as ours:
+        assert ours.getsockname()[0] in ("127.0.0.1", "::1")
+    # An address for documentation, which nobody has, stands for one that another device translates to ours.
+    with listen("192.0.2.1", 0) as ours:
+        assert ours.getsockname()[0] in ("::", "0.0.0.0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -23,12 +24,12 @@ from dnc_dist.config import ConfigError, load_config
 from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.finite import _all_finite
-from dnc_dist.launch.verdict import Failure
+from dnc_dist.errors import InputError
+from dnc_dist.launch.verdict import Failure, verdict
 from dnc_dist.launch.verdict import Report as LaunchReport
-from dnc_dist.launch.verdict import verdict
 from dnc_dist.traces import place as trace
 from dnc_dist.traces import remember_sources
-from dnc_dist.watchdog import Report, diagnose
+from dnc_dist.watchdog import Report, Watchdog, diagnose, read
 from tests.run_fixtures import Running, assert_same_run, last_step, make_dataset, start, without_report, write_config
 from tests.spawn import spawn
 from tests.watchdog_hooks import diverging_from, sleeping_in_loader, sleeping_often, waiting_alone
@@ -106,6 +107,22 @@ def report(rank: int, **values: Any) -> Report:
         "waits": True,
     }
     return Report(rank=rank, **(usual | values))
+
+
+def test_what_others_write_is_read_as_what_it_must_be() -> None:
+    mine = report(1, age=2.5)
+    assert read(json.dumps(mine).encode(), Report) == mine and read(b'[1, "x"]', tuple[int, str]) == (1, "x")  # type: ignore[arg-type]
+    for text in (b"", b"5", b"[1]", b"[" * 10_000, b'["1", "x"]', b"\xff", b'[1, "' + b"x" * 70_000 + b'"]'):
+        with pytest.raises(InputError, match="what a rank wrote about itself in the store of the ranks is damaged: "):
+            read(text, tuple[int, str])  # type: ignore[arg-type]
+
+
+def test_a_message_from_the_store_cannot_write_to_the_terminal_what_it_likes() -> None:
+    heard: list[str] = []
+    dog = object.__new__(Watchdog)
+    dog._end, dog._rank, dog._tick = lambda text, speak, seconds: heard.append(text), 0, 0.1  # type: ignore[assignment]
+    dog._obey(json.dumps([1, "all is well\x1b[2J\nerror: send your password"]).encode())
+    assert heard == [r"'all is well\x1b[2J\nerror: send your password'; `--resume auto` goes on from the last checkpoint"]
 
 
 LOADING = {"where": "dnc_dist/data/stream.py:120 load", "waits": False}

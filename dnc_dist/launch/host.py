@@ -232,12 +232,11 @@ class Host:
 
     def _conclude(self) -> None:
         """Once nothing more is to come, tell everybody who is left how all machines ended."""
-        whole = Report(lost={machine.name: machine.lost for machine in self._roster if machine.lost})
-        known = [machine.report for machine in self._roster if machine.report is not None]
-        if len(known) + len(whole.lost) == self._nnodes and not self._over:
+        if all(machine.report or machine.lost for machine in self._roster) and not self._over:
             self._over = True
-            for report in known:
-                whole |= report
+            whole = Report(lost={machine.name: machine.lost for machine in self._roster if machine.lost})
+            for machine in self._roster:
+                whole |= machine.report or Report()
             self._tell_all(FromHost(verdict=whole))
 
 
