@@ -124,7 +124,7 @@ def listen(host: str, port: int) -> socket.socket:
             return socket.create_server(address, family=family, backlog=1024)
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
-                raise
+                raise OSError(error.errno, os.strerror(error.errno or 0)) from error
     if is_loopback(host):
         raise OSError(errno.EADDRNOTAVAIL, "the loopback has no address")
     if socket.has_dualstack_ipv6():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from dnc_dist.errors import InputError
-from dnc_dist.launch import launch_workers, verdict, workers_here
+from dnc_dist.launch import launch_workers, verdict, workers, workers_here
 from dnc_dist.launch.verdict import Failure, Report
 
 PRELUDE = """
@@ -152,6 +153,25 @@ sys.exit(run_worker(work))
 def test_a_rank_that_cannot_even_start_shows_its_output(capfd: pytest.CaptureFixture[str]) -> None:
     assert launch_workers(command("if rank == 1: raise SystemExit('no such library')\ntime.sleep(60)"), 2, failure_grace=0.2) == 1
     assert capfd.readouterr().err == "no such library\nrank 1 ended with exit code 1\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ("", "Invalid JSON"),
+        ("5", "Input should be an object"),
+        ('{"time": "now"}', "time: Input should be a valid number"),
+        ("[" * 10_000, "JSON"),
+    ],
+    ids=["empty", "number", "text", "deep"],
+)
+def test_a_damaged_record_of_an_error_is_said_beside_the_exit_code(record: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "1.json").write_text(record)
+    (tmp_path / "1.err").write_text("no such library\n")
+    code, message = verdict(workers._report({0: None, 1: 7}, tmp_path))
+    assert code == 1 and re.fullmatch(rf"no such library\n\S+1\.json is damaged: .*{why}.*\nrank 1 ended with exit code 7", message), (
+        message
+    )
 
 
 def test_stopped_workers_end_with_75(capfd: pytest.CaptureFixture[str]) -> None:

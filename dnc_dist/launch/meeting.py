@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import socket
 import threading
@@ -176,11 +177,14 @@ def meet(endpoint: str, nnodes: int, terms: Mapping[str, Any], wait: float, secr
     said = ""
     while True:
         if here and host is None:
-            # If the port is taken, then by the launch before this one, which is about to end, or by another launcher on this machine.
-            with suppress(OSError):
+            try:
                 listener = listen(*place)
                 key = secret.renew()
                 host = Host(listener, secret, key, card, endpoint, nnodes, wait)
+            except OSError as error:
+                # If the port is taken, then by the launch before this one, which is about to end, or by another launcher on this machine.
+                if error.errno != errno.EADDRINUSE:
+                    raise InputError(f"--rdzv {endpoint}: cannot listen there ({error.strerror}); choose another port") from error
         try:
             return _join(place, card, host, secret, key)
         except (_Retry, NoSecretError) as error:

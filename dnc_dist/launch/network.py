@@ -38,8 +38,9 @@ def is_here(host: str) -> bool:
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise InputError(f"--rdzv: this machine cannot resolve {host} ({error.strerror}); use an IP address") from error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"--rdzv: this machine cannot resolve {host} ({why}); use an IP address") from error
     return any(_binds(family, address) for family, _, _, _, address in found)
 
 

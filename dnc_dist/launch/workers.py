@@ -133,7 +133,7 @@ def launch_workers(
             return EXIT_STOPPED
         finally:
             agent.kill_leftovers()
-        whole = _conclude(agent, peers, _report(agent, Path(name)))
+        whole = _conclude(agent, peers, _report(agent.codes, Path(name)))
         peers.close()
     hosts = {rank: machine for number, machine in enumerate(peers.machines) for rank in range(number * nproc, (number + 1) * nproc)}
     code, message = verdict(whole, stopping=agent.stopping, hosts=hosts if nnodes > 1 else {})
@@ -174,10 +174,10 @@ def _handling_signals() -> Iterator[set[int]]:
             signal.signal(number, handler)
 
 
-def _report(agent: Agent, folder: Path) -> Report:
+def _report(codes: dict[int, int | None], folder: Path) -> Report:
     """How the workers of this machine ended."""
     errors, tails = {}, {}
-    for rank, code in agent.codes.items():
+    for rank, code in codes.items():
         tail = _tail(folder / f"{rank}.err")
         try:
             if (record := folder / f"{rank}.json").exists():
@@ -187,7 +187,7 @@ def _report(agent: Agent, folder: Path) -> Report:
             tail = f"{tail}\n{damage}".lstrip()
         if code and rank not in errors and tail:
             tails[rank] = tail
-    return Report(agent.codes, errors, tails)
+    return Report(codes, errors, tails)
 
 
 def _tail(path: Path, lines: int = 30) -> str:
