@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import stat
 import threading
@@ -25,6 +24,7 @@ from dnc_dist.launch.peers import Alarm
 from dnc_dist.launch.secret import VARIABLE, Secret
 from dnc_dist.launch.verdict import Failure, Report, verdict
 from dnc_dist.rendezvous import listen
+from tests.strangers import connected, disturb
 
 
 @pytest.fixture
@@ -51,6 +51,14 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def meet(endpoint: str, count: int, terms: dict[str, Any], wait: float, file: Path | None = None) -> Meeting:
     return meeting.meet(endpoint, count, terms, wait, Secret(file))
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the machines say while they come."""
+    lines: list[str] = []
+    monkeypatch.setattr(meeting, "say", lines.append)
+    return lines
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 10) -> None:
@@ -173,14 +181,10 @@ def test_too_few_machines(endpoint: str, capfd: pytest.CaptureFixture[str]) -> N
     assert "1 of 2 machines is here" in capfd.readouterr().err
 
 
-def test_a_late_machine_waits_for_the_end_of_the_run_before(
-    endpoint: str, pool: ThreadPoolExecutor, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_late_machine_waits_for_the_end_of_the_run_before(endpoint: str, pool: ThreadPoolExecutor, said: list[str]) -> None:
     machines = gathered(pool, endpoint, 2)
     late = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
-    err = ""
-    while "has not ended there" not in err:
-        err += capfd.readouterr().err
+    wait_for(lambda: any("has not ended there" in line for line in said))
     for number, one in enumerate(machines):
         one.tell(Report({number: 0}))
     wait_for(lambda: all(one.verdict() for one in machines))
@@ -188,18 +192,6 @@ def test_a_late_machine_waits_for_the_end_of_the_run_before(
     again = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
     assert {late.result().number, again.result().number} == {0, 1}
     close([late.result(), again.result()], pool)
-
-
-def connected(endpoint: str) -> socket.socket:
-    """A connection to a host that is about to listen."""
-    address, port = endpoint.split(":")
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            return socket.create_connection((address, int(port)), timeout=10)
-        except ConnectionRefusedError:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
 
 
 def prove(connection: socket.socket, key: bytes) -> meeting._Line:
@@ -277,59 +269,28 @@ def sealed(line: meeting._Line, payload: bytes) -> bytes:
     return channel.HEADER.pack(len(payload), channel._code(ours.sending, ours.sent, payload)) + payload
 
 
-def strangers(endpoint: str, recorded: list[bytes], stack: ExitStack, until: threading.Event) -> int:
-    """All that can be done without the secret, again and again; how many bytes the host told beyond its greeting."""
-    told = 0
-    first_message = b"".join(recorded)
-    deeds = [
-        b"",
-        b"GET / HTTP/1.1\r\n\r\n" * 50,
-        b'{"card": {"id": "x", "host": "y", "terms": 5}}\n' * 4,
-        b"[" * 100_000,
-        os.urandom(channel.ANSWER_BYTES),
-        b"A" * (1 << 20),
-        first_message,
-        first_message[: channel.ANSWER_BYTES],
-    ]
-    number = 0
-    while not until.is_set():
-        number += 1
-        with suppress(OSError):
-            one = stack.enter_context(connected(endpoint))
-            one.settimeout(0.2)
-            one.sendall(deeds[number % len(deeds)])
-            if number % 16 < 8:
-                received = b""
-                while part := one.recv(4096):
-                    received += part
-                told += max(0, len(received) - len(channel.MAGIC) - channel.NONCE_BYTES)
-    return told
-
-
 def test_strangers_change_nothing(
     endpoint: str, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Garbage, a recorded session, a flood, long and deep lines, connections that stay: the machines meet, speak and end as if alone."""
     sent: list[bytes] = []
-    send, seal = channel.answer, channel.Channel.seal
+    answer, seal = channel.answer, channel.Channel.seal
 
     def recording(self: channel.Channel, message: Any) -> bytes:
         sent.append(seal(self, message))
         return sent[-1]
 
-    monkeypatch.setattr(meeting, "answer", lambda *args: sent.append(send(*args)) or sent[-1])
-    monkeypatch.setattr(channel.Channel, "seal", recording)
-    close(gathered(pool, endpoint, 2), pool)
-    monkeypatch.undo()
-    monkeypatch.setenv(VARIABLE, SECRET)
-    (proof, *_) = recorded = [part for part in sent if len(part) == channel.ANSWER_BYTES][:1] + [
-        part for part in sent if b'"card": {' in part
-    ][:1]
-    assert len(recorded) == 2 and len(proof) == channel.ANSWER_BYTES
+    with monkeypatch.context() as patched:
+        patched.setattr(meeting, "answer", lambda *args: sent.append(answer(*args)) or sent[-1])
+        patched.setattr(channel.Channel, "seal", recording)
+        close(gathered(pool, endpoint, 2), pool)
+    proof = next(part for part in sent if len(part) == channel.ANSWER_BYTES)
+    card = next(part for part in sent if b'"card": {' in part)
 
     over = threading.Event()
     with ExitStack() as stack:
-        attacks = [pool.submit(strangers, endpoint, recorded, stack, over) for _ in range(3)]
+        stack.callback(over.set)
+        attacks = [pool.submit(disturb, endpoint, proof + card, over.is_set) for _ in range(3)]
         time.sleep(0.2)
         try:
             machines = gathered(pool, endpoint, 2)
@@ -345,7 +306,7 @@ def test_strangers_change_nothing(
                 assert one.verdict() == Report({0: 0, 1: 0})
         finally:
             over.set()
-        assert [attack.result() for attack in attacks] == [0, 0, 0]
+        assert [attack.result()[1] for attack in attacks] == [0, 0, 0]
         close(machines, pool)
     said = capfd.readouterr().err.splitlines()
     refused = (
@@ -429,7 +390,7 @@ def test_a_message_cannot_be_repeated_or_turned_around() -> None:
 
 
 def test_the_secret_is_in_a_private_file_while_the_launch_lasts(
-    endpoint: str, pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    endpoint: str, pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
     """One that an earlier launch left behind is no obstacle; who waits reads again until it is the right one."""
     monkeypatch.delenv(VARIABLE)
@@ -442,9 +403,7 @@ def test_the_secret_is_in_a_private_file_while_the_launch_lasts(
     fresh = file.read_bytes()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and len(fresh) == 64
     second = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20, stale)
-    err = ""
-    while f"the launcher there does not know the secret of this machine ({stale})" not in err:
-        err += capfd.readouterr().err
+    wait_for(lambda: any(f"the launcher there does not know the secret of this machine ({stale})" in line for line in said))
     stale.write_bytes(fresh)
     machines = [first.result(), second.result()]
     assert file.exists()

@@ -34,11 +34,13 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 # A launch of small workers: each joins the group, says so, sums until it is stopped, and does what the test adds.
 SCRIPT = """
 import sys
+from pathlib import Path
 from dnc_dist.launch import launch_workers
 from dnc_dist.errors import InputError
 body, rdzv, nproc, nnodes, wait = sys.argv[1:]
+options = {"nnodes": int(nnodes), "rendezvous": rdzv, "wait": float(wait), "secret_file": Path("secret")}
 try:
-    sys.exit(launch_workers([sys.executable, "-c", body], int(nproc), nnodes=int(nnodes), rendezvous=rdzv, wait=float(wait)))
+    sys.exit(launch_workers([sys.executable, "-c", body], int(nproc), **options))
 except InputError as error:
     sys.exit(f"error: {error}")
 """
@@ -287,3 +289,60 @@ def test_a_machine_that_does_not_come(hosts: Sequence[Host], tmp_path: Path) -> 
     assert launched.processes[0].stderr.readline() == WAITING + "\n"
     os.kill(hosts[0].pids(SCRIPT)[0], signal.SIGINT)
     assert launched.end(within=10) == [(75, "", "stopped: SIGINT before the workers were started\n")]
+
+
+# Beside the launch itself: what its machine sends is kept for others to send it again.
+RECORDING = """
+from dnc_dist.launch import channel, meeting
+answer, seal = channel.answer, channel.Channel.seal
+def keep(part):
+    with open("recorded", "ab") as file:
+        file.write(part)
+    return part
+meeting.answer = lambda *args: keep(answer(*args))
+channel.Channel.seal = lambda self, message: keep(seal(self, message))
+"""
+LISTENING = """
+import psutil
+def happen(rank, step):
+    if step == 20:
+        tree = [psutil.Process(), psutil.Process().parent()]
+        found = {one.laddr for process in tree for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN}
+        Path(f"{rank}.ports").write_text("\\n".join(address.ip for address in found))
+    if step == 40:
+        os.kill(os.getppid(), signal.SIGTERM) if rank == 0 else None
+"""
+
+
+@pytest.mark.slow
+def test_two_strangers_at_the_port_change_nothing(tmp_path: Path) -> None:
+    """Hosts that know the address but not the secret: garbage, a recorded session, a flood, long, deep and slow lines, from before
+    the launch to after its end. And nothing listens but on the address of --rdzv and that of the interface to the others."""
+    environment = ENVIRONMENT | {"DNC_LAUNCH_SECRET": "the same in both launches, so that a record is of use"}
+    with network(4, tmp_path) as net:
+
+        def run(script: str) -> list[tuple[int, str, str]]:
+            arguments = [WORKER + LISTENING + END, RDZV, "1", "2", "60"]
+            command = [sys.executable, "-c", script, *arguments]
+            return Launched(net.hosts[:2], [host.start(command, tmp_path, environment) for host in net.hosts[:2]], tmp_path).end()
+
+        alone = run(RECORDING + SCRIPT)
+        assert [code for code, _, _ in alone] == [75, 75], alone
+        recorded = (tmp_path / "recorded").read_bytes()
+        assert b'"card": {' in recorded
+        for number in range(2):
+            (tmp_path / f"{number}.ports").unlink()
+        attack = [sys.executable, "-m", "tests.strangers", RDZV, "recorded"]
+        root = str(Path(__file__).resolve().parent.parent)
+        strangers = [host.start(attack, tmp_path, environment | {"PYTHONPATH": root}) for host in net.hosts[2:]]
+        disturbed = run(SCRIPT)
+        (tmp_path / "over").touch()
+        told = [json.loads(stranger.communicate(timeout=60)[0]) for stranger in strangers]
+        assert all(connections > 100 and told == 0 for connections, told in told), told
+        assert [code for code, _, _ in disturbed] == [75, 75], disturbed
+        for (_, _, before), (_, _, after) in zip(alone, disturbed, strict=True):
+            kept = [line for line in after.splitlines() if not line.startswith(("refused 10.77.0.", "waiting at most"))]
+            assert sorted(kept) == sorted(line for line in before.splitlines() if not line.startswith("waiting at most"))
+        assert sum("refused 10.77.0." in line for line in disturbed[0][2].splitlines()) == 1
+        for number, (_, address) in enumerate((("alpha", "10.77.0.1"), ("beta", "10.77.0.2"))):
+            assert set((tmp_path / f"{number}.ports").read_text().split()) == {address}
