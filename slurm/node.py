@@ -39,7 +39,9 @@ def gpus() -> str:
     """The GPUs of this node, in words, after a look at whether they are those that SLURM gave to the job."""
     import torch
 
-    given, found = int(os.environ.get("SLURM_GPUS_ON_NODE", "0")), torch.cuda.device_count()
+    from dnc_dist.foreign import environment_int
+
+    given, found = environment_int("SLURM_GPUS_ON_NODE", 0), torch.cuda.device_count()
     if found and not given:
         fail("here are GPUs that the job did not ask for; set SBATCH_GPUS_PER_NODE in slurm/site.sh, or submit with --exclusive")
     if found < given:
@@ -49,7 +51,9 @@ def gpus() -> str:
 
 def meet(job_dir: Path, text: str) -> None:
     """Wait until every node has left its versions in the job's folder, and compare them with the first node's."""
-    me, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_NNODES"])
+    from dnc_dist.foreign import environment_int
+
+    me, nodes = environment_int("SLURM_NODEID"), environment_int("SLURM_NNODES", least=1)
     if not job_dir.is_dir():
         fail(f"{job_dir} is not visible here; run.dir must be on a file system that all nodes share")
     (job_dir / f".node-{me}").write_text(text)

@@ -50,17 +50,19 @@ def disturb(endpoint: str, recorded: bytes, over: Callable[[], bool]) -> tuple[i
         recorded,
         recorded[: channel.ANSWER_BYTES],
     ]
-    told = 0
+    made = told = 0
+    address, _, port = endpoint.rpartition(":")
     staying: deque[socket.socket] = deque()
     for number in itertools.count():
         if over():
             break
         with suppress(OSError):
-            one = connected(endpoint)
+            one = socket.create_connection((address, int(port)), timeout=1)
+            made += 1
             staying.append(one)
             one.settimeout(0.2)
             one.sendall(deeds[number % len(deeds)])
-            if number % 16 < 8:
+            if number % 64 < 8:
                 received = 0
                 while part := one.recv(4096):
                     received += len(part)
@@ -70,9 +72,11 @@ def disturb(endpoint: str, recorded: bytes, over: Callable[[], bool]) -> tuple[i
         for slow in itertools.islice(staying, 8):
             with suppress(OSError):
                 slow.send(b"x")
+        if not staying:
+            time.sleep(0.01)
     for one in staying:
         one.close()
-    return number, told
+    return made, told
 
 
 def main() -> None:

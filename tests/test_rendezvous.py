@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ import torch
 from dnc_dist import distributed, rendezvous
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import environment_int
-from tests.run_fixtures import dnc, start, write_config
+from tests.run_fixtures import dnc, make_dataset, start, write_config
 from tests.spawn import spawn
 
 QUICK = ("--set", "engine.timeout=3", "--set", "engine.stall_timeout=3")
@@ -106,15 +108,42 @@ def test_ports_of_others(place: Path, silent: str) -> None:
     assert f"{where} takes connections but does not answer as torch's store does; another program may have the port" in done.err
 
 
-def _listening() -> list[str]:
-    """Addresses on which this process listens."""
-    return [one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN]
+def _listening(process: psutil.Process | None = None) -> list[str]:
+    """Addresses on which a process, by default this one, listens."""
+    return [one.laddr.ip for one in (process or psutil.Process()).net_connections("inet") if one.status == psutil.CONN_LISTEN]
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_ranks_of_one_machine_listen_on_the_loopback_only(world: int) -> None:
     found = spawn(_listening, world)
     assert all(found) and {address for addresses in found for address in addresses} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_nothing_of_a_launch_on_one_machine_listens_for_others(tmp_path: Path) -> None:
+    """The launcher with torch's store, workers with gloo, their loader processes, and the service of W&B, from start to end."""
+    write_config(
+        tmp_path,
+        make_dataset(tmp_path),
+        data={"workers": 1},
+        schedule={"epochs": 1},
+        division={"num_learners": 1, "conquer_from": None},
+        tracker={"kind": "wandb"},
+    )
+    environment = {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0", "WANDB_MODE": "offline"}
+    launcher = start(["launch", "run.yaml", "--nproc", "2"], tmp_path, env=environment)
+    found: set[tuple[str, str]] = set()
+    names = set()
+    while launcher.alive():
+        with suppress(psutil.Error):
+            for process in [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]:
+                with suppress(psutil.Error):
+                    names.add(process.name())
+                    found |= {(process.name(), address) for address in _listening(process)}
+        time.sleep(0.2)
+    assert launcher.wait().result["epoch"] == 1
+    assert any("wandb" in name for name in names), names
+    assert len(found) > 1 and {address for _, address in found} <= {"127.0.0.1", "::1"}, found
 
 
 def test_a_process_that_sees_one_gpu_uses_it_whatever_its_local_rank_is(monkeypatch: pytest.MonkeyPatch) -> None:

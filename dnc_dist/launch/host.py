@@ -68,7 +68,7 @@ class Host:
 
     Args:
         listener: the socket of --rdzv.
-        secret: of this launch; its file goes when all is over.
+        secret: where that of this launch is, for all machines.
         key: the secret itself.
         card: that of this machine.
         endpoint: --rdzv, for messages.
@@ -80,6 +80,7 @@ class Host:
         self._secret, self._key, self._card, self._endpoint, self._nnodes, self._wait = secret, key, card, endpoint, nnodes, wait
         self._own_address = ""
         self._strangers: dict[StreamWriter, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._refused = False
         self._here: list[_Machine] = []
         self._roster: list[_Machine] = []
@@ -91,10 +92,9 @@ class Host:
     def close(self, timeout: float = 5.0) -> None:
         """Wait until everybody has heard how it ended."""
         self._thread.join(timeout)
-        self._secret.remove()
 
     async def _serve(self, listener: socket.socket) -> None:
-        server = await asyncio.start_server(self._meet, sock=listener, limit=1 << 10, backlog=1024)
+        server = await asyncio.start_server(self._begin, sock=listener, limit=1 << 10, backlog=1024)
         deadline, beat = time.monotonic() + self._wait, 0.0
         while self._here or not self._over:
             now = time.monotonic()
@@ -119,6 +119,12 @@ class Host:
     def _end(self, code: int, message: str) -> None:
         self._over = True
         self._tell_all(FromHost(over=(code, message)))
+
+    def _begin(self, reader: StreamReader, writer: StreamWriter) -> None:
+        # A task of our own: asyncio's complains of each that the end of the launch interrupts.
+        task = asyncio.create_task(self._meet(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _meet(self, reader: StreamReader, writer: StreamWriter) -> None:
         """One connection from its beginning to its end."""

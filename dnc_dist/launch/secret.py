@@ -20,7 +20,7 @@ class NoSecretError(Exception):
 
 
 class Secret:
-    """Where the secret of a launch is.
+    """Where the secret of a launch is; as a context, its file is gone in the end.
 
     Args:
         file: where the machine that others come to writes a fresh one, if the environment has none.
@@ -92,6 +92,12 @@ class Secret:
                 f"{self._file} can be read or written by others (mode {status.st_mode & 0o777:03o}), so it is no secret; remove it"
             )
         return read_bytes(self._file, most=4096)
+
+    def __enter__(self) -> Secret:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
 
     def remove(self) -> None:
         """The launch that began here is over: its file goes, unless another one has written its own."""

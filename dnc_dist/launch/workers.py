@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -101,9 +101,10 @@ def launch_workers(
         "PYTHONUNBUFFERED": "1",
     }
     same = {"--nnodes": nnodes, "--nproc": nproc, **_versions(), **(terms or {})}
-    with tempfile.TemporaryDirectory(prefix="dnc-dist-launch-") as name, _handling_signals() as ignored:
+    shared = Secret(secret_file) if nnodes > 1 else nullcontext()
+    with tempfile.TemporaryDirectory(prefix="dnc-dist-launch-") as name, _handling_signals() as ignored, shared as secret:
         try:
-            peers: Peers = meet(rendezvous, nnodes, same, wait, Secret(secret_file)) if nnodes > 1 else Alone()
+            peers: Peers = Alone() if secret is None else meet(rendezvous, nnodes, same, wait, secret)
         except Stopped as error:
             say(f"stopped: {error}")
             return EXIT_STOPPED
