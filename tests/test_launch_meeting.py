@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dnc_dist.errors import InputError
 from dnc_dist.launch import channel, host, meeting
-from dnc_dist.launch.channel import Card, FromMachine
+from dnc_dist.launch.channel import Card, Channel, FromHost, FromMachine
 from dnc_dist.launch.meeting import Meeting, MeetingError
 from dnc_dist.launch.network import interface_settings, is_here, parse_endpoint
 from dnc_dist.launch.peers import Alarm
@@ -369,6 +371,21 @@ def test_odd_messages_leave_no_ghost(
     close(machines, pool)
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["card", "id", "terms", "report", "codes", "0"]), inner),
+    max_leaves=8,
+)
+
+
+@given(st.binary(max_size=50) | json_values.map(lambda value: json.dumps(value).encode()), st.sampled_from([FromMachine, FromHost]))
+@settings(max_examples=60, deadline=None)
+def test_a_message_is_what_it_must_be_or_wrong_input(payload: bytes, shape: type[FromMachine] | type[FromHost]) -> None:
+    header = channel.HEADER.pack(len(payload), channel._code(b"key", 1, payload))
+    with suppress(InputError):
+        assert isinstance(Channel(b"", b"key").open(header, payload, shape), shape)
+
+
 def test_a_message_cannot_be_repeated_or_turned_around() -> None:
     number, mine = channel.nonce(), channel.nonce()
     key = SECRET.encode()
@@ -429,7 +446,7 @@ def test_no_secret_is_one_message(endpoint: str, pool: ThreadPoolExecutor, tmp_p
         meet(endpoint, 2, {}, 1, tmp_path / "elsewhere" / "secret")
     (tmp_path / "open").write_text(SECRET)
     (tmp_path / "open").chmod(0o644)
-    with pytest.raises(InputError, match=r"open can be read or written by others \(mode 644\), so it is no secret; remove it"):
+    with pytest.raises(InputError, match=r"open can be read or written by others, .* \(mode 644\): it is no secret; remove it"):
         meet(endpoint, 2, {}, 1, tmp_path / "open")
     with pytest.raises(MeetingError):
         first.result()

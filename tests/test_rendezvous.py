@@ -16,6 +16,7 @@ import torch
 from dnc_dist import distributed, rendezvous
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import environment_int
+from dnc_dist.launch.peers import Alone
 from tests.run_fixtures import dnc, make_dataset, start, write_config
 from tests.spawn import spawn
 
@@ -117,6 +118,12 @@ def _listening(process: psutil.Process | None = None) -> list[str]:
 def test_ranks_of_one_machine_listen_on_the_loopback_only(world: int) -> None:
     found = spawn(_listening, world)
     assert all(found) and {address for addresses in found for address in addresses} == {"127.0.0.1"}
+
+
+def test_the_launcher_of_one_machine_holds_its_store_on_the_loopback() -> None:
+    before = set(_listening())
+    alone = Alone()
+    assert alone.store[0] == "127.0.0.1" and set(_listening()) - before <= {"127.0.0.1"} and "127.0.0.1" in _listening()
 
 
 @pytest.mark.slow

@@ -128,11 +128,12 @@ class Host:
 
     async def _meet(self, reader: StreamReader, writer: StreamWriter) -> None:
         """One connection from its beginning to its end."""
-        address = plain(writer.get_extra_info("peername")[0])
+        peer = writer.get_extra_info("peername")
         try:
-            channel = await self._admit(reader, writer, address)
+            # None: it has left already.
+            channel = None if peer is None else await self._admit(reader, writer, plain(peer[0]))
             if channel is not None:
-                await self._listen(reader, writer, channel, address)
+                await self._listen(reader, writer, channel, plain(peer[0]))
         finally:
             writer.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from dnc_dist.errors import InputError
@@ -52,16 +53,17 @@ class Secret:
         part = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb") as file:
-                file.write(self._written)
-                file.flush()
-                os.fsync(descriptor)
-                private = not os.fstat(descriptor).st_mode & 0o077
-            if private:
-                os.replace(part, self._file)
-            else:
-                os.unlink(part)
+            try:
+                descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                with open(descriptor, "wb") as file:
+                    file.write(self._written)
+                    file.flush()
+                    os.fsync(descriptor)
+                    private = not os.fstat(descriptor).st_mode & 0o077
+                if private:
+                    os.replace(part, self._file)
+            finally:
+                part.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(
                 f"the secret of this launch cannot be written to {self._file} ({error.strerror}); make its folder writable, {_CURE}"
@@ -83,15 +85,16 @@ class Secret:
             return self._given
         try:
             status = self._file.lstat()
-        except OSError as error:
-            raise NoSecretError(
-                f"no secret in {self._file} ({error.strerror}); run.dir must be a folder that all machines share, {_CURE}"
-            ) from error
-        if not stat.S_ISREG(status.st_mode) or status.st_mode & 0o077:
+            found = read_bytes(self._file, most=4096) if stat.S_ISREG(status.st_mode) else b""
+        except (OSError, InputError) as error:
+            # Also if it goes away just now: a file system of several machines has many ways to say so.
+            why = error.strerror if isinstance(error, OSError) else error
+            raise NoSecretError(f"no secret in {self._file} ({why}); run.dir must be a folder that all machines share, {_CURE}") from error
+        if not found or status.st_mode & 0o077:
             raise InputError(
-                f"{self._file} can be read or written by others (mode {status.st_mode & 0o777:03o}), so it is no secret; remove it"
+                f"{self._file} can be read or written by others, or is no file (mode {status.st_mode & 0o777:03o}): it is no secret; remove it"
             )
-        return read_bytes(self._file, most=4096)
+        return found
 
     def __enter__(self) -> Secret:
         return self
@@ -102,8 +105,7 @@ class Secret:
     def remove(self) -> None:
         """The launch that began here is over: its file goes, unless another one has written its own."""
         if self._written and self._file is not None:
-            try:
+            # If that cannot be done, nothing is lost: the next launch writes a new one.
+            with suppress(OSError):
                 if self._file.read_bytes() == self._written:
                     self._file.unlink()
-            except FileNotFoundError:
-                pass  # with its whole folder, say
