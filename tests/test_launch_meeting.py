@@ -446,7 +446,7 @@ def test_no_secret_is_one_message(endpoint: str, pool: ThreadPoolExecutor, tmp_p
         meet(endpoint, 2, {}, 1, tmp_path / "elsewhere" / "secret")
     (tmp_path / "open").write_text(SECRET)
     (tmp_path / "open").chmod(0o644)
-    with pytest.raises(InputError, match=r"open can be read or written by others, .* \(mode 644\): it is no secret; remove it"):
+    with pytest.raises(InputError, match=r"open can be read by others, .* \(mode 644\): it is no secret, remove it"):
         meet(endpoint, 2, {}, 1, tmp_path / "open")
     with pytest.raises(MeetingError):
         first.result()

@@ -92,7 +92,7 @@ class Secret:
             raise NoSecretError(f"no secret in {self._file} ({why}); run.dir must be a folder that all machines share, {_CURE}") from error
         if not found or status.st_mode & 0o077:
             raise InputError(
-                f"{self._file} can be read or written by others, or is no file (mode {status.st_mode & 0o777:03o}): it is no secret; remove it"
+                f"{self._file} can be read by others, or is no file (mode {status.st_mode & 0o777:03o}): it is no secret, remove it"
             )
         return found
 
