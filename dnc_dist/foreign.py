@@ -7,6 +7,7 @@ InputError with the file's name, whatever the bytes are. Code that gets its valu
 from __future__ import annotations
 
 import os
+import pickle
 import stat
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -139,10 +140,66 @@ def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "") -> dict
         raise
     except Exception as error:  # bytes that no array file has make numpy, zipfile and zlib raise almost anything
         raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
+    check_arrays(found, shapes, path, cure)
+    return found
+
+
+def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, Array], source: str | Path, cure: str = "") -> None:
+    """Refuse arrays that are not what they should be.
+
+    Raises:
+        InputError: an array has another type or number of dimensions.
+    """
+    tail = f"; {cure}" if cure else ""
     for name, (kinds, ndim) in shapes.items():
         array = found[name]
         if array.dtype.kind not in kinds or array.ndim != ndim:
-            raise InputError(f"{path} is damaged: {name} is an array of {array.dtype} with {array.ndim} dimension(s){tail}")
+            raise InputError(f"{source} is damaged: {name} is an array of {array.dtype} with {array.ndim} dimension(s){tail}")
+
+
+def read_tensors(path: Path, cure: str = "", *, mapped: bool = False) -> Any:
+    """What ``torch.save`` wrote: tensors, numbers and text in lists and dictionaries. No object is unpickled.
+
+    Args:
+        path: the file.
+        cure: what the user can do about a damaged one.
+        mapped: leave the tensors' bytes on disk until they are used.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    import torch  # 1.5 s: commands that read no tensors do without
+
+    if not path.is_file():
+        read_bytes(path)  # says why
+    tail = f"; {cure}" if cure else ""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(member.file_size != member.compress_size for member in archive.infolist()):
+                    raise InputError(f"{path} is compressed, as torch never writes it; it is not what it should be{tail}")
+        found = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except InputError:
+        raise
+    except pickle.UnpicklingError:
+        raise InputError(f"{path} holds something else than tensors, numbers and text, and could run code; it is not read{tail}") from None
+    except Exception as error:  # foreign bytes make torch, zipfile and the unpickler raise almost anything
+        raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
+    waiting, seen = [found], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            # A tensor of another kind has no bytes, and one that repeats its bytes may have any size.
+            if (
+                value.layout != torch.strided
+                or value.device.type != "cpu"
+                or value.is_quantized
+                or value.nbytes > value.untyped_storage().nbytes()
+            ):
+                raise InputError(f"{path} is damaged: it holds a tensor that torch would not have saved{tail}")
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
     return found
 
 

@@ -121,7 +121,7 @@ def state(folder: Path) -> dict[str, Tensor]:
     ]
     base = parts[0]["base_optimizer_state"] if parts else model["optimizer"]
     for group, options in enumerate(base["param_groups"]):
-        found |= {f"{options['name']} {key}": torch.tensor(options[key]) for key in ("lr", "betas", "eps", "weight_decay")}
+        found |= {f"{options['name']} {key}": torch.tensor(options[key]) for key in ("betas", "eps", "weight_decay")}
         for part in parts:
             weights, moments = part["single_partition_of_fp32_groups"][group], part["base_optimizer_state"]["state"].get(group, {})
             for key, value in {"weights": weights, **moments}.items():
@@ -190,15 +190,15 @@ def test_two_processes_then_four(place: Path, record_property: Callable[[str, An
 
 def killed_while_reading() -> None:
     """For ``before``: the process is killed when it has read the other number's optimizer state."""
-    from dnc_dist.engine import checkpoint
+    from dnc_dist.engine import restore
 
-    cut = checkpoint.cut_partition
+    cut = restore.cut_partition
 
     def cutting(*args: Any) -> Any:
         cut(*args)
         os.killpg(0, signal.SIGKILL)
 
-    checkpoint.cut_partition = cutting
+    restore.cut_partition = cutting
 
 
 def test_two_processes_then_one_then_two(place: Path, record_property: Callable[[str, Any], None]) -> None:

@@ -321,7 +321,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(workers: int, place: Path) -
     ), said
 
     data = RunData(load_config(place / "run.yaml", [f"data.root={place / 'data'}", *changes]))
-    weights, state = Checkpoints(run, 2).read((run / "checkpoints" / "latest").read_text())
+    weights, state, *_ = Checkpoints(run, 2).read((run / "checkpoints" / "latest").read_text())
     assert state.step == 4 and all(bool(value.isfinite().all()) for value in weights.values())
     schedule = data.schedule(state.division, 0, conquer=False)
     for rank in range(2):

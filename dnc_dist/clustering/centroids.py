@@ -42,9 +42,16 @@ def _uniform(seed: int, row_start: int, n: int) -> np.ndarray:
 
 
 def first_centroids(
-    x: Tensor, parent: np.ndarray, rows_of_parent: np.ndarray, children: int, seed: int, row_start: int, gather: Collective
+    x: Tensor,
+    parent: np.ndarray,
+    rows_of_parent: np.ndarray,
+    children: int,
+    seed: int,
+    row_start: int,
+    gather: Collective,
+    beat: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Collective. (k, D) k-means++ (Arthur and Vassilvitskii 2007) per parent on a sample shared by all ranks."""
+    """Collective. (k, D) k-means++ (Arthur and Vassilvitskii 2007) per parent on a sample shared by all ranks; a beat per centroid."""
     parents = len(rows_of_parent)
     quota = max(SAMPLE_ROWS_PER_CENTROID * children, SAMPLE_ROWS // parents)
     chosen = _uniform(seed, row_start, len(x)) < (quota / np.maximum(rows_of_parent, 1))[parent]
@@ -55,15 +62,16 @@ def first_centroids(
     for p in range(parents):
         rows = sample if parents == 1 else sample[sample_parent == p]
         if len(rows):
-            centroids[p * children : (p + 1) * children] = _plus_plus(rows, children, numpy_generator(seed, "k-means++", p))
+            centroids[p * children : (p + 1) * children] = _plus_plus(rows, children, numpy_generator(seed, "k-means++", p), beat)
     return centroids
 
 
-def _plus_plus(rows: np.ndarray, k: int, random: np.random.Generator) -> np.ndarray:
+def _plus_plus(rows: np.ndarray, k: int, random: np.random.Generator, beat: Callable[[], None]) -> np.ndarray:
     step = max(1, WORK_ELEMENTS // rows.shape[1])
     chosen = [int(random.integers(len(rows)))]
     distance = np.full(len(rows), np.inf)
     while len(chosen) < k:
+        beat()
         for at in range(0, len(rows), step):
             block = slice(at, at + step)
             np.minimum(distance[block], squared_distance(rows[block], rows[chosen[-1]]), out=distance[block])

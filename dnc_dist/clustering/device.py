@@ -59,6 +59,7 @@ def lloyd_on_device(
     gather: Collective,
     init: Tensor | None,
     restrict: Tensor | None,
+    beat: Callable[[], None],
 ) -> KMeansResult:
     """Collective. k-means of the rows (n, D) of this rank on their device; arguments, result and errors as ``kmeans``."""
     x = x.detach().float().contiguous()
@@ -71,7 +72,7 @@ def lloyd_on_device(
         raise FloatingPointError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
     if init is None:
-        init = torch.from_numpy(first_centroids(x, parent, rows_of_parent, k // parents, seed, row_start, gather))
+        init = torch.from_numpy(first_centroids(x, parent, rows_of_parent, k // parents, seed, row_start, gather, beat))
     own = None if restrict is None else torch.from_numpy(parent).to(x.device)
 
     def start(centroids: Tensor, previous: Tensor) -> _Step:
@@ -80,6 +81,7 @@ def lloyd_on_device(
     step = start(init.detach().to(x.device, torch.float32), torch.full((len(x),), -1, device=x.device))
     splits = 0
     for iteration in range(iterations):
+        beat()
         ahead = start(step.updated, step.assignment)
         *counts, moved = step.read()
         if moved == 0:

@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -17,7 +16,11 @@ from torch import Tensor
 from dnc_dist.clustering.repair import class_sizes
 from dnc_dist.errors import InputError
 from dnc_dist.exact import contingency
+from dnc_dist.foreign import Array, check_arrays, read_arrays, shorten
 
+_SHAPES = {"learner_of": Array("i", 1), "centroids": Array("f", 2), "sizes": Array("i", 1)}
+_SHAPES |= dict.fromkeys(("num_learners", "epoch", "left_out", "rejoined", "trials"), Array("i", 0))
+_SHAPES |= dict.fromkeys(("objective", "matched_share", "nmi_to_previous"), Array("f", 0))
 MIN_CLASSES = 2
 """A learner needs so many classes with at least two rows each: below, it has no pairs to learn from."""
 
@@ -44,10 +47,34 @@ class Division:
         return {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Division:
-        """The division that gave this ``state_dict``."""
-        values: dict[str, Any] = {name: value.numpy() if isinstance(value, Tensor) else value for name, value in state.items()}
-        return cls(**values)
+    def from_state(cls, state: Any, source: str | Path = "division") -> Division:
+        """The division that gave this ``state_dict``.
+
+        Args:
+            state: what was read.
+            source: where it is from, for the message.
+
+        Raises:
+            InputError: it is no division.
+        """
+        if not isinstance(state, dict) or state.keys() != _SHAPES.keys():
+            raise InputError(f"{source} is damaged: it holds no division")
+        arrays = {}
+        for name, value in state.items():
+            if not isinstance(value, Tensor | int | float):
+                raise InputError(f"{source} is damaged: {name} is {shorten(value)}")
+            arrays[name] = value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        return cls._of_arrays(arrays, source)
+
+    @classmethod
+    def _of_arrays(cls, arrays: dict[str, np.ndarray], source: str | Path) -> Division:
+        check_arrays(arrays, _SHAPES, source)
+        values: dict[str, Any] = {name: value if value.ndim else value.item() for name, value in arrays.items()}
+        made = cls(**values)
+        k, learners = made.num_learners, made.learner_of
+        if k < 1 or len(made.sizes) != k or len(made.centroids) != k or (len(learners) and not -1 <= learners.min() <= learners.max() < k):
+            raise InputError(f"{source} is damaged: its division contradicts itself")
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file that is either complete or not there."""
@@ -65,12 +92,7 @@ class Division:
         Raises:
             InputError: the file is missing, unreadable or no division.
         """
-        try:
-            with np.load(path) as arrays:
-                values: dict[str, Any] = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
-            return cls(**{name: value if value.ndim else value.item() for name, value in values.items()})
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise InputError(f"{path} is not a readable division ({error}); give a file from the divisions/ folder of a run") from error
+        return cls._of_arrays(read_arrays(Path(path), _SHAPES, "give a file from the divisions/ folder of a run"), path)
 
 
 def match(previous: np.ndarray, current: np.ndarray, num_learners: int) -> np.ndarray:

@@ -7,6 +7,7 @@ closer than float32 can tell are decided again in float64. So neither BLAS, thre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import faiss
@@ -53,6 +54,7 @@ def kmeans(
     restrict: Tensor | None = None,
     replicated_rows: int = REPLICATED_ROWS,
     backend: Backend = "auto",
+    beat: Callable[[], None] = lambda: None,
 ) -> KMeansResult:
     """Collective. Cluster rows that are spread over ranks, until no row moves or ``iterations`` updates are done.
 
@@ -68,6 +70,7 @@ def kmeans(
         restrict: (n,) parent of each row in 0..k/2-1: the row competes between centroids 2p and 2p+1 only.
         replicated_rows: up to so many rows all ranks gather the rows and run the same k-means.
         backend: ``triton`` on the device of ``x_local``, or ``faiss`` on the CPU; ``auto`` is triton where it serves a GPU.
+        beat: called again and again while this rank makes progress.
 
     Returns:
         The result for the local rows, on the CPU. Of two centroids that are equally near within float32 rounding, Triton may
@@ -85,10 +88,10 @@ def kmeans(
         n, device = x_local.shape[0], x_local.device
         x_local = gather(x_local).to(device)
         restrict = None if restrict is None else gather(restrict)
-        result = lloyd(x_local, k, seed, iterations, 0, _alone, _alone, init, restrict)
+        result = lloyd(x_local, k, seed, iterations, 0, _alone, _alone, init, restrict, beat)
         local = slice(row_start, row_start + n)
         return result._replace(assignment=result.assignment[local], distance=result.distance[local])
-    return lloyd(x_local, k, seed, iterations, row_start, all_reduce, gather, init, restrict)
+    return lloyd(x_local, k, seed, iterations, row_start, all_reduce, gather, init, restrict, beat)
 
 
 def nearest(x_local: Tensor, centroids: Tensor) -> Tensor:
@@ -117,6 +120,7 @@ def _lloyd(
     gather: Collective,
     init: Tensor | None,
     restrict: Tensor | None,
+    beat: Callable[[], None],
 ) -> KMeansResult:
     x = _numpy(x_local)
     norms = _norms(x)
@@ -129,7 +133,9 @@ def _lloyd(
         raise FloatingPointError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
     warm = None if init is None else _numpy(init).copy()
-    centroids = first_centroids(torch.from_numpy(x), parent, rows_of_parent, children, seed, row_start, gather) if warm is None else warm
+    centroids = (
+        first_centroids(torch.from_numpy(x), parent, rows_of_parent, children, seed, row_start, gather, beat) if warm is None else warm
+    )
     order = np.argsort(parent, kind="stable")
     if restrict is not None:
         x, norms = x[order], norms[order]
@@ -142,6 +148,7 @@ def _lloyd(
     assignment = np.full(len(x), -1)
     splits = 0
     for iteration in range(iterations + 1):
+        beat()
         previous, assignment = assignment, _assign(x, norms, centroids, segments)
         sums, counts = sum_by_group(x, assignment, k), np.bincount(assignment, minlength=k)
         c = centroids.astype(np.float64)

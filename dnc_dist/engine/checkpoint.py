@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dnc_dist import distributed
-from dnc_dist.engine.repartition import cut_partition, num_partitions
+from dnc_dist.engine.restore import Saved, load_optimizer, load_weights, read_model
 from dnc_dist.engine.state import TrainState
 from dnc_dist.errors import InputError, RunError
+from dnc_dist.foreign import parse_json, read_bytes, read_text, shorten
 
+_TAG = re.compile(r"step-\d{8}")
+# What a crash leaves behind of a checkpoint that was being written or replaced.
+_UNFINISHED = re.compile(r"\.(step-\d{8})\.(tmp|old)")
+CHECKPOINTS = "checkpoints"
 _MANIFEST = "files.json"
 _BLOCK = 1 << 20
 _log = logging.getLogger(__name__)
@@ -57,7 +61,7 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
-        self.folder, self.keep = run_dir / "checkpoints", keep
+        self.folder, self.keep = run_dir / CHECKPOINTS, keep
 
     def save(self, engine: Any, state: TrainState, *, best: bool = False) -> Path:
         """Collective. Write a checkpoint of the engine and the state, move ``latest`` (and ``best``) to it, prune others.
@@ -125,31 +129,40 @@ class Checkpoints:
 
     def clean_up(self) -> None:
         """Undo what a crash interrupted: put back a checkpoint that was about to be replaced, remove half-written ones."""
-        for replaced in self.folder.glob(".step-*.old"):
-            final = self.folder / replaced.name.removeprefix(".").removesuffix(".old")
-            if not final.exists():
-                replaced.rename(final)
-        for left in self.folder.glob(".step-*"):
-            shutil.rmtree(left)
+        left = [(path, name) for path in self._entries() if (name := _UNFINISHED.fullmatch(path.name))]
+        for path, name in left:
+            if name[2] == "old" and not (self.folder / name[1]).exists():
+                path.rename(self.folder / name[1])
+            else:
+                shutil.rmtree(path)
 
     def tags(self) -> list[str]:
-        """Published checkpoints, oldest first."""
-        return sorted(path.name for path in self.folder.glob("step-*")) if self.folder.is_dir() else []
+        """Published checkpoints, oldest first; folders of other names, such as copies, are the user's own."""
+        return sorted(path.name for path in self._entries() if _TAG.fullmatch(path.name))
+
+    def _entries(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink()] if self.folder.is_dir() else []
 
     def _pointer(self, name: str) -> str | None:
-        path = self.folder / name
-        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+        """The checkpoint that a pointer names; None: no pointer, or one that names none that is there."""
+        try:
+            tag = read_text(self.folder / name, most=1 << 10).strip()
+        except InputError:
+            return None
+        return tag if tag in self.tags() else None
 
     def _damage(self, tag: str) -> str | None:
         """What is wrong with a checkpoint's files; None: nothing."""
         folder = self.folder / tag
         try:
-            entries = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            files = {folder / name: (size, checksum) for name, (size, checksum) in entries.items()}
-        except (OSError, ValueError) as error:
-            return f"{_MANIFEST}: {error}"
+            entries = parse_json(read_bytes(folder / _MANIFEST), dict[str, tuple[int, int]], _MANIFEST)
+        except InputError as error:
+            return str(error)
+        if other := [name for name in entries if name != Path(name).name or name in ("", "..")]:
+            return f"{_MANIFEST} names {shorten(other[0])}, which is not in this folder"
+        files = {folder / name: entry for name, entry in entries.items()}
         for file, (size, _) in files.items():
-            if not file.exists():
+            if not file.is_file():
                 return f"{file.name} is missing"
             if file.stat().st_size != size:
                 return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
@@ -168,13 +181,22 @@ class Checkpoints:
         Raises:
             InputError: there are checkpoints, but the wanted one, or for "latest" every one, is damaged or missing.
         """
-        wanted = self._pointer(which) if which in ("latest", "best") else which
-        if wanted is None and not self.tags():
+        tags = self.tags()
+        if not tags and which == "latest":
             return None
-        if which != "latest" and wanted not in self.tags():
-            raise InputError(f"{self.folder} has no checkpoint {wanted or which}; it has {', '.join(self.tags()) or 'none'}")
-        candidates = [tag for tag in reversed(self.tags()) if wanted is None or tag <= wanted] if which == "latest" else [str(wanted)]
+        wanted = self._pointer(which) if which in ("latest", "best") else which
         messages: list[str] = []
+        if which == "latest":
+            pointer = self.folder / "latest"
+            if wanted is None and pointer.exists():
+                messages.append(f"{pointer} names no checkpoint that is there; the newest whole one is used")
+            candidates = [tag for tag in reversed(tags) if wanted is None or tag <= wanted]
+        elif which == "best" and wanted is None:
+            raise InputError(f"{self.folder / which} names no checkpoint that is there; use --checkpoint last")
+        elif wanted not in tags:
+            raise InputError(f"{self.folder} has no checkpoint {wanted}; it has {', '.join(tags) or 'none'}")
+        else:
+            candidates = [wanted]
         for tag in candidates:
             if (damage := self._damage(tag)) is None:
                 return tag, messages
@@ -182,30 +204,30 @@ class Checkpoints:
         cure = "remove the folder to start over" if which == "latest" else "choose another one"
         raise InputError("\n".join([*messages, f"{self.folder}: no usable checkpoint; {cure}"]))
 
-    def load(self, engine: Any, tag: str) -> None:
+    def empty(self) -> bool:
+        """Whether there is no checkpoint, not even one that a crash left aside."""
+        return not any(_TAG.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name) for path in self._entries())
+
+    def read(self, tag: str) -> Saved:
+        """The weights and the train state of a checkpoint; needs no engine.
+
+        Raises:
+            InputError: the file holds something else.
+        """
+        return read_model(self.folder / tag)
+
+    def load(self, engine: Any, tag: str, saved: Saved) -> None:
         """Collective. Restore parameters and optimizer of the engine, whatever number of processes wrote them.
 
         Raises:
-            InputError: DeepSpeed does not find the checkpoint's files.
+            InputError: the files hold something else than this engine's state.
         """
         folder, world = self.folder / tag, distributed.world_size()
-        repartition = num_partitions(folder) not in (0, world)
-        path, saved = engine.load_checkpoint(str(self.folder), tag, load_optimizer_states=not repartition)
-        if path is None:
-            raise InputError(f"{folder}: DeepSpeed could not read this checkpoint")
-        if saved["world_size"] != world:
-            _log.info(f"checkpoint {folder} was written by {saved['world_size']} process(es) and goes on with {world}")
-        if repartition:
-            sizes = [group["params"][0].numel() for group in engine.optimizer.param_groups]
-            part = cut_partition(folder, distributed.rank(), sizes)
-            # DeepSpeed picks the entry of this rank.
-            engine.optimizer.load_state_dict([part] * world, load_from_fp32_weights=True)
+        if saved.world_size != world:
+            _log.info(f"checkpoint {folder} was written by {saved.world_size} process(es) and goes on with {world}")
+        load_weights(engine.module, saved.weights, folder)
+        load_optimizer(engine, folder, saved)
 
     def has_best(self) -> bool:
         """Whether a checkpoint was marked as the best."""
-        return self._pointer("best") is not None
-
-    def read(self, tag: str) -> tuple[dict[str, Any], TrainState]:
-        """The objective's weights and the train state; needs no engine, on any number of processes."""
-        content = torch.load(self.folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return content["module"], TrainState.from_state_dict(content["train_state"])
+        return (self.folder / "best").exists()

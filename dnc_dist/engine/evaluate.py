@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist import distributed, watchdog
 from dnc_dist.clustering.kmeans import kmeans
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView
@@ -19,10 +20,11 @@ from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.restore import load_weights
 from dnc_dist.engine.rundir import load_run_config
 from dnc_dist.engine.setup import build_objective
 from dnc_dist.engine.signals import StopRequest
-from dnc_dist.errors import InputError
+from dnc_dist.errors import InputError, Stopped
 from dnc_dist.exact import nmi
 from dnc_dist.gallery import Gallery, save_gallery
 from dnc_dist.progress import Progress
@@ -33,6 +35,8 @@ from dnc_dist.rng import seed_for
 THUMBNAIL_SIDE = 64
 GATHERED_ROWS = 1 << 14
 """Rows of each rank that travel together on their way to rank 0."""
+BEAT_SECONDS = 1.0
+"""Between two meetings of the ranks while rank 0 computes NMI."""
 _log = logging.getLogger(__name__)
 
 
@@ -80,7 +84,7 @@ def evaluate_view(
         main, results = "", {"": evaluate(embeddings, rows, view.labels, view.query, view.gallery, protocol=chosen, recall_at=recall_at)}
     metrics: dict[str, Any] = dict(results[main].metrics)
     if with_nmi:
-        metrics["nmi"] = _nmi(embeddings, rows, view, cfg.run.seed)
+        metrics["nmi"] = _nmi(embeddings, rows, view, cfg.run.seed, stop, epoch)
     metrics |= {"protocol": chosen} | ({"list": main} if main else {}) | _counts(results[main])
     if len(results) > 1:
         for list_name, result in results.items():
@@ -99,8 +103,12 @@ def _counts(result: RetrievalResult) -> dict[str, int]:
     return {"num_queries": result.num_queries, "num_gallery": result.num_gallery, "queries_left_out": result.num_left_out}
 
 
-def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int) -> float:
-    """Collective. NMI of a k-means with as many clusters as classes, run by rank 0 on all rows in their order; other ranks keep none."""
+def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int, stop: StopRequest, epoch: int) -> float:
+    """Collective. NMI of a k-means with as many clusters as classes, run by rank 0 on all rows in their order; other ranks keep none.
+
+    Raises:
+        Stopped: a rank was asked to stop.
+    """
     device, main = distributed.device(), distributed.is_main()
     every = torch.empty(len(view) if main else 0, embeddings.shape[1])
     present = torch.zeros(len(view), dtype=torch.bool)
@@ -110,11 +118,30 @@ def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int) -> float:
         which = distributed.gather_rows(rows[at : at + GATHERED_ROWS].to(device)).cpu()
         if main:
             every[which], present[which] = block, True
+
+    def meet(working: bool) -> bool:
+        """Collective. Whether rank 0 still works: it may for an hour, and the others cannot wait in one collective for so long."""
+        watchdog.phase(f"epoch {epoch}, NMI")
+        work, asked = distributed.all_reduce_sum(torch.tensor([float(working), float(stop.requested)], device=device)).tolist()
+        if asked:
+            raise Stopped(f"during the evaluation of epoch {epoch}")
+        return work > 0
+
+    met = time.monotonic()
+
+    def beat() -> None:
+        nonlocal met
+        if time.monotonic() - met >= BEAT_SECONDS:
+            meet(True)
+            met = time.monotonic()
+
     value = None
     if main:
         labels = view.labels[present.numpy()]
-        clusters = kmeans(every if present.all() else every[present], len(np.unique(labels)), seed=seed_for(seed, "nmi"))
-        value = nmi(clusters.assignment.numpy(), labels)
+        found = kmeans(every if present.all() else every[present], len(np.unique(labels)), seed=seed_for(seed, "nmi"), beat=beat)
+        value = nmi(found.assignment.numpy(), labels)
+    while meet(working=False):
+        pass
     return distributed.broadcast_object(value)
 
 
@@ -152,7 +179,6 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
         InputError: no run, no checkpoint, or no test split there.
     """
     cfg = load_run_config(run_dir)
-    cfg = cfg.model_copy(update={"run": cfg.run.model_copy(update={"dir": run_dir.parent, "name": run_dir.name})})
     checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
     newest = checkpoint == "last" or (checkpoint == "best" and not checkpoints.has_best())
     which = "latest" if newest else checkpoint
@@ -165,9 +191,9 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
     data = RunData(cfg)
     if data.test is None:
         raise InputError(f"data.root={cfg.data.root} has no test split to evaluate on")
-    objective = build_objective(cfg, data.train.num_classes)
-    weights, state = checkpoints.read(tag)
-    objective.load_state_dict(weights)
+    objective = build_objective(cfg, data.train.num_classes, initial_weights=False)
+    saved = checkpoints.read(tag)
+    load_weights(objective, saved.weights, checkpoints.folder / tag)
     with_nmi = cfg.evaluation.nmi != "never"
     evaluation = evaluate_view(
         objective,
@@ -177,9 +203,9 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
         with_nmi=with_nmi,
         stop=StopRequest(),
         progress=Progress(distributed.is_main()),
-        epoch=state.epoch,
+        epoch=saved.state.epoch,
         protocol=protocol,
     )
     data.close()
     selected_on, _ = data.selection_view()
-    return {"run": str(run_dir), "checkpoint": tag, "epoch": state.epoch, **evaluation.metrics, "selected_on": selected_on}
+    return {"run": str(run_dir), "checkpoint": tag, "epoch": saved.state.epoch, **evaluation.metrics, "selected_on": selected_on}

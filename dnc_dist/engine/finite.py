@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,48 +14,71 @@ from dnc_dist import distributed
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.stream import Batch
 from dnc_dist.engine.dataset import RunData
+from dnc_dist.engine.rundir import RunDirectory
+from dnc_dist.engine.setup import gradient_is_finite
 from dnc_dist.errors import RunError
 
 FOLDER = "not-finite"
 
 
 class FiniteGuard:
-    """Looks at the stats of an epoch's steps, and at the parameters after them.
+    """Looks at the stats of an epoch's steps, at the gradients that moved the parameters, and at the parameters after them.
 
     Args:
         objective: what is trained.
+        engine: what updates it.
         data: where the batches came from.
         schedule: of the epoch.
         first_step: steps of the run before this epoch.
         run_dir: the run directory.
     """
 
-    def __init__(self, objective: nn.Module, data: RunData, schedule: EpochSchedule, first_step: int, run_dir: Path) -> None:
-        self.objective, self.data, self.schedule, self.first_step, self.run_dir = objective, data, schedule, first_step, run_dir
+    def __init__(
+        self,
+        objective: nn.Module,
+        engine: Any,
+        data: RunData,
+        schedule: EpochSchedule,
+        first_step: int,
+        run_dir: RunDirectory,
+    ) -> None:
+        self.objective, self.engine, self.data, self.schedule = objective, engine, data, schedule
+        self.first_step, self.run_dir = first_step, run_dir
+        self._gradients: list[Tensor] = []
+
+    def step(self) -> None:
+        """Remember whether the gradient of the step that was just done was finite, without waiting for the device."""
+        self._gradients.append(gradient_is_finite(self.engine))
 
     def check(self, stats: Sequence[Mapping[str, Tensor]], step: int, epoch: int) -> None:
-        """Collective, if something is not finite, which all ranks find alike. Waits for the device.
+        """Collective. Look at the newest steps, the last of which is ``step``. Waits for the device.
 
         Args:
-            stats: of the newest steps, the last of which is ``step``.
+            stats: of the steps since the last look.
 
         Raises:
-            RunError: a loss, an embedding, a parameter or a running statistic is not finite.
+            RunError: a loss, an embedding, a gradient, a parameter or a running statistic is not finite, or the run directory is gone.
         """
+        gone = self.run_dir.problem()
+        if distributed.any_rank(gone is not None):
+            raise RunError(distributed.broadcast_object(gone))
+        gradients = torch.stack(self._gradients).tolist()
+        self._gradients = []
         losses = torch.stack([values["loss"].double() for values in stats]).tolist()
         rows = torch.stack([values.get("non_finite_rows", torch.zeros_like(values["loss"])).double() for values in stats]).tolist()
-        for back, (loss, bad_rows) in enumerate(zip(losses, rows, strict=True), start=1 - len(stats)):
+        for back, (loss, bad_rows, finite_gradient) in enumerate(zip(losses, rows, gradients, strict=True), start=1 - len(stats)):
             if not np.isfinite(loss) or bad_rows:
                 found = f"the loss is {loss:.4g}" + (f" and {bad_rows:.0f} embedding(s) are not finite" if bad_rows else "")
                 self._stop(step + back, epoch, found)
-        # A loss that is finite can have a gradient that is not.
+            if not finite_gradient:
+                self._stop(step + back, epoch, f"its loss is {loss:.4g}, but the gradient of it is not finite")
         if not _all_finite(self.objective):
             self._stop(step, epoch, f"its loss is {losses[-1]:.4g}, but the parameters that it leads to are not finite")
 
     def _stop(self, step: int, epoch: int, found: str) -> None:
         number = step - 1 - self.first_step
         batch = next(self.data.train_batches(self.schedule, first_step=self.first_step, skip=number))
-        folder, name = self.run_dir / FOLDER, f"step-{step:08d}-rank-"
+        folder, name = self.run_dir.path / FOLDER, f"step-{step:08d}-rank-"
         kept = f"its batch is kept in {folder / name}*.npz"
         try:
             save_batch(folder / f"{name}{distributed.rank()}.npz", batch, self.data, step, epoch)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 class WaitingAdamW(torch.optim.AdamW):
@@ -26,6 +27,10 @@ class WaitingAdamW(torch.optim.AdamW):
             return super().step(closure)
         finally:
             self.param_groups = groups
+
+    def largest_square(self) -> Tensor:
+        """0-d, on the device: the largest second moment that this rank holds; not finite once a gradient, or its square, was not."""
+        return nn.utils.get_total_norm([state["exp_avg_sq"] for state in self.state.values() if state], float("inf"))
 
     def _allocate_state(self, group: dict[str, Any]) -> None:
         """State of zeros for parameters that have none: DeepSpeed links the state of every group after the first step."""

@@ -5,80 +5,120 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 from pathlib import Path
 from typing import TextIO
 
 from dnc_dist.config import RunConfig, dump_config, load_config
-from dnc_dist.engine.checkpoint import Checkpoints, write_atomically
+from dnc_dist.engine.checkpoint import CHECKPOINTS, Checkpoints, write_atomically
 from dnc_dist.errors import InputError
+from dnc_dist.tracker import METRICS_FILE, read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
 FREE_KEYS = {("data", "root"), ("data", "workers")}
 _LOCK = ".lock"
 _log = logging.getLogger(__name__)
-_locks: list[TextIO] = []
 
 
-def prepare_run_dir(cfg: RunConfig, resume: str) -> None:
-    """Create the run directory with its ``config.yaml``, or check that it belongs to this very run. Rank 0 only.
-
-    Raises:
-        InputError: the directory holds another run, or ``resume`` is "never" and it holds any, or it cannot be written.
-    """
-    try:
-        _prepare(cfg, resume)
-    except OSError as error:
-        raise InputError(
-            f"{cfg.run.path} cannot be written ({error.strerror}); set run.dir to a folder that every process may write to"
-        ) from error
-
-
-def _prepare(cfg: RunConfig, resume: str) -> None:
-    path = cfg.run.path / "config.yaml"
-    checkpoints = Checkpoints(cfg.run.path, cfg.checkpoint.keep)
-    if not path.exists() or not checkpoints.tags():
-        if not path.exists() and cfg.run.path.exists() and any(entry.name != _LOCK for entry in cfg.run.path.iterdir()):
-            raise InputError(
-                f"{cfg.run.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
-            )
-        cfg.run.path.mkdir(parents=True, exist_ok=True)
-        _lock(cfg.run.path)
-        write_config(cfg)
-        checkpoints.clean_up()
-        return
-    if resume == "never":
-        raise InputError(f"{cfg.run.path} already holds a run; use --resume auto to go on with it, or set run.name to start another")
-    changed = changed_keys(load_run_config(cfg.run.path), cfg)
-    if changed:
-        raise InputError(
-            f"{cfg.run.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, "
-            "or set run.name to start another"
-        )
-    _lock(cfg.run.path)
-    checkpoints.clean_up()
-
-
-def _lock(run_dir: Path) -> None:
-    """Take the run directory for the life of this process: two trainings in one would destroy each other's checkpoints.
+class RunDirectory:
+    """The run directory of this process, made and locked for the life of it by rank 0.
 
     A record lock belongs to the process alone; the loader's forked workers, which may outlive it for a moment, do not hold it.
     """
-    file = (run_dir / _LOCK).open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another process is training in {run_dir}; wait for it, stop it, or set run.name to start another run") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        _log.warning("%s: this file system has no locks; take care that only one training at a time uses the folder", run_dir)
-    _locks.append(file)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: TextIO | None = None
+
+    def prepare(self, cfg: RunConfig, resume: str) -> str:
+        """Create the directory with its ``config.yaml``, or check that it belongs to this very run; what the user should know of it.
+
+        Rank 0 only.
+
+        Raises:
+            InputError: the directory holds another run, or ``resume`` is "never" and it holds any, or it cannot be written.
+        """
+        try:
+            return self._prepare(cfg, resume)
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written ({error.strerror}); set run.dir to a folder that every process may write to"
+            ) from error
+
+    def problem(self) -> str | None:
+        """Why nothing can be saved here any more: somebody removed the directory or its checkpoints; None on other ranks than 0."""
+        if self._lock is None:
+            return None
+        try:
+            # The open file keeps its identity; the one of that name is another one once the directory was removed and made again.
+            here = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / _LOCK)) and (self.path / CHECKPOINTS).is_dir()
+        except FileNotFoundError:
+            here = False
+        if here:
+            return None
+        return f"{self.path} was removed, or its {CHECKPOINTS} were, while the run was training in it; nothing more can be saved there"
+
+    def _prepare(self, cfg: RunConfig, resume: str) -> str:
+        config = self.path / "config.yaml"
+        checkpoints = Checkpoints(self.path, cfg.checkpoint.keep)
+        if not config.exists() and self.path.exists() and any(entry.name != _LOCK for entry in self.path.iterdir()):
+            raise InputError(
+                f"{self.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        checkpoints.clean_up()
+        if resume == "never" and (checkpoints.tags() or (self.path / METRICS_FILE).exists()):
+            raise InputError(f"{self.path} already holds a run; use --resume auto to go on with it, or set run.name to start another")
+        epoch = _last_epoch(self.path / METRICS_FILE)
+        if checkpoints.tags():
+            changed = changed_keys(load_run_config(self.path), cfg)
+            if changed:
+                raise InputError(
+                    f"{self.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, "
+                    "or set run.name to start another"
+                )
+        elif epoch > 0:
+            # Every epoch ends with a checkpoint: there were some.
+            raise InputError(
+                f"{self.path} holds a run that came to epoch {epoch}, but none of its checkpoints; put them back to resume it, remove "
+                "the folder to start over, or set run.name to start another"
+            )
+        checkpoints.folder.mkdir(exist_ok=True)
+        if checkpoints.tags():
+            return ""
+        write_config(cfg)
+        return f"{self.path} holds a run that ended before its first checkpoint; it starts over" if epoch >= 0 else ""
+
+    def _take_lock(self) -> None:
+        """Two trainings in one directory would destroy each other's checkpoints."""
+        file = (self.path / _LOCK).open("w")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is training in {self.path}; wait for it, stop it, or set run.name to start another run"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            _log.warning("%s: this file system has no locks; take care that only one training at a time uses the folder", self.path)
+        self._lock = file
+
+
+def _last_epoch(metrics: Path) -> int:
+    """The last epoch with a training line; -1 without any."""
+    if not metrics.exists():
+        return -1
+    return max((line["epoch"] for line in read_metrics(metrics) if line["kind"] == "train"), default=-1)
 
 
 def write_config(cfg: RunConfig) -> None:
-    """Write ``config.yaml`` into the run directory."""
-    write_atomically(cfg.run.path / "config.yaml", dump_config(cfg))
+    """Write ``config.yaml`` into the run directory; its folders are absolute, so that the run can be read from anywhere."""
+    run = cfg.run.model_copy(update={"dir": cfg.run.dir.absolute()})
+    data = cfg.data.model_copy(update={"root": cfg.data.root.absolute()})
+    write_atomically(cfg.run.path / "config.yaml", dump_config(cfg.model_copy(update={"run": run, "data": data})))
 
 
 def load_run_config(run_dir: Path) -> RunConfig:

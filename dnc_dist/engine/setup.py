@@ -9,7 +9,7 @@ from typing import Any
 import deepspeed
 import deepspeed.ops
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import dnc_kernels
 from dnc_dist import distributed
@@ -18,6 +18,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
+from dnc_dist.engine.restore import PlainFiles
 from dnc_dist.errors import InputError
 from dnc_dist.loss import build_loss
 from dnc_dist.model.backbone import build_backbone
@@ -26,11 +27,19 @@ from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.rng import seed_for
 
 
-def build_objective(cfg: RunConfig, num_classes: int) -> DncObjective:
-    """The untrained objective on this rank's device; the same parameters on every rank."""
+def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool = True) -> DncObjective:
+    """The untrained objective on this rank's device; the same parameters on every rank.
+
+    Args:
+        cfg: the configuration.
+        num_classes: of the training set.
+        initial_weights: False where those of a checkpoint follow: then ``model.weights`` is not needed any more.
+    """
     torch.manual_seed(seed_for(cfg.run.seed, "model"))
     model = cfg.model
-    backbone = build_backbone(model.backbone, model.weights, batch_norm=model.batch_norm, pooling=model.pooling)
+    backbone = build_backbone(
+        model.backbone, model.weights if initial_weights else "none", batch_norm=model.batch_norm, pooling=model.pooling
+    )
     return DncObjective(
         backbone,
         EmbeddingHead(backbone.feature_dim, model.embedding_dim, model.dropout),
@@ -96,6 +105,8 @@ def deepspeed_config(cfg: RunConfig, world_size: int) -> dict[str, Any]:
             # 64 MB of gradients at a time keep a network busy; the default allocates 2 GB for them, and twice that to overlap.
             "reduce_bucket_size": 16_000_000,
         },
+        # DeepSpeed's default, which versions do not agree on: the norm of all gradients together is at most this.
+        "gradient_clipping": 1.0,
         # Any class but torch's own Adam counts as untested there; ours differs from it only in skipping groups.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -127,6 +138,7 @@ def build_engine(objective: DncObjective, cfg: RunConfig) -> Any:
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=deepspeed_config(cfg, distributed.world_size()), dist_init_required=False
     )
+    engine.checkpoint_engine = PlainFiles()
     return engine
 
 
@@ -134,6 +146,17 @@ def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
     """Set each named group's learning rate for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rates[group["name"]]
+
+
+def gradient_is_finite(engine: Any) -> Tensor:
+    """0-d bool, equal on all ranks, without waiting for a device: whether all gradients of the last step were finite.
+
+    ZeRO 1 and 2 skip a step with others in silence, but remember that they did. Stage 0 lets them into the second moments, which
+    nothing makes finite again.
+    """
+    if engine.zero_optimization_stage() > 0:
+        return torch.tensor(not engine.optimizer.overflow)
+    return engine.optimizer.largest_square().isfinite()
 
 
 def seed_libraries(seed: int, step: int) -> None:

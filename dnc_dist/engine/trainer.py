@@ -19,13 +19,13 @@ from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.finite import FiniteGuard
-from dnc_dist.engine.rundir import prepare_run_dir, write_config
-from dnc_dist.engine.runlog import close_log, open_log
+from dnc_dist.engine.rundir import RunDirectory, write_config
+from dnc_dist.engine.runlog import announce, close_log, open_log
 from dnc_dist.engine.setup import build_engine, build_objective, kernels_note, libraries_note, seed_libraries, set_learning_rates
 from dnc_dist.engine.signals import StopRequest
-from dnc_dist.engine.state import TrainState
+from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
-from dnc_dist.errors import InputError, Stopped
+from dnc_dist.errors import InputError, RunError, Stopped
 from dnc_dist.progress import Progress
 from dnc_dist.tracker import build_tracker
 
@@ -67,10 +67,15 @@ class Trainer:
         self.data = RunData(cfg)
         self.selected_on, _ = self.data.selection_view()
         check_num_learners(self.data.train.labels, cfg.division.num_learners)
-        distributed.on_main(prepare_run_dir, cfg, resume)
-        open_log(cfg.run.path)
         self.checkpoints = Checkpoints(cfg.run.path, cfg.checkpoint.keep)
-        self.objective = build_objective(cfg, self.data.train.num_classes)
+        # Before the run directory is made: without its initial weights a run does not begin. One with a checkpoint needs them no more.
+        begins = distributed.on_main(self.checkpoints.empty)
+        self.objective = build_objective(cfg, self.data.train.num_classes, initial_weights=begins)
+        self.run_dir = RunDirectory(cfg.run.path)
+        note = distributed.on_main(self.run_dir.prepare, cfg, resume)
+        open_log(cfg.run.path)
+        if note:
+            _log.info(note)
         self.engine = build_engine(self.objective, cfg)
         self.groups = distributed.rank_groups(cfg.division.learners_per_step)
         self.state = self._resume(resume)
@@ -86,7 +91,7 @@ class Trainer:
             resume_step=self.state.step or None,
         )
         self.state.tracker_run_id = self.tracker.run_id
-        self._announce()
+        announce(cfg, self.data.train, self.state, self.kernels, libraries_note(self.objective))
 
     def fit(self) -> dict[str, Any]:
         """Collective. Train until all epochs are done; the RESULT values."""
@@ -100,6 +105,9 @@ class Trainer:
             with shares.time("train"):
                 self.train_epoch(shares)
             if plan.evaluation_due(self.cfg, self.state.epoch):
+                if plan.nmi_due(self.cfg, self.state.epoch) or self.state.epoch + 1 == self.cfg.schedule.epochs:
+                    # It may take long: whatever happens in it must not cost the epoch.
+                    self.save()
                 with shares.time("evaluate"):
                     self.state.metrics = self.evaluate()
             counts = {"samples_seen": self.state.samples_seen, "undecodable_images": self._report_failed()}
@@ -141,7 +149,7 @@ class Trainer:
         rows_in_step = np.diff(schedule.starts)
         max_positives = schedule.max_rows_per_class(self.data.train.labels) - 1
         first_step = state.step - state.batches_done
-        guard = FiniteGuard(self.objective, self.data, schedule, first_step, cfg.run.path)
+        guard = FiniteGuard(self.objective, self.engine, self.data, schedule, first_step, self.run_dir)
         log = StepLog(self.tracker, cfg.tracker.log_every, guard)
         # The ranks that share this rank's learner in a step of m learners; None: all of them.
         group = self.groups.get(schedule.turns.shape[1])
@@ -206,14 +214,20 @@ class Trainer:
         return metrics
 
     def save(self, *, best: bool = False) -> Path:
-        """Collective. Write a checkpoint."""
+        """Collective. Write a checkpoint.
+
+        Raises:
+            RunError: it cannot be written, or the run directory is gone.
+        """
+        if problem := distributed.broadcast_object(self.run_dir.problem()):
+            raise RunError(problem)
         watchdog.phase(f"epoch {self.state.epoch}, checkpoint of step {self.state.step}")
         return self.checkpoints.save(self.engine, self.state, best=best)
 
     def result(self) -> dict[str, Any]:
         """The values of the RESULT line: of the selected epoch, or of the last one."""
         state = self.state
-        chosen = state.best or {"epoch": state.epoch, "samples_seen": state.samples_seen, "metrics": state.metrics}
+        chosen = state.best or Best(epoch=state.epoch, samples_seen=state.samples_seen, metrics=state.metrics)
         metrics = {name: chosen["metrics"].get(name) for name in ("recall@1", "map@r", "nmi", "protocol")}
         # Only some protocols have these.
         metrics |= {name: chosen["metrics"][name] for name in ("list", "map", "recall@1_std", "map_std") if name in chosen["metrics"]}
@@ -235,9 +249,10 @@ class Trainer:
         if name is None or name not in self.state.metrics or not plan.evaluation_due(self.cfg, self.state.epoch - 1):
             return False
         state = self.state
-        if state.best is not None and state.best["metrics"][name] >= state.metrics[name]:
+        before = state.best["metrics"].get(name) if state.best is not None else None
+        if isinstance(before, int | float) and before >= float(state.metrics[name] or 0):
             return False
-        state.best = {"epoch": state.epoch, "samples_seen": state.samples_seen, "metrics": state.metrics}
+        state.best = Best(epoch=state.epoch, samples_seen=state.samples_seen, metrics=state.metrics)
         return True
 
     def _resume(self, resume: str) -> TrainState:
@@ -258,14 +273,17 @@ class Trainer:
         tag, messages = found
         for message in messages:
             _log.info(message)
+        saved = self.checkpoints.read(tag)
+        state = saved.state
         # Before the weights: other data may have another number of classes, and so other shapes.
-        _, state = self.checkpoints.read(tag)
         if state.data_hash != fresh.data_hash:
             raise InputError(
                 f"data.root={self.cfg.data.root} holds other images or labels than the run in {self.cfg.run.path} began with; "
                 "give the old data.root, or set run.name to start another run"
             )
-        self.checkpoints.load(self.engine, tag)
+        if state.division is not None and len(state.division.learner_of) != len(self.data.train):
+            raise InputError(f"{self.checkpoints.folder / tag} holds a division of another training set; choose another checkpoint")
+        self.checkpoints.load(self.engine, tag, saved)
         return state
 
     def _report_failed(self) -> int:
@@ -276,20 +294,3 @@ class Trainer:
             shown = "; ".join(keys[:10]) + (f"; and {len(keys) - 10} more" if len(keys) > 10 else "")
             _log.warning("%d image(s) cannot be decoded and take part in nothing: %s", len(keys), shown)
         return len(keys)
-
-    def _announce(self) -> None:
-        cfg, view, state = self.cfg, self.data.train, self.state
-        per_class = cfg.schedule.samples_per_class
-        negatives = cfg.schedule.batch_size // cfg.division.learners_per_step - per_class
-        _log.info(
-            f"{cfg.run.path}: {len(view)} training images of {view.num_classes} classes, {distributed.world_size()} process(es), "
-            f"ZeRO {cfg.engine.zero}"
-        )
-        _log.info(
-            f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class, so {negatives} of other classes for "
-            f"every anchor; {cfg.loss.name} loss, {self.kernels}"
-        )
-        if note := libraries_note(self.objective):
-            _log.info(note)
-        if state.step:
-            _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")
