@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dnc_dist.errors import InputError
 
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class ConfigError(InputError):
     """The configuration cannot be used; the message lists every problem."""
@@ -54,7 +57,7 @@ class Data(Section):
     """Folder written by `dnc-dist data prepare`."""
     protocol: Literal["auto", "leave-one-out", "query-gallery", "vehicleid-loo", "vehicleid-random10"] = "auto"
     """Retrieval protocol; auto: vehicleid-loo for VehicleID's lists, query-gallery if the dataset has such roles, else leave-one-out."""
-    image_size: int = Field(224, ge=8)
+    image_size: int = Field(224, ge=8, le=4096)
     """Side of the square images that the network sees, pixels."""
     crop: float = Field(0.875, gt=0, le=1)
     """Share of the resized image that the evaluation's centre crop keeps."""
@@ -62,7 +65,7 @@ class Data(Section):
     """Training augmentation; `light` (shift and scale, no flip) suits characters."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean per colour channel that is subtracted from pixels in [0, 1]."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
     """Standard deviation per colour channel that pixels are divided by."""
     validation_classes: float = Field(0.0, ge=0, lt=1)
     """Share of the training classes, chosen by a seeded hash, that is held out to select the best checkpoint."""
@@ -81,8 +84,8 @@ class Model(Section):
     """Width of the whole embedding."""
     masks: Literal["learned", "fixed", "sliced"] = "learned"
     """Kind of subspace mask; `sliced` is the flat method with its own normalisation per slice."""
-    batch_norm: Literal["frozen", "global"] = "frozen"
-    """`frozen`: running statistics fixed (pretrained backbones); `global`: statistics of the global batch (training from scratch)."""
+    batch_norm: Literal["auto", "frozen", "global"] = "auto"
+    """`frozen`: fixed running statistics (of pretrained weights); `global`: those of the global batch; `auto`: global without weights."""
     pooling: Literal["avg", "max", "avg+max"] = "avg"
     """Pooling of the backbone's last feature map."""
     dropout: float = Field(0.01, ge=0, lt=1)
@@ -185,7 +188,7 @@ class Optim(Section):
     """Learning rate of the learned masks, as a multiple of lr."""
     loss_lr_mult: float = Field(1.0, ge=0)
     """Learning rate of the loss's own parameters (beta, proxies), as a multiple of lr."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
 
 
@@ -211,7 +214,7 @@ class Evaluation(Section):
     """Also evaluate the untrained network."""
     select_on: Literal["auto", "last", "validation", "test"] = "auto"
     """What picks the best checkpoint; auto: validation if that split exists, else last."""
-    recall_at: tuple[Annotated[int, Field(ge=1)], ...] = (1, 2, 4, 8)
+    recall_at: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = (1, 2, 4, 8)
     """The k of recall@k."""
     nmi: Literal["final", "every", "never"] = "final"
     """When to compute NMI (it needs a k-means with as many clusters as classes)."""
@@ -328,6 +331,8 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
         )
     if sch.warmup >= sch.epochs:
         yield f"schedule.warmup={sch.warmup} must be less than schedule.epochs={sch.epochs}"
+    if model.backbone == "conv4" and cfg.data.image_size < 16:
+        yield f"data.image_size={cfg.data.image_size} is too small for model.backbone=conv4, which halves it four times; use at least 16"
     if 1 not in cfg.evaluation.recall_at:
         yield (
             f"evaluation.recall_at={list(cfg.evaluation.recall_at)} must contain 1: recall@1 stands in RESULT "

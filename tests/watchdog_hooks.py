@@ -29,7 +29,7 @@ def sleeping_often(step: int, seconds: float, places: tuple[str, ...], long_seco
     from dnc_dist.engine import checkpoint, evaluate, trainer
 
     functions = {
-        "start": (trainer, "build_objective"),
+        "start": (trainer, "build_engine"),
         "step": (trainer, "set_learning_rates"),
         "nmi": (evaluate, "kmeans"),
         "save": (checkpoint.Checkpoints, "save"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import dnc_kernels
 from dnc_dist import distributed
 from dnc_dist.clustering.device import Backend, choose_backend
-from dnc_dist.config import RunConfig
+from dnc_dist.config import Model, RunConfig
 from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
@@ -22,9 +22,32 @@ from dnc_dist.engine.restore import PlainFiles
 from dnc_dist.errors import InputError
 from dnc_dist.loss import build_loss
 from dnc_dist.model.backbone import build_backbone
+from dnc_dist.model.batch_norm import BatchNormKind
 from dnc_dist.model.embedding import EmbeddingHead
 from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.rng import seed_for
+
+
+def batch_norm_kind(model: Model) -> BatchNormKind:
+    """What ``model.batch_norm`` means: statistics that nobody measured are not worth freezing."""
+    if model.batch_norm != "auto":
+        return model.batch_norm
+    return "global" if model.weights == "none" else "frozen"
+
+
+def objective_of_run(cfg: RunConfig, num_classes: int, *, begins: bool) -> DncObjective:
+    """What a run begins with, or what its checkpoint is loaded into.
+
+    Raises:
+        InputError: its weights cannot be had, or running statistics are to be frozen that nobody measured.
+    """
+    model = cfg.model
+    if begins and model.batch_norm == "frozen" and model.weights == "none":
+        raise InputError(
+            "model.batch_norm=frozen fixes the running statistics of model.weights, but with model.weights=none there are none, which "
+            "costs much accuracy; set model.batch_norm to auto or global"
+        )
+    return build_objective(cfg, num_classes, initial_weights=begins)
 
 
 def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool = True) -> DncObjective:
@@ -38,7 +61,7 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
     torch.manual_seed(seed_for(cfg.run.seed, "model"))
     model = cfg.model
     backbone = build_backbone(
-        model.backbone, model.weights if initial_weights else "none", batch_norm=model.batch_norm, pooling=model.pooling
+        model.backbone, model.weights if initial_weights else "none", batch_norm=batch_norm_kind(model), pooling=model.pooling
     )
     return DncObjective(
         backbone,

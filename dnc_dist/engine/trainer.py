@@ -21,7 +21,7 @@ from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.engine.rundir import RunDirectory, write_config
 from dnc_dist.engine.runlog import announce, close_log, open_log
-from dnc_dist.engine.setup import build_engine, build_objective, kernels_note, libraries_note, seed_libraries, set_learning_rates
+from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
 from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
@@ -70,7 +70,7 @@ class Trainer:
         self.checkpoints = Checkpoints(cfg.run.path, cfg.checkpoint.keep)
         # Before the run directory is made: without its initial weights a run does not begin. One with a checkpoint needs them no more.
         begins = distributed.on_main(self.checkpoints.empty)
-        self.objective = build_objective(cfg, self.data.train.num_classes, initial_weights=begins)
+        self.objective = objective_of_run(cfg, self.data.train.num_classes, begins=begins)
         self.run_dir = RunDirectory(cfg.run.path)
         note = distributed.on_main(self.run_dir.prepare, cfg, resume)
         open_log(cfg.run.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dnc_dist.errors import InputError
+from dnc_dist.foreign import read_tensors
 from dnc_dist.model.batch_norm import BatchNormKind, replace_batch_norm
+from dnc_dist.model.pretrained import load_pretrained
 
 Pooling = Literal["avg", "max", "avg+max"]
 
@@ -77,15 +80,11 @@ def _build_timm(name: str, weights: str, pooling: Pooling) -> TimmBackbone:
         close = difflib.get_close_matches(name, ["conv4", *timm.list_models()], n=4)
         hint = f"did you mean {' or '.join(close)}?" if close else "`timm.list_models()` lists them"
         raise InputError(f"model.backbone={name} is neither conv4 nor a model of timm {timm.__version__}; {hint}")
-    try:
-        network: Any = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0, global_pool="")
-    except (OSError, RuntimeError) as error:
-        if weights != "pretrained":
-            raise
-        raise InputError(
-            f"model.weights=pretrained: the weights of {name} cannot be had ({str(error).splitlines()[0]}); "
-            "set model.weights to a .pth or .safetensors file, or to none for random ones"
-        ) from error
+    source = timm.get_pretrained_cfg(name)
+    hub, address = (source.hf_hub_id, source.url) if source is not None else (None, None)
+    address = f"https://huggingface.co/{hub}" if hub else str(address) if address else None
+    create = partial(timm.create_model, name, pretrained=weights == "pretrained", num_classes=0, global_pool="")
+    network: Any = load_pretrained(name, create, address) if weights == "pretrained" else create()
     feature_dim = getattr(network, "head_hidden_size", None) or network.num_features
     return TimmBackbone(network, feature_dim, pooling)
 
@@ -98,8 +97,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling foreign bytes can raise anything
+        state = read_tensors(path)
+    except Exception as error:  # foreign bytes make the reader of .safetensors raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"model.weights={path} cannot be read as weights ({reason}); give a .pth with a state dict or a .safetensors file"
