@@ -182,7 +182,7 @@ def read_tensors(path: Path, cure: str = "", *, mapped: bool = False) -> Any:
     except InputError:
         raise
     except pickle.UnpicklingError:
-        raise InputError(f"{path} holds something else than tensors, numbers and text, and could run code; it is not read{tail}") from None
+        raise InputError(f"{path} holds something else than tensors, numbers and text; it could run code and is not read{tail}") from None
     except Exception as error:  # foreign bytes make torch, zipfile and the unpickler raise almost anything
         raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
     waiting, seen = [found], set()

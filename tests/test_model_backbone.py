@@ -92,13 +92,40 @@ def test_weights_that_cannot_be_had_say_what_to_give(tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match="no pretrained weights"):
         build_backbone("conv4", "pretrained", batch_norm="global")
     import timm
+    from huggingface_hub import constants
 
-    def offline(*args: object, **kwargs: object) -> None:
-        raise FileNotFoundError("cannot find the requested files\nand more")
+    # Nothing in the cache, and a way into the network that leads nowhere.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    assert timm.is_model("mobilenetv3_small_050")
+    with pytest.raises(InputError) as caught:
+        build_backbone("mobilenetv3_small_050", "pretrained", batch_norm="frozen")
+    assert str(caught.value).startswith(
+        "model.weights=pretrained: the weights of mobilenetv3_small_050 are not on this machine and cannot be had from "
+        "https://huggingface.co/timm/mobilenetv3_small_050"
+    )
+    assert "(" in str(caught.value) and "; set model.weights to a .pth or .safetensors file with them, or to none" in str(caught.value)
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(InputError, match=r"resnet50 cannot be had \(cannot find the requested files\); set model\.weights to a \.pth"):
-        build_backbone("resnet50", "pretrained", batch_norm="frozen")
+
+def test_weights_in_the_cache_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone_module._declare_torchvision_operators()
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    name = "mobilenetv3_small_050"
+    network = timm.create_model(name)
+    # As the hub's library lays its cache out.
+    folder = tmp_path / f"models--timm--{name}.lamb_in1k"
+    (folder / "snapshots" / "0").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0")
+    save_file(network.state_dict(), folder / "snapshots" / "0" / "model.safetensors")
+    torch.manual_seed(3)
+    built = build_backbone(name, "pretrained", batch_norm="frozen")
+    assert torch.equal(built.network.conv_stem.weight, network.conv_stem.weight)  # type: ignore[union-attr,operator]
 
 
 def test_dropout_is_a_function_of_the_given_uniforms() -> None:

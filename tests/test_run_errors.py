@@ -53,6 +53,12 @@ def change(*pairs: str) -> list[str]:
         (["schedule.batch_size=18"], "schedule.batch_size=18 is not divisible by schedule.samples_per_class=4"),
         (["data=3"], "data: Input should be a valid dictionary"),
         (["optim.lr=-1", "schedule.epochs=0", "model.dept=3"], "3 problem(s)"),
+        (["evaluation.recall_at=[1, 100000000000]"], "evaluation.recall_at.1: Input should be less than or equal to 10000"),
+        (["data.image_size=8"], "data.image_size=8 is too small for model.backbone=conv4, which halves it four times; use at least 16"),
+        (["data.image_size=1000000"], "data.image_size: Input should be less than or equal to 4096"),
+        (["optim.betas=[0.9, 1]"], "optim.betas.1: Input should be less than 1"),
+        (["optim.betas=[-0.1, 0.9]"], "optim.betas.0: Input should be greater than or equal to 0"),
+        (["data.std=[0.2, 0, 0.2]"], "data.std.1: Input should be greater than 0"),
     ],
 )
 def test_wrong_values_are_named_before_anything_starts(

@@ -67,7 +67,7 @@ def _header(run: RunRecord) -> str:
         )
     details = f'<p class="note" style="margin-top:6px">{html.escape(" · ".join(counts))}</p>' if counts else ""
     return (
-        f'<header><h1>{html.escape(run.path.name)}</h1><p class="muted">{html.escape(" · ".join(words))}</p>{details}'
+        f'<header><h1>{html.escape(run.path.resolve().name)}</h1><p class="muted">{html.escape(" · ".join(words))}</p>{details}'
         f'<div class="stamps">{"".join(stamps)}</div>{warning}<div class="cards">{"".join(_cards(run))}</div></header>'
     )
 
@@ -149,7 +149,7 @@ def build_report(run_dir: Path) -> Path:
     body = "".join(part(run) for part in (_header, _curves, _divisions, _gallery, _config))
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run.path.name)} · dnc-dist report</title><style>{CSS}</style></head><body><main>{body}"
+        f"<title>{html.escape(run.path.resolve().name)} · dnc-dist report</title><style>{CSS}</style></head><body><main>{body}"
         f"<footer>Written by dnc-dist {html.escape(__version__)} from {html.escape(str(run.path))}. "
         "All numbers are in <code>metrics.jsonl</code>.</footer>"
         "</main></body></html>\n"
