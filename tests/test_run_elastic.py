@@ -113,10 +113,10 @@ def assert_ends_like_whole(place: Path, run: Path, done: Done, resumed_at: int) 
 
 def state(folder: Path) -> dict[str, Tensor]:
     """All that a checkpoint holds of weights, buffers and optimizer, whatever number of processes wrote it."""
-    model = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
+    model = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)
     found = dict(model["module"])
     parts = [
-        torch.load(path, weights_only=False)["optimizer_state_dict"]
+        torch.load(path, weights_only=True)["optimizer_state_dict"]
         for path in sorted(folder.glob("*_optim_states.pt"), key=lambda path: int(path.name.split("_")[3]))
     ]
     base = parts[0]["base_optimizer_state"] if parts else model["optimizer"]

@@ -201,7 +201,7 @@ def test_a_frozen_backbone_stays_as_it_is(place: Path) -> None:
         checkpoint={"keep": 9, "every_steps": 4},
     )
     weights = [
-        torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+        torch.load(folder / "mp_rank_00_model_states.pt", weights_only=True)["module"]
         for folder in sorted((run / "checkpoints").glob("step-*"))
     ]
     moved = [

@@ -135,9 +135,9 @@ def test_a_flipped_bit_in_the_newest_checkpoint(place: Path) -> None:
     shutil.copytree(place / "runs" / "whole", run)
     newest = run / "checkpoints" / "step-00000024"
     optimizer = newest / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    torch.load(optimizer, weights_only=False)
+    torch.load(optimizer, weights_only=True)
     flip_bit(optimizer, 4 * optimizer.stat().st_size)
-    torch.load(optimizer, weights_only=False)
+    torch.load(optimizer, weights_only=True)
     evaluated = dnc("evaluate", "runs/flipped", "--checkpoint", "last", "--json", folder=place)
     damage = f"checkpoint runs/flipped/checkpoints/{newest.name} is damaged ({optimizer.name} holds other bytes than were written)"
     assert evaluated.err.count(f"{damage}; not used\n") == 1 and json.loads(evaluated.out)["checkpoint"] == "step-00000020"

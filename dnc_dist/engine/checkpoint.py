@@ -94,7 +94,8 @@ class Checkpoints:
         return self.folder / tag
 
     def _unwritable(self, tag: str, error: Exception) -> RunError:
-        free = shutil.disk_usage(self.folder).free / 2**20
+        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free / 2**20
         why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         return RunError(f"{self.folder / tag} cannot be written{why}, {free:.0f} MB are free there; `--resume auto` goes on later")
 

@@ -59,9 +59,7 @@ class FiniteGuard:
         Raises:
             RunError: a loss, an embedding, a gradient, a parameter or a running statistic is not finite, or the run directory is gone.
         """
-        gone = self.run_dir.problem()
-        if distributed.any_rank(gone is not None):
-            raise RunError(distributed.broadcast_object(gone))
+        self.run_dir.check()
         gradients = torch.stack(self._gradients).tolist()
         self._gradients = []
         losses = torch.stack([values["loss"].double() for values in stats]).tolist()

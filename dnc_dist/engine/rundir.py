@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 from typing import TextIO
 
+from dnc_dist import distributed
 from dnc_dist.config import RunConfig, dump_config, load_config
 from dnc_dist.engine.checkpoint import CHECKPOINTS, Checkpoints, write_atomically
-from dnc_dist.errors import InputError
+from dnc_dist.errors import InputError, RunError
 from dnc_dist.tracker import METRICS_FILE, read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
@@ -46,18 +47,24 @@ class RunDirectory:
                 f"{self.path} cannot be written ({error.strerror}); set run.dir to a folder that every process may write to"
             ) from error
 
-    def problem(self) -> str | None:
-        """Why nothing can be saved here any more: somebody removed the directory or its checkpoints; None on other ranks than 0."""
-        if self._lock is None:
-            return None
+    def check(self) -> None:
+        """Collective. End the run if nothing can be saved here any more.
+
+        Raises:
+            RunError: somebody removed the directory or its checkpoints.
+        """
+        if distributed.broadcast_object(self._lock is not None and self._gone(self._lock)):
+            raise RunError(
+                f"{self.path} was removed, or its {CHECKPOINTS} were, while the run was training in it; nothing more can be saved there"
+            )
+
+    def _gone(self, lock: TextIO) -> bool:
         try:
             # The open file keeps its identity; the one of that name is another one once the directory was removed and made again.
-            here = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / _LOCK)) and (self.path / CHECKPOINTS).is_dir()
+            same = os.path.samestat(os.fstat(lock.fileno()), os.stat(self.path / _LOCK))
         except FileNotFoundError:
-            here = False
-        if here:
-            return None
-        return f"{self.path} was removed, or its {CHECKPOINTS} were, while the run was training in it; nothing more can be saved there"
+            return True
+        return not same or not (self.path / CHECKPOINTS).is_dir()
 
     def _prepare(self, cfg: RunConfig, resume: str) -> str:
         config = self.path / "config.yaml"

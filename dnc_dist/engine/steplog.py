@@ -70,12 +70,12 @@ class StepLog:
         traffic = distributed.traffic()
         for kind, before in self._traffic_before.items():
             values[f"bytes/{kind}"] = (traffic[kind] - before) / len(self._stats)
+        self._traffic_before = traffic
         self.tracker.log("train", step, epoch, values)
         self.guard.check(self._stats, step, epoch)
         self.note = f"loss {values['loss']:.4f}"
         self._stats, self._rows = [], 0
         self._since, self._waited_before = time.monotonic(), self._waited
-        self._traffic_before = distributed.traffic()
 
 
 class TimedBatches:

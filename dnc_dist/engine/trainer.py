@@ -25,7 +25,7 @@ from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, ob
 from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
-from dnc_dist.errors import InputError, RunError, Stopped
+from dnc_dist.errors import InputError, Stopped
 from dnc_dist.progress import Progress
 from dnc_dist.tracker import build_tracker
 
@@ -127,6 +127,7 @@ class Trainer:
             division, failed = cluster(self.objective, self.data, self.cfg, self.state, stop=self.stop, progress=self.progress)
             self.failed.update(failed)
         self.state.division = division
+        self.run_dir.check()
         if distributed.is_main():
             folder = self.cfg.run.path / "divisions"
             folder.mkdir(exist_ok=True)
@@ -219,8 +220,7 @@ class Trainer:
         Raises:
             RunError: it cannot be written, or the run directory is gone.
         """
-        if problem := distributed.broadcast_object(self.run_dir.problem()):
-            raise RunError(problem)
+        self.run_dir.check()
         watchdog.phase(f"epoch {self.state.epoch}, checkpoint of step {self.state.step}")
         return self.checkpoints.save(self.engine, self.state, best=best)
 
