@@ -63,7 +63,7 @@ def test_a_launch_leaves_a_complete_run(launched: tuple[Path, Done, Done]) -> No
         path.name for path in run.iterdir()
     }
     resolved = yaml.safe_load((run / "config.yaml").read_text())
-    assert resolved["division"]["num_learners"] == 4 and resolved["run"] == {"dir": "runs", "name": "run", "seed": 0}
+    assert resolved["division"]["num_learners"] == 4 and resolved["run"] == {"dir": str(place / "runs"), "name": "run", "seed": 0}
     assert len(list((run / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
     assert "rank 0: epoch 3: 4 learner(s)" in (run / "log.txt").read_text()
     page = (run / "report.html").read_text()
