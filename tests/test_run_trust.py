@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+import dnc_dist
 from dnc_dist.clustering.division import Division
 from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.state import TrainState
@@ -396,3 +397,12 @@ def test_statistics_that_nobody_measured_are_not_frozen(place: Path) -> None:
     error = end(train(place, "frozen", *change("model.batch_norm=frozen"))).error
     assert "model.batch_norm=frozen" in error and "set model.batch_norm to auto or global" in error
     assert not (place / "runs" / "frozen").exists()
+
+
+def test_no_reader_unpickles() -> None:
+    """What a checkpoint of a foreign run would need to run code."""
+    package = Path(dnc_dist.__file__).parent
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for call in ("weights_only=False", "allow_pickle=True", "pickle.load", ".load_checkpoint("):
+            assert call not in text, f"{path}: {call}"
