@@ -188,6 +188,8 @@ class Optim(Section):
     """Learning rate of the learned masks, as a multiple of lr."""
     loss_lr_mult: float = Field(1.0, ge=0)
     """Learning rate of the loss's own parameters (beta, proxies), as a multiple of lr."""
+    clip_gradient: float = Field(1.0, ge=0)
+    """The norm of all gradients together is at most this; 0: as large as it is. A mask that m leaves share counts m times."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
 

@@ -108,7 +108,6 @@ def test_weights_that_cannot_be_had_say_what_to_give(tmp_path: Path, monkeypatch
 
 
 def test_weights_in_the_cache_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone_module._declare_torchvision_operators()
     import timm
     from huggingface_hub import constants
     from safetensors.torch import save_file

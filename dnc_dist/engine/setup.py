@@ -128,8 +128,8 @@ def deepspeed_config(cfg: RunConfig, world_size: int) -> dict[str, Any]:
             # 64 MB of gradients at a time keep a network busy; the default allocates 2 GB for them, and twice that to overlap.
             "reduce_bucket_size": 16_000_000,
         },
-        # DeepSpeed's default, which versions do not agree on: the norm of all gradients together is at most this.
-        "gradient_clipping": 1.0,
+        # Its versions do not agree on the default.
+        "gradient_clipping": cfg.optim.clip_gradient,
         # Any class but torch's own Adam counts as untested there; ours differs from it only in skipping groups.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
