@@ -203,6 +203,24 @@ def read_tensors(path: Path, cure: str = "", *, mapped: bool = False) -> Any:
     return found
 
 
+def read_column(path: Path, kind: Array, cure: str = "") -> np.ndarray:
+    """The array of an .npy file, mapped instead of read. No object is unpickled.
+
+    Raises:
+        InputError: it cannot be read, or is an array of another kind.
+    """
+    if not path.is_file():
+        read_bytes(path)  # says why
+    tail = f"; {cure}" if cure else ""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # bytes that no array file has make numpy raise almost anything
+        raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
+    if array.dtype.kind not in kind.kinds or array.ndim != kind.ndim:
+        raise InputError(f"{path} is damaged: an array of {array.dtype} with {array.ndim} dimension(s){tail}")
+    return array
+
+
 def environment_int(name: str, default: int | None = None, least: int = 0, most: int = 1 << 31) -> int:
     """A whole number from the environment.
 

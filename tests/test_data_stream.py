@@ -15,7 +15,8 @@ from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.index import DatasetIndex, open_index, train_view
 from dnc_dist.data.loading import Batch
 from dnc_dist.data.readers import Reading, Sample
-from dnc_dist.data.shards import ShardReader, write_shards
+from dnc_dist.data.rows import ShardReader
+from dnc_dist.data.shards import write_shards
 from dnc_dist.data.stream import SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
 

@@ -11,7 +11,8 @@ import pytest
 from dnc_dist import cli
 from dnc_dist.data.index import open_index
 from dnc_dist.data.readers import vehicleid
-from dnc_dist.data.shards import ShardReader, write_shards
+from dnc_dist.data.rows import ShardReader
+from dnc_dist.data.shards import write_shards
 from dnc_dist.errors import InputError
 from tests.vehicleid_fixtures import DISJOINT, NESTED, make_vehicleid
 
@@ -76,7 +77,7 @@ BAD_TREES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"test_list_1600\.txt is missing; --root must be",
     ),
     "another folder": (lambda root: (root / "train_test_split").rename(root / "splits"), r"train_list\.txt is missing; --root must be"),
-    "no text": (lambda root: (root / "train_test_split/train_list.txt").write_bytes(b"\xff\xfe"), r"train_list\.txt cannot be read"),
+    "no text": (lambda root: (root / "train_test_split/train_list.txt").write_bytes(b"\xff\xfe"), r"train_list\.txt is not UTF-8"),
     "missing image": (
         lambda root: (root / "image/0000010.jpg").unlink(),
         r"1 of 52 images .* missing, first \S*image/0000010\.jpg; unpack",

@@ -79,7 +79,8 @@ def prepare(
     written = write_shards(reading, out, seed=seed, max_side=max_side, force=force, progress=progress.counter("images", "img"))
     click.echo(describe(open_index(out)))
     took = time.monotonic() - started
-    click.echo(f"written to {out} in {took:.1f} s" if written else f"{out} already holds this very data set; nothing to do")
+    place = click.format_filename(out)
+    click.echo(f"written to {place} in {took:.1f} s" if written else f"{place} already holds this very data set; nothing to do")
 
 
 @data.command()
@@ -89,11 +90,17 @@ def prepare(
 def inspect(dst: Path, out: Path | None, seed: int) -> None:
     """Print counts of a prepared data set and draw a contact sheet: a class a row, every split."""
     from dnc_dist.data.index import open_index
+    from dnc_dist.data.manifest import CONTACT_SHEET
     from dnc_dist.data.summary import contact_sheet, describe
+    from dnc_dist.errors import InputError
 
     index = open_index(dst)
     click.echo(describe(index))
-    path = out or dst / "contact_sheet.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(index, seed=seed).save(path)
-    click.echo(f"contact sheet: {path}")
+    path = out or dst / CONTACT_SHEET
+    sheet = contact_sheet(index, seed=seed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path, "png")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror or error}); name another place with --out") from error
+    click.echo(f"contact sheet: {click.format_filename(path)}")

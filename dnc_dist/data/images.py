@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 
+import numpy as np
 from PIL import Image, ImageOps
+
+from dnc_dist.data.jpeg import without_metadata
+from dnc_dist.errors import InputError
 
 JPEG_QUALITY = 95
 # What Pillow raises for damaged bytes. TypeError, AttributeError and the like are bugs and are never caught.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+Image.init()
+# No other format is opened, whatever a file is called: some of Pillow's start a program (EPS) or load further files.
+FORMATS = tuple(name for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN)
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB pixels; transparent ones are laid on white, 16-bit grey is scaled to 8 bit."""
+    """Upright RGB pixels; transparent ones are laid on white, grey of more than 8 bits is scaled to 8.
+
+    Raises:
+        ValueError: grey values whose range has no meaning.
+    """
     if "exif" in image.info or "xmp" in image.info or image.format != "JPEG":
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -23,9 +36,30 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         canvas = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, layer).convert("RGB")
-    if image.mode.startswith("I"):
-        return image.convert("I").point(lambda value: value / 257.0).convert("L").convert("RGB")
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _grey(image).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """8-bit grey. 16-bit values are divided by 257, whole 32-bit ones too, unless all are at most 255; floats are in [0, 1].
+
+    Raises:
+        ValueError: values below 0 or above that, or not finite.
+    """
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # false for NaN
+            raise ValueError(f"float grey values from {values.min():g} to {values.max():g}; they must be within [0, 1]")
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    whole = image.convert("I")
+    values = np.asarray(whole)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most > 65535:
+        raise ValueError(f"32-bit grey values from {least} to {most}; they must be within [0, 65535]")
+    if image.mode == "I" and image.format == "TIFF" and most <= 255:
+        return whole.convert("L")
+    return whole.point(lambda value: value / 257.0).convert("L")
 
 
 def decode(data: bytes) -> Image.Image:
@@ -34,7 +68,7 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         One of DECODE_ERRORS: the bytes are no complete image.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image.load()
         return _to_rgb(image)
 
@@ -43,11 +77,11 @@ def encode(image: Image.Image, quality: int = JPEG_QUALITY) -> bytes:
     """A JPEG without metadata and without colour subsampling; the same bytes for the same pixels."""
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
+    return without_metadata(buffer.getvalue())  # Pillow passes on comments
 
 
 def normalise(data: bytes, max_side: int | None = None, box: tuple[int, int, int, int] | None = None) -> bytes:
-    """The image as shards hold it: an upright RGB JPEG, the original bytes where they already are one.
+    """The image as shards hold it: an upright RGB JPEG without metadata, the original compressed pixels where they already are one.
 
     Args:
         data: the file's bytes, any format that Pillow reads.
@@ -57,7 +91,7 @@ def normalise(data: bytes, max_side: int | None = None, box: tuple[int, int, int
     Raises:
         One of DECODE_ERRORS: the bytes are no complete image, or the box is empty or outside.
     """
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image.load()
         kept = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
         pixels = _to_rgb(image)
@@ -72,4 +106,15 @@ def normalise(data: bytes, max_side: int | None = None, box: tuple[int, int, int
         kept = False
         share = max_side / max(pixels.size)
         pixels = pixels.resize((max(1, round(pixels.width * share)), max(1, round(pixels.height * share))), Image.Resampling.LANCZOS)
-    return data if kept else encode(pixels)
+    try:
+        return without_metadata(data) if kept else encode(pixels)
+    except ValueError:  # pixels that can be decoded between segments that cannot be told apart
+        return encode(pixels)
+
+
+def why_not(error: Exception) -> str:
+    """Why an image cannot be read; the same words in every run, without the addresses of objects that Pillow mentions."""
+    if isinstance(error, InputError):
+        return str(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", str(error))
+    return f"{type(error).__name__}: {reason}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dnc_dist.data.manifest import CLASSES, COLUMNS, COPY_AGAIN, INDEX, MANIFEST, SPLITS, Manifest, read_manifest, shard_problems
 from dnc_dist.errors import InputError
+from dnc_dist.foreign import Array, read_column, read_json
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-SPLITS = ("train", "validation", "test")
-COLUMNS = ("label", "split", "query", "gallery", "shard", "offset", "size", "source")
+# Kinds of the columns' dtypes; all others are text.
+_KINDS = {"label": "i", "split": "u", "query": "b", "gallery": "b", "shard": "i", "offset": "i", "size": "i"}
 LISTS = "lists"  # an extra column: names, separated by spaces, of the lists that a row is in and a protocol measures one by one
 
 
@@ -52,12 +53,12 @@ class DatasetIndex:
     """The columns of every row, mapped from disk: label, split, query, gallery, shard, offset, size, source (utf-8 bytes)."""
 
     root: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
     class_names: list[str]
     columns: dict[str, NDArray[Any]] = field(repr=False)
 
     def __len__(self) -> int:
-        return int(self.manifest["num_rows"])
+        return self.manifest.num_rows
 
     def __reduce__(self) -> tuple[Callable[[Path], DatasetIndex], tuple[Path]]:
         # Another process maps the columns itself instead of receiving a copy.
@@ -66,21 +67,21 @@ class DatasetIndex:
     @property
     def content_hash(self) -> str:
         """Hash of every image, label, split and role; ranks compare it at start."""
-        return str(self.manifest["content_hash"])
+        return self.manifest.content_hash
 
     @property
     def splits(self) -> list[str]:
         """The splits that hold rows, in the order train, validation, test."""
-        return [split for split in SPLITS if split in self.manifest["splits"]]
+        return [split for split in SPLITS if split in self.manifest.splits]
 
     @property
     def shard_paths(self) -> list[Path]:
         """The tar files, by shard number."""
-        return [self.root / shard["name"] for shard in self.manifest["shards"]]
+        return [self.root / shard.name for shard in self.manifest.shards]
 
     def key(self, row: int) -> str:
         """The name under which messages report a row: its key in the tar and its source."""
-        return f"{row_key(row)} ({self.columns['source'][row].decode()})"
+        return f"{row_key(row)} ({text(self.columns['source'][row])})"
 
     def view(self, split: str) -> RowView:
         """The rows of one split.
@@ -109,9 +110,14 @@ class DatasetIndex:
 
 def _lists(column: NDArray[np.bytes_]) -> dict[str, NDArray[np.bool_]]:
     values, which = np.unique(column, return_inverse=True)
-    names = [set(value.decode().split()) for value in values]
+    names = [set(text(value).split()) for value in values]
     found = {name: np.array([name in some for some in names])[which] for name in sorted(set().union(*names))}
     return dict(sorted(found.items(), key=lambda item: int(item[1].sum())))
+
+
+def text(value: bytes) -> str:
+    """A value of a text column; what is no UTF-8 is shown with backslashes."""
+    return value.decode("utf-8", "backslashreplace")
 
 
 def row_key(row: int) -> str:
@@ -161,62 +167,52 @@ def _train_part(index: DatasetIndex, validation_classes: float, seed: int, held_
     return index.select("validation" if held_out else "train", train.rows[mask if held_out else ~mask])
 
 
-def save_index(root: Path, columns: dict[str, NDArray[Any]], class_names: list[str], manifest: dict[str, Any]) -> None:
+def save_index(root: Path, columns: dict[str, NDArray[Any]], class_names: list[str], manifest: Manifest) -> None:
     """Write the columns (one .npy each), class names and manifest of a data set that is being prepared."""
-    (root / "index").mkdir()
+    (root / INDEX).mkdir()
     for name, column in columns.items():
-        np.save(root / "index" / f"{name}.npy", column)
-    (root / "classes.json").write_text(json.dumps(class_names, ensure_ascii=False, indent=0), encoding="utf-8")
-    (root / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
-
-
-def read_manifest(root: Path) -> dict[str, Any]:
-    """The manifest of a prepared data set.
-
-    Raises:
-        InputError: there is none, or it belongs to another version of the format.
-    """
-    path = root / MANIFEST
-    if not path.is_file():
-        raise InputError(
-            f"{root} holds no prepared data set ({MANIFEST} is missing); write one with `dnc-dist data prepare`, or set data.root"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); prepare the data set again with `dnc-dist data prepare … --force`") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InputError(f"{path} is no manifest of format {FORMAT}; prepare the data set again with `dnc-dist data prepare … --force`")
-    return manifest
-
-
-def shard_problems(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with the shards of a data set: each that is missing or has another size than the manifest says."""
-    for shard in manifest["shards"]:
-        path = folder / shard["name"]
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif (size := path.stat().st_size) != shard["bytes"]:
-            yield f"{path} has {size:,} bytes instead of {shard['bytes']:,}: it is truncated or was changed"
+        np.save(root / INDEX / f"{name}.npy", column)
+    (root / CLASSES).write_text(json.dumps(class_names, ensure_ascii=False, indent=0), encoding="utf-8")
+    (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def open_index(root: str | Path) -> DatasetIndex:
-    """Map a prepared data set, after comparing the size of every shard with the manifest.
+    """Map a prepared data set, after comparing shards and columns with the manifest: no row lies outside of its shard.
 
     Raises:
-        InputError: no data set is there, or a file of it is missing or has another size; names the file.
+        InputError: no data set is there, or a file of it is missing, has another size or holds what cannot be; names the file.
     """
-    folder = Path(root).resolve()
+    folder = Path(os.path.realpath(root))
     manifest = read_manifest(folder)
-    cure = "copy the data set again, or prepare it again with `dnc-dist data prepare … --force`"
     for problem in shard_problems(folder, manifest):
-        raise InputError(f"{problem}; {cure}")
-    try:
-        columns = {name: np.load(folder / "index" / f"{name}.npy", mmap_mode="r") for name in (*COLUMNS, *manifest["extra_columns"])}
-        class_names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the index cannot be read ({error}); {cure}") from error
-    short = [name for name, column in columns.items() if len(column) != manifest["num_rows"]]
-    if short:
-        raise InputError(f"{folder / 'index' / short[0]}.npy has {len(columns[short[0]])} rows instead of {manifest['num_rows']}; {cure}")
+        raise InputError(f"{problem}; {COPY_AGAIN}")
+    class_names = read_json(folder / CLASSES, list[str], COPY_AGAIN)
+    columns = {
+        name: read_column(folder / INDEX / f"{name}.npy", Array(_KINDS.get(name, "S"), 1), COPY_AGAIN)
+        for name in (*COLUMNS, *manifest.extra_columns)
+    }
+    for name, what in _column_problems(manifest, len(class_names), columns):
+        raise InputError(f"{folder / INDEX / name}.npy is damaged: {what}; {COPY_AGAIN}")
     return DatasetIndex(folder, manifest, class_names, columns)
+
+
+def _column_problems(manifest: Manifest, num_classes: int, columns: dict[str, NDArray[Any]]) -> Iterator[tuple[str, str]]:
+    """The columns that do not fit the manifest, and why; a pass over whole arrays, a few ms for a million rows."""
+    for name, column in columns.items():
+        if len(column) != manifest.num_rows:
+            yield name, f"it has {len(column):,} rows instead of {manifest.num_rows:,}"
+            return  # what follows compares row by row
+    rows = np.array([shard.rows for shard in manifest.shards])
+    if not np.array_equal(columns["shard"], np.repeat(np.arange(len(rows)), rows)):
+        yield "shard", "the rows do not lie in the shards as the manifest says"
+        return
+    if not np.array_equal(columns["split"], np.repeat([SPLITS.index(shard.split) for shard in manifest.shards], rows)):
+        yield "split", "the rows are not in the splits that the manifest says"
+    label, offset, size = (columns[name] for name in ("label", "offset", "size"))
+    if label.min() < 0 or label.max() >= num_classes:
+        yield "label", f"a label is not one of the {num_classes:,} classes of {CLASSES}"
+    room = np.array([shard.bytes for shard in manifest.shards])[columns["shard"]]
+    if (size < 1).any() or (size > room).any():
+        yield "size", "an image is empty or larger than its shard"
+    if (offset < 0).any() or (offset > room - size).any():
+        yield "offset", "an image lies outside of its shard"

@@ -1,31 +1,47 @@
-"""The shard writer: samples to WebDataset tars, index and manifest, the same bytes on every run; and reading rows by offset."""
+"""The shard writer: samples to WebDataset tars, index and manifest, the same bytes on every run."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import math
 import os
-import shutil
 import tarfile
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BytesIO, FileIO
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dnc_dist.data.images import DECODE_ERRORS, normalise
-from dnc_dist.data.index import FORMAT, MANIFEST, SPLITS, DatasetIndex, read_manifest, row_key, save_index
-from dnc_dist.data.readers import Reading, Sample
+from dnc_dist.data.duplicates import find_groups
+from dnc_dist.data.images import DECODE_ERRORS, normalise, why_not
+from dnc_dist.data.index import row_key, save_index
+from dnc_dist.data.manifest import (
+    DUPLICATES,
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    Duplicates,
+    Manifest,
+    Shard,
+    Split,
+    SplitCount,
+    Unreadable,
+    read_manifest,
+)
+from dnc_dist.data.place import check_free, claimed, commit
+from dnc_dist.data.readers import Reading, Sample, plain
 from dnc_dist.errors import InputError
 from dnc_dist.rng import numpy_generator
 
 SHARD_BYTES = 256 * 2**20
 MIN_SHARDS = 64
 _HEADER = 512  # a ustar header; keys are short, so that it is always one block
-_MAX_OPEN = 64
+_NAMED = 4  # images of a group of duplicates that are named
+_STORED = 2  # the way images are stored; a data set that was prepared in another way is another one
 _CHUNK, _MAX_FLYING = 16, 16  # images converted at a time by a thread, and chunks in memory
 
 
@@ -66,7 +82,7 @@ def shard_of_class(class_bytes: list[int]) -> list[int]:
     return shards
 
 
-def _in_shard_order(samples: list[Sample], seed: int) -> list[tuple[str, list[Sample]]]:
+def _in_shard_order(samples: list[Sample], seed: int) -> list[tuple[Split, list[Sample]]]:
     """Groups (split, samples of one shard): classes in seeded random order, a class's samples together."""
     groups = []
     for split in SPLITS:
@@ -84,9 +100,10 @@ def _in_shard_order(samples: list[Sample], seed: int) -> list[tuple[str, list[Sa
 
 def fingerprint(reading: Reading, seed: int, max_side: int | None) -> str:
     """A hash of everything that determines the shards: options and the list of samples with their sizes and dates."""
-    digest = hashlib.blake2b(repr((FORMAT, reading.name, sorted(reading.options.items()), seed, max_side)).encode(), digest_size=16)
+    options = (FORMAT, _STORED, reading.name, sorted(reading.options.items()), seed, max_side)
+    digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
     for sample in reading.samples:
-        state = sample.data if sample.data is not None else (sample.num_bytes(), sample.location().stat().st_mtime_ns)
+        state = sample.data if sample.data is not None else sample.size_and_date()
         digest.update(
             repr((sample.class_name, sample.split, sample.source, sample.box, sample.query, sample.gallery, sample.extra, state)).encode()
         )
@@ -100,7 +117,7 @@ def _converted(samples: list[Sample], max_side: int | None) -> list[tuple[Sample
         try:
             results.append((sample, normalise(sample.read(), max_side, sample.box)))
         except DECODE_ERRORS as error:
-            results.append((sample, f"{type(error).__name__}: {error}"))
+            results.append((sample, plain(why_not(error))))
     return results
 
 
@@ -129,30 +146,32 @@ class _Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards: list[dict[str, Any]] = []
+        self.shards: list[Shard] = []
         self.rows: list[tuple[Sample, int, int, int]] = []  # sample, shard, offset, size
-        self.unreadable: list[dict[str, str]] = []
+        self.unreadable: list[Unreadable] = []
         self.hash = hashlib.blake2b(digest_size=16)
+        self.digests = bytearray()  # 16 bytes a row
 
-    def write_shard(self, split: str, images: Iterator[tuple[Sample, bytes | str]], label_of: dict[str, int]) -> None:
+    def write_shard(self, split: Split, images: Iterator[tuple[Sample, bytes | str]], label_of: dict[str, int]) -> None:
         """One tar; none if no image of it could be read."""
-        number = sum(shard["split"] == split for shard in self.shards)
+        number = sum(shard.split == split for shard in self.shards)
         path = self.folder / f"{split}-{number:06d}.tar"
         first = len(self.rows)
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for sample, image in images:
                 if isinstance(image, str):
-                    self.unreadable.append({"source": sample.source, "reason": image})
+                    self.unreadable.append(Unreadable(sample.source, image))
                     continue
                 key = row_key(len(self.rows))
                 self.rows.append((sample, len(self.shards), _add(tar, f"{key}.jpg", image), len(image)))
                 _add(tar, f"{key}.cls", str(label_of[sample.class_name]).encode())
                 self.hash.update(repr((sample.class_name, split, sample.query, sample.gallery, len(image), *sample.extra)).encode())
                 self.hash.update(image)
+                self.digests += hashlib.blake2b(image, digest_size=16).digest()
         if len(self.rows) == first:
             path.unlink()
         else:
-            self.shards.append({"name": path.name, "split": split, "rows": len(self.rows) - first, "bytes": path.stat().st_size})
+            self.shards.append(Shard(path.name, split, len(self.rows) - first, path.stat().st_size))
 
     def columns(self, label_of: dict[str, int], extra: list[str]) -> dict[str, np.ndarray]:
         """The index columns, by name."""
@@ -170,22 +189,20 @@ class _Writer:
             **{name: np.array([value.get(name, "").encode() for value in values]) for name in extra},
         }
 
-
-def _may_write(out: Path, mark: str, force: bool) -> bool:
-    """Whether to write: False if the very same data set is already there.
-
-    Raises:
-        InputError: something else is there.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return True
-    prepared = (out / MANIFEST).is_file()
-    if force and prepared:
-        return True
-    if prepared and read_manifest(out).get("fingerprint") == mark:
-        return False
-    what = "another prepared data set; use --force to replace it, or another --out" if prepared else "other files; use another --out"
-    raise InputError(f"{out} already holds {what}")
+    def duplicates(self, columns: dict[str, np.ndarray]) -> Duplicates:
+        """Count the images that are stored more than once; if there are any, one file lists them all."""
+        found = find_groups(bytes(self.digests), columns["label"], columns["split"])
+        if len(found.across_splits):
+            samples = [[self.rows[row][0] for row in found.members(group)] for group in range(len(found.across_splits))]
+            listed = [[{"source": one.source, "class": one.class_name, "split": one.split} for one in group] for group in samples]
+            (self.folder / DUPLICATES).write_text(json.dumps(listed, ensure_ascii=False, indent=0), encoding="utf-8")
+        return Duplicates(
+            groups=len(found.across_splits),
+            images=len(found.rows),
+            across_classes=int(found.across_classes.sum()),
+            across_splits=int(found.across_splits.sum()),
+            examples=[[self.rows[row][0].source for row in found.members(group)[:_NAMED]] for group in found.examples()],
+        )
 
 
 def write_shards(
@@ -197,7 +214,7 @@ def write_shards(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> bool:
-    """Write shards, index and manifest into ``out``: beside it first, then moved into place by a rename.
+    """Write shards, index and manifest into ``out``, which holds them all or none of them at any moment.
 
     Args:
         reading: what a reader found.
@@ -210,91 +227,59 @@ def write_shards(
         Whether anything was written; False: this very data set is already there.
 
     Raises:
-        InputError: nothing to train on, or ``out`` holds something else.
+        InputError: nothing to train on, ``out`` holds something else or is being written to, or it cannot be written.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))
     check_trainable(reading.samples, reading.name)
     mark = fingerprint(reading, seed, max_side)
-    if not _may_write(out, mark, force):
+    if not force and (out / MANIFEST).is_file() and read_manifest(out).fingerprint == mark:
         return False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.parent / f".{out.name}.partial-{os.getpid()}"
-    folder.mkdir()
     try:
-        writer = _Writer(folder)
-        label_of = {name: label for label, name in enumerate(sorted({sample.class_name for sample in reading.samples}))}
-        done = 0
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for split, group in _in_shard_order(reading.samples, seed):
-                writer.write_shard(split, _convert(group, max_side, pool), label_of)
-                done += len(group)
-                if progress:
-                    progress(done, len(reading.samples))
-        check_trainable([row[0] for row in writer.rows], f"{reading.name}, without its {len(writer.unreadable)} unreadable images,")
-        extra = sorted({name for sample in reading.samples for name, _ in sample.extra})
-        save_index(folder, writer.columns(label_of, extra), sorted(label_of), _manifest(writer, reading, mark, extra))
-        if out.exists():
-            shutil.rmtree(out)
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with claimed(out) as folder:
+            check_free(out, force)
+            _write(reading, folder, mark, seed, max_side, progress)
+            commit(out, force)
+    except OSError as error:  # of writing: an image that cannot be read is listed instead
+        where = f" ({error.filename})" if error.filename else ""
+        cure = "free some space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "see that you may write there"
+        raise InputError(f"--out {out} cannot be written: {error.strerror or error}{where}; {cure}, or use another --out") from error
     return True
 
 
-def _manifest(writer: _Writer, reading: Reading, mark: str, extra: list[str]) -> dict[str, Any]:
+def _write(reading: Reading, folder: Path, mark: str, seed: int, max_side: int | None, progress: Callable[[int, int], None] | None) -> None:
+    """Write the whole data set into a folder."""
+    writer = _Writer(folder)
+    label_of = {name: label for label, name in enumerate(sorted({sample.class_name for sample in reading.samples}))}
+    done = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for split, group in _in_shard_order(reading.samples, seed):
+            writer.write_shard(split, _convert(group, max_side, pool), label_of)
+            done += len(group)
+            if progress:
+                progress(done, len(reading.samples))
+    check_trainable([row[0] for row in writer.rows], f"{reading.name}, without its {len(writer.unreadable)} unreadable images,")
+    extra = sorted({name for sample in reading.samples for name, _ in sample.extra})
+    columns = writer.columns(label_of, extra)
+    save_index(folder, columns, sorted(label_of), _manifest(writer, reading, mark, extra, writer.duplicates(columns)))
+
+
+def _manifest(writer: _Writer, reading: Reading, mark: str, extra: list[str], duplicates: Duplicates) -> Manifest:
     splits = {}
     for split in SPLITS:
         names = [row[0].class_name for row in writer.rows if row[0].split == split]
         if names:
-            splits[split] = {"rows": len(names), "classes": len(set(names))}
-    return {
-        "format": FORMAT,
-        "reader": reading.name,
-        "options": reading.options,
-        "notes": reading.notes,
-        "fingerprint": mark,
-        "content_hash": writer.hash.hexdigest(),
-        "num_rows": len(writer.rows),
-        "splits": splits,
-        "extra_columns": extra,
-        "shards": writer.shards,
-        "unreadable": writer.unreadable,
-    }
-
-
-class ShardReader:
-    """Reads the encoded image of a row by its offset; keeps a few shards open. Safe to fork and to pickle."""
-
-    def __init__(self, index: DatasetIndex) -> None:
-        self.index, self.paths = index, index.shard_paths
-        self.shard, self.offset, self.size = (index.columns[name] for name in ("shard", "offset", "size"))
-        self._files: OrderedDict[int, FileIO] = OrderedDict()
-
-    def read(self, row: int) -> bytes:
-        """The bytes of one row.
-
-        Raises:
-            OSError: the shard cannot be read, or ends before the row does. (It was complete when the index was opened.)
-        """
-        shard, size = int(self.shard[row]), int(self.size[row])
-        data = os.pread(self._open(shard).fileno(), size, int(self.offset[row]))
-        if len(data) != size:
-            raise OSError(f"{self.paths[shard]} ended within row {row_key(row)}; it changed while it was being read")
-        return data
-
-    def _open(self, shard: int) -> FileIO:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-        else:
-            if len(self._files) >= _MAX_OPEN:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = FileIO(self.paths[shard])
-        return self._files[shard]
-
-    def close(self) -> None:
-        """Close the shards that are open."""
-        while self._files:
-            self._files.popitem()[1].close()
-
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[DatasetIndex]]:
-        return ShardReader, (self.index,)
+            splits[split] = SplitCount(len(names), len(set(names)))
+    return Manifest(
+        format=FORMAT,
+        reader=reading.name,
+        options=reading.options,
+        notes=reading.notes,
+        fingerprint=mark,
+        content_hash=writer.hash.hexdigest(),
+        num_rows=len(writer.rows),
+        splits=splits,
+        extra_columns=extra,
+        shards=writer.shards,
+        unreadable=writer.unreadable,
+        duplicates=duplicates,
+    )

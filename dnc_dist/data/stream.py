@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.index import DatasetIndex, RowView, row_key
 from dnc_dist.data.loading import Batch, Request, assemble, dummy, load_image
-from dnc_dist.data.shards import ShardReader
+from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
-from dnc_dist.data.workers import worker_context, worker_start
+from dnc_dist.data.transport import batches_of, loader
 from dnc_dist.rng import uniform
 
 _log = logging.getLogger(__name__)
@@ -72,17 +72,13 @@ class TrainBatches:
     ) -> None:
         self.view = view
         self._requests = _Requests()
-        self._loader: DataLoader[Batch] | None = DataLoader(
+        self._loader: DataLoader[Any] | None = loader(
             _StepDataset(index, geometry, seed),
-            batch_size=None,
-            sampler=self._requests,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            persistent_workers=workers > 0,
+            workers=workers,
+            prefetch=prefetch,
             pin_memory=pin_memory,
-            worker_init_fn=worker_start(),
-            multiprocessing_context=worker_context(workers),
-            generator=torch.Generator(),  # without its own, a loader draws from the global one, which a resume would have to replay
+            sampler=self._requests,
+            keep_workers=True,
         )
 
     def epoch(self, schedule: EpochSchedule, *, first_step: int, skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
@@ -96,7 +92,7 @@ class TrainBatches:
         """
         assert self._loader is not None, "closed"
         self._requests.requests = self._plan(schedule, first_step, skip, rank, world)
-        return iter(self._loader)
+        return batches_of(self._loader)
 
     def _plan(self, schedule: EpochSchedule, first_step: int, skip: int, rank: int, world: int) -> Iterator[Request]:
         for number in range(skip, len(schedule)):
@@ -224,22 +220,15 @@ class SequentialBatches:
         self.num_batches = sum(len(part) for part in parts)
         starts = [*(block.start for block in blocks), len(view)]
         self.bounds = (starts[first], starts[first + self.num_batches])
-        self._loader = DataLoader(
-            _SequentialDataset(index, view, geometry, parts, self.streaming),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            pin_memory=pin_memory,
-            worker_init_fn=worker_start(),
-            multiprocessing_context=worker_context(workers),
-            generator=torch.Generator(),
+        self._loader = loader(
+            _SequentialDataset(index, view, geometry, parts, self.streaming), workers=workers, prefetch=prefetch, pin_memory=pin_memory
         )
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return batches_of(self._loader)
 
 
 def _by_shard(blocks: list[_Block], shards: list[int], rank: int, world: int, lanes: int) -> tuple[int, list[list[_Block]]]:

@@ -7,7 +7,8 @@ from PIL import Image, ImageDraw
 
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex, RowView
-from dnc_dist.data.shards import ShardReader
+from dnc_dist.data.manifest import DUPLICATES, MANIFEST, Duplicates
+from dnc_dist.data.rows import ShardReader
 from dnc_dist.rng import numpy_generator
 
 _CLASSES, _IMAGES, _CELL, _LABEL = 12, 10, 72, 14
@@ -25,27 +26,38 @@ def _size(num_bytes: int) -> str:
 def describe(index: DatasetIndex) -> str:
     """A table of splits, and what else one should know before training: shards, unreadable images, classes in two splits."""
     lines = [f"{'split':<12}{'images':>10}{'classes':>10}{'images/class: min':>19}{'median':>8}{'max':>6}{'shards':>8}{'size':>10}"]
-    shards = index.manifest["shards"]
+    shards = index.manifest.shards
     views = {split: index.view(split) for split in index.splits}
     for split, view in views.items():
         counts = np.bincount(view.labels)
-        mine = [shard for shard in shards if shard["split"] == split]
+        mine = [shard for shard in shards if shard.split == split]
         lines.append(
             f"{split:<12}{len(view):>10,}{view.num_classes:>10,}{counts.min():>19,}{np.median(counts):>8g}{counts.max():>6,}"
-            f"{len(mine):>8}{_size(sum(shard['bytes'] for shard in mine)):>10}"
+            f"{len(mine):>8}{_size(sum(shard.bytes for shard in mine)):>10}"
         )
         if not (view.query.all() and view.gallery.all()):
             lines.append(f"{'':<12}queries {view.query.sum():,}, gallery {view.gallery.sum():,}")
         for name, inside in view.lists.items():
             lines.append(f"{f'  {name}':<12}{inside.sum():>10,}{len(np.unique(view.labels[inside])):>10,}")
-    lines.append(f"content {index.content_hash}, read from {index.manifest['reader']}")
-    if "test" in views and (shared := set(views["train"].class_names) & set(views["test"].class_names)):
+    lines.append(f"content {index.content_hash}, read from {index.manifest.reader}")
+    if {"train", "test"} <= views.keys() and (shared := set(views["train"].class_names) & set(views["test"].class_names)):
         lines.append(f"{len(shared):,} classes are in train and in test: retrieval here is not of unseen classes")
-    unreadable = index.manifest["unreadable"]
+    if index.manifest.duplicates and index.manifest.duplicates.groups:
+        lines.append(f"{told_duplicates(index.manifest.duplicates)} (all in {index.root / DUPLICATES}):")
+        lines += [f"  {' = '.join(group)}" for group in index.manifest.duplicates.examples]
+    unreadable = index.manifest.unreadable
     if unreadable:
-        lines.append(f"{len(unreadable):,} images could not be read and are left out (all in {index.root / 'manifest.json'}):")
-        lines += [f"  {entry['source']}: {entry['reason']}" for entry in unreadable[:5]]
+        lines.append(f"{len(unreadable):,} images could not be read and are left out (all in {index.root / MANIFEST}):")
+        lines += [f"  {entry.source}: {entry.reason}" for entry in unreadable[:5]]
     return "\n".join(lines)
+
+
+def told_duplicates(found: Duplicates) -> str:
+    """How many images are stored more than once, in words."""
+    parts = [f"{found.images:,} images are the same as another one, in {found.groups:,} groups"]
+    parts += [f"{found.across_splits:,} of them in two splits"] if found.across_splits else []
+    parts += [f"{found.across_classes:,} of them in two classes"] if found.across_classes else []
+    return ", ".join(parts)
 
 
 def contact_sheet(index: DatasetIndex, seed: int = 0) -> Image.Image:

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +16,13 @@ from numpy.typing import NDArray
 from dnc_dist import distributed
 from dnc_dist.clustering.division import check_num_learners
 from dnc_dist.config import RunConfig
-from dnc_dist.data.images import DECODE_ERRORS, decode
-from dnc_dist.data.index import DatasetIndex, RowView, open_index, read_manifest, shard_problems, train_view, validation_view
-from dnc_dist.data.shards import ShardReader
+from dnc_dist.data.images import DECODE_ERRORS, decode, why_not
+from dnc_dist.data.index import DatasetIndex, RowView, open_index, train_view, validation_view
+from dnc_dist.data.jpeg import without_metadata
+from dnc_dist.data.manifest import DUPLICATES, MANIFEST, read_manifest, shard_problems
+from dnc_dist.data.place import STAGING
+from dnc_dist.data.rows import ShardReader
+from dnc_dist.data.summary import told_duplicates
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.engine.dataset import LOCAL_DATA
 from dnc_dist.errors import InputError
@@ -39,11 +44,12 @@ class _Copy(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """What a rank found in its share of the images: how many, in how many seconds, and key -> why it cannot be decoded."""
+    """What a rank found in its share of the images: how many, in how many seconds, key -> why undecodable, how many hold metadata."""
 
     images: int
     seconds: float
     undecodable: dict[str, str]
+    with_metadata: int
 
 
 def check_data(cfg: RunConfig, *, decode_all: bool) -> Section:
@@ -57,13 +63,18 @@ def check_data(cfg: RunConfig, *, decode_all: bool) -> Section:
         checks.append(Check("files", _listed(list(problems)), "failed", f"{_COPY_AGAIN}; what it holds was not looked at"))
         return Section("data", str(root), checks, {"data": values})
     index = open_index(root)
-    size = sum(shard["bytes"] for shard in index.manifest["shards"]) / 1e9
+    size = sum(shard.bytes for shard in index.manifest.shards) / 1e9
     checks.append(Check("files", f"{len(index.shard_paths)} shards, {size:,.2f} GB, complete on every rank"))
     checks += _contents(index, cfg)
     readings = distributed.gather_objects(_read(index, _my_rows(index, [copy.host for copy in copies], decode_all)))
-    checks.append(_decoded(readings, len(index), decode_all))
+    checks += [_decoded(readings, len(index), decode_all), _metadata(readings)]
     undecodable = {key: reason for reading in readings for key, reason in reading.undecodable.items()}
-    values |= {"splits": index.manifest["splits"], "images_read": sum(reading.images for reading in readings), "undecodable": undecodable}
+    values |= {
+        "splits": {split: asdict(count) for split, count in index.manifest.splits.items()},
+        "duplicates": asdict(index.manifest.duplicates) if index.manifest.duplicates else None,
+        "images_read": sum(reading.images for reading in readings),
+        "undecodable": undecodable,
+    }
     return Section("data", str(root), checks, {"data": values})
 
 
@@ -72,8 +83,8 @@ def _look(root: Path, named: Path) -> _Copy:
     host = socket.gethostname()
     try:
         manifest = read_manifest(root)
-        content_hash = str(manifest["content_hash"])
-        if root != named and read_manifest(named)["content_hash"] != content_hash:
+        content_hash = manifest.content_hash
+        if root != named and read_manifest(named).content_hash != content_hash:
             return _Copy(host, content_hash, [f"{LOCAL_DATA}={root} holds another dataset than data.root={named}"])
         problems = list(shard_problems(root, manifest))
         if not problems:
@@ -115,8 +126,27 @@ def _contents(index: DatasetIndex, cfg: RunConfig) -> Iterator[Check]:
         yield Check("test", f"{_counts(test)}; {test.query.sum():,} queries, {test.gallery.sum():,} in the gallery")
         yield _fits("protocol", lambda: resolve_protocol(cfg.data.protocol, test.query, test.gallery, test.lists))
     yield _fits("division", lambda: _learners(train, cfg.division.num_learners))
-    if lost := index.manifest["unreadable"]:
-        yield Check("left out", f"{len(lost):,} images", "warning", "unreadable when the dataset was prepared; manifest.json names them")
+    yield _stored_twice(index)
+    if lost := index.manifest.unreadable:
+        named = _listed([f"{entry.source}: {entry.reason}" for entry in lost])
+        yield Check("left out", f"{len(lost):,} images", "warning", f"unreadable when it was prepared: {named}; all in {MANIFEST}")
+    if skipped := [note for note in index.manifest.notes if note.startswith("skipped")]:
+        yield Check("skipped", "; ".join(skipped), "warning", "convert what should be in the dataset, and prepare it again")
+    if (index.root / STAGING).exists():
+        cure = f"harmless; the next `dnc-dist data prepare` removes {index.root / STAGING}"
+        yield Check("left behind", "files of a prepare that is under way or was interrupted", "warning", cure)
+
+
+def _stored_twice(index: DatasetIndex) -> Check:
+    found = index.manifest.duplicates
+    if found is None:
+        return Check("duplicates", "not looked for", "ok", "prepared by an earlier version; prepare it again to know")
+    if not found.groups:
+        return Check("duplicates", "none")
+    groups = _listed([" = ".join(group) for group in found.examples])
+    spoils = found.across_splits or found.across_classes
+    hint = f"{groups}; all in {DUPLICATES}" + ("; remove them from one of the two, and prepare again" if spoils else "")
+    return Check("duplicates", told_duplicates(found), "warning" if spoils else "ok", hint)
 
 
 def _learners(train: RowView, count: int) -> str:
@@ -149,16 +179,18 @@ def _my_rows(index: DatasetIndex, hosts: list[str], decode_all: bool) -> NDArray
 
 
 def _read(index: DatasetIndex, rows: NDArray[np.int64]) -> _Reading:
-    reader, undecodable, started = ShardReader(index), {}, time.monotonic()
+    reader, undecodable, with_metadata, started = ShardReader(index), {}, 0, time.monotonic()
     with Progress(distributed.is_main()).phase("images", len(rows), "img") as phase:
         for row in rows.tolist():
             try:
-                decode(reader.read(row))
+                data = reader.read(row)
+                decode(data)
+                with_metadata += without_metadata(data) != data
             except DECODE_ERRORS as error:
-                undecodable[index.key(row)] = f"{type(error).__name__}: {error}"
+                undecodable[index.key(row)] = why_not(error)
             phase.update()
     reader.close()
-    return _Reading(len(rows), time.monotonic() - started, undecodable)
+    return _Reading(len(rows), time.monotonic() - started, undecodable, with_metadata)
 
 
 def _decoded(readings: list[_Reading], total: int, decode_all: bool) -> Check:
@@ -170,6 +202,14 @@ def _decoded(readings: list[_Reading], total: int, decode_all: bool) -> Check:
         return Check("images", value, "failed", f"they could when the dataset was prepared, so its files have changed; {_COPY_AGAIN}")
     more = "" if decode_all else "; --decode all reads every one"
     return Check("images", f"{count:,} of {total:,} decoded, {rate:,.0f} a second on all ranks{more}")
+
+
+def _metadata(readings: list[_Reading]) -> Check:
+    count = sum(reading.with_metadata for reading in readings)
+    if not count:
+        return Check("metadata", "none in the images that were read")
+    hint = "EXIF may tell where and when a picture was taken; prepare the dataset again with --force before giving it to others"
+    return Check("metadata", f"in {count:,} of the images that were read", "warning", hint)
 
 
 def _listed(parts: list[str]) -> str:

@@ -15,8 +15,9 @@ from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig
 from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.images import DECODE_ERRORS, decode
-from dnc_dist.data.index import DatasetIndex, RowView, open_index, read_manifest, train_view, validation_view
-from dnc_dist.data.shards import ShardReader
+from dnc_dist.data.index import DatasetIndex, RowView, open_index, train_view, validation_view
+from dnc_dist.data.manifest import read_manifest
+from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.errors import InputError
@@ -36,7 +37,7 @@ def _open(root: Path) -> DatasetIndex:
     if not (copy := os.environ.get(LOCAL_DATA)):
         return open_index(root)
     index = open_index(Path(copy))
-    if index.content_hash != read_manifest(root)["content_hash"]:
+    if index.content_hash != read_manifest(root).content_hash:
         raise InputError(f"{LOCAL_DATA}={copy} holds another dataset than data.root={root}; copy that one, or unset {LOCAL_DATA}")
     return index
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dnc_dist.foreign import read_bytes
+
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-SPLITS = (TRAIN, VALIDATION, TEST)
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".jp2"})
+_MOST_BYTES = 1 << 30  # of an image file
+
+
+def plain(name: str | Path) -> str:
+    """A name as text that can be printed and written: bytes that are no UTF-8 are shown with backslashes."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +32,25 @@ class Sample:
     extra: tuple[tuple[str, str], ...] = ()
 
     def num_bytes(self) -> int:
-        """Size of the encoded image as it lies in its source."""
-        return len(self.data) if self.data is not None else self.location().stat().st_size
+        """Size of the encoded image as it lies in its source; 0 if it is not there."""
+        return len(self.data) if self.data is not None else self.size_and_date()[0]
+
+    def size_and_date(self) -> tuple[int, int]:
+        """Size and date (ns) of the file; zeros if it is not there, which is told when it is read."""
+        try:
+            status = self.location().stat()
+        except OSError:
+            return 0, 0
+        return status.st_size, status.st_mtime_ns
 
     def read(self) -> bytes:
-        """The encoded image."""
-        return self.data if self.data is not None else self.location().read_bytes()
+        """The encoded image.
+
+        Raises:
+            OSError: it cannot be read, or a link leads nowhere.
+            ValueError: it is no regular file, or too large.
+        """
+        return self.data if self.data is not None else read_bytes(self.location(), _MOST_BYTES)
 
     def location(self) -> Path:
         """The file that holds the image."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 from pathlib import Path
 
-from dnc_dist.data.readers import TEST, VALIDATION, Reading, Sample
+from dnc_dist.data.readers import TEST, VALIDATION, Reading, Sample, plain
 from dnc_dist.data.readers.folder import SPLIT_NAMES
 from dnc_dist.errors import InputError
+from dnc_dist.foreign import read_text, shorten
 
 _LABEL = ("label", "class", "class_name")
 _ROLES = {"query": ("is_query", "query"), "gallery": ("is_gallery", "gallery")}
@@ -25,7 +28,7 @@ def _role(row: dict[str, str], columns: tuple[str, ...], default: bool, where: s
         if value in _FALSE:
             return False
         if value not in ("", "nan", "none"):
-            raise InputError(f"{where}: {column}={value!r} is no flag; write true or false, or leave it empty")
+            raise InputError(f"{where}: {column}={shorten(value)} is no flag; write true or false, or leave it empty")
     return default
 
 
@@ -36,18 +39,22 @@ def _box(row: dict[str, str], where: str) -> tuple[int, int, int, int] | None:
         return None
     try:
         left, top, right, bottom = (round(float(value)) for value in values)
-    except ValueError as error:
-        raise InputError(f"{where}: the box {', '.join(_BOX)} = {', '.join(values)} is not four numbers") from error
+    except (ValueError, OverflowError) as error:  # OverflowError: inf
+        raise InputError(f"{where}: the box {', '.join(_BOX)} = {shorten(', '.join(values))} is not four numbers") from error
     return left, top, right, bottom
 
 
-def _rows(table: Path) -> tuple[list[str], list[dict[str, str]]]:
+def _rows(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns, and each row with the number of the line that it ends on."""
+    content = read_text(table)
+    if "\0" in content:
+        line = content.count("\n", 0, content.index("\0")) + 1
+        raise InputError(f"{table}, line {line}: a null character, so it is no CSV file; save it as UTF-8 text")
+    reader = csv.DictReader(io.StringIO(content, newline=""))
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--root {table} cannot be read as a CSV file: {error}") from error
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(f"{table}, line {reader.line_num}: {error}; correct the line") from error
     return list(reader.fieldnames or []), rows
 
 
@@ -68,10 +75,11 @@ def read(table: Path, *, images: Path | None = None) -> Reading:
     label_column = next((name for name in _LABEL if name in columns), None)
     missing = [name for name, there in (("path", "path" in columns), ("label", label_column), ("split", "split" in columns)) if not there]
     if missing:
-        raise InputError(f"{table} has no column {', '.join(missing)}; it has {', '.join(columns) or 'no header'}")
+        there = shorten(", ".join(columns)) if columns else "no header: the file is empty"
+        raise InputError(f"{table} has no column {', '.join(missing)}; it has {there}")
     assert label_column is not None
     base = images or table.parent
-    samples = [_sample(row, label_column, base, f"{table}, line {line}") for line, row in enumerate(rows, start=2)]
+    samples = [_sample(row, label_column, base, f"{table}, line {line}") for line, row in rows]
     notes = []
     absent = [sample.source for sample in samples if not sample.location().is_file()]
     if absent:
@@ -85,7 +93,7 @@ def read(table: Path, *, images: Path | None = None) -> Reading:
     used = {"path", label_column, "split", *_ROLES["query"], *_ROLES["gallery"], *_BOX, *_EXTRA}
     if unused := [column for column in columns if column and column not in used]:
         notes.append(f"columns not used: {', '.join(unused)}")
-    return Reading("csv", samples, {"root": str(table.resolve()), "images": str(base.resolve())}, notes)
+    return Reading("csv", samples, {"root": plain(os.path.realpath(table)), "images": plain(os.path.realpath(base))}, notes)
 
 
 def _sample(row: dict[str, str], label_column: str, base: Path, where: str) -> Sample:
@@ -93,7 +101,7 @@ def _sample(row: dict[str, str], label_column: str, base: Path, where: str) -> S
     if not path or not label:
         raise InputError(f"{where}: path and {label_column} must not be empty")
     if given.lower() not in SPLIT_NAMES:
-        raise InputError(f"{where}: split={given!r}; allowed are {', '.join(SPLIT_NAMES)}")
+        raise InputError(f"{where}: split={shorten(given)}; allowed are {', '.join(SPLIT_NAMES)}")
     split, query, gallery = SPLIT_NAMES[given.lower()]
     return Sample(
         class_name=label,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
+from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import hashed_share
-from dnc_dist.data.readers import IMAGE_SUFFIXES, TEST, TRAIN, VALIDATION, Reading, Sample
+from dnc_dist.data.readers import TEST, TRAIN, VALIDATION, Reading, Sample, plain
 from dnc_dist.errors import InputError
 
+_ENDINGS = ", ".join(sorted(SUFFIXES))
 # Folder name (lower case) -> split, asked as a query, searched as gallery.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), (TRAIN, True, True)),
@@ -19,17 +22,67 @@ SPLIT_NAMES = {
 }
 
 
-def images_below(folder: Path) -> list[Path]:
-    """The images in a folder and its subfolders by name, sorted; what begins with a dot is ignored."""
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in sorted(files) if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return found
+class _Walk:
+    """Lists folders and images, and counts what it passes over; what begins with a dot is ignored."""
 
+    def __init__(self) -> None:
+        self.skipped: Counter[str] = Counter()
+        self.loops: list[Path] = []
 
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    def folders(self, folder: Path) -> list[Path]:
+        """The folders in a folder, sorted; images beside them belong to no class."""
+        found = []
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                found += [] if self._leads_up(path) else [path]
+            elif path.suffix.lower() in SUFFIXES:
+                self.skipped[f"{path.suffix.lower()} outside of class folders"] += 1
+            else:
+                self._count(path)
+        return found
+
+    def images_below(self, folder: Path) -> list[Path]:
+        """The images in a folder and its subfolders by name, sorted. Links are followed, into each real folder once."""
+        found: list[Path] = []
+        seen = {os.path.realpath(folder)}
+        for place, folders, files in os.walk(folder, followlinks=True):
+            followed = []
+            for name in sorted(folders):
+                path = Path(place, name)
+                if not name.startswith(".") and not self._leads_up(path) and (real := os.path.realpath(path)) not in seen:
+                    seen.add(real)
+                    followed.append(name)
+            folders[:] = followed
+            for name in sorted(files):
+                path = Path(place, name)
+                if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                    found.append(path)
+                elif not name.startswith("."):
+                    self._count(path)
+        return found
+
+    def notes(self) -> list[str]:
+        """What was passed over, in sentences."""
+        notes = []
+        if self.skipped:
+            counts = [f"{count:,} {what}" for what, count in self.skipped.most_common(8)]
+            notes.append(f"skipped files: {', '.join(counts)}{' …' if len(self.skipped) > 8 else ''}; images end with {_ENDINGS}")
+        if self.loops:
+            notes.append(f"skipped {len(self.loops)} link(s) to a folder above, first {plain(self.loops[0])}")
+        return notes
+
+    def _count(self, path: Path) -> None:
+        self.skipped[plain(path.suffix.lower()) or "without an ending"] += 1
+
+    def _leads_up(self, path: Path) -> bool:
+        """Whether a link leads to a folder that it lies in: all that is below would be listed again, without end."""
+        above = Path(os.path.realpath(path.parent))
+        if not path.is_symlink() or not above.is_relative_to(os.path.realpath(path)):
+            return False
+        self.loops.append(path)
+        return True
 
 
 def read(root: Path, *, test_share: float = 0.5, seed: int = 0) -> Reading:
@@ -43,31 +96,34 @@ def read(root: Path, *, test_share: float = 0.5, seed: int = 0) -> Reading:
     """
     if not root.is_dir():
         raise InputError(f"--root {root} is no folder; give the folder that holds split/class/*.jpg or class/*.jpg")
-    tops = _folders(root)
+    walk = _Walk()
+    tops = walk.folders(root)
     samples: list[Sample] = []
     notes: list[str] = []
     if any(SPLIT_NAMES.get(top.name.lower(), ("",))[0] == TRAIN for top in tops):
-        ignored = [top.name for top in tops if top.name.lower() not in SPLIT_NAMES]
+        ignored = [plain(top.name) for top in tops if top.name.lower() not in SPLIT_NAMES]
         if ignored:
             notes.append(f"ignored, as they are no splits: {', '.join(ignored[:5])}{' …' if len(ignored) > 5 else ''}")
         for top in tops:
             if top.name.lower() in SPLIT_NAMES:
                 split, query, gallery = SPLIT_NAMES[top.name.lower()]
-                for folder in _folders(top):
+                for folder in walk.folders(top):
                     samples += [
-                        Sample(folder.name, split, str(path.relative_to(root)), path, query=query, gallery=gallery)
-                        for path in images_below(folder)
+                        Sample(plain(folder.name), split, plain(path.relative_to(root)), path, query=query, gallery=gallery)
+                        for path in walk.images_below(folder)
                     ]
     else:
-        classes = {top.name: paths for top in tops if (paths := images_below(top))}
+        classes = {plain(top.name): paths for top in tops if (paths := walk.images_below(top))}
         held_out = hashed_share(sorted(classes), test_share, seed, "split") if len(classes) > 1 and test_share > 0 else set()
         for name, paths in classes.items():
             split = TEST if name in held_out else TRAIN
-            samples += [Sample(name, split, str(path.relative_to(root)), path) for path in paths]
+            samples += [Sample(name, split, plain(path.relative_to(root)), path) for path in paths]
         notes.append(
             f"no folder `train`: every folder is a class; {len(held_out)} of {len(classes)} classes (--test-share {test_share:g}, by a "
             f"hash of their names with --seed {seed}) are the test split"
         )
+    notes += walk.notes()
     if not samples:
-        raise InputError(f"--root {root} holds no image in class folders; expected split/class/*.jpg or class/*.jpg")
-    return Reading("folder", samples, {"root": str(root.resolve()), "test_share": test_share, "seed": seed}, notes)
+        found = f" ({'; '.join(walk.notes())})" if walk.notes() else ""
+        raise InputError(f"--root {root} holds no image in class folders; expected split/class/*.jpg or class/*.jpg{found}")
+    return Reading("folder", samples, {"root": plain(os.path.realpath(root)), "test_share": test_share, "seed": seed}, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dnc_dist.data.images import encode
 from dnc_dist.data.index import hashed_share
-from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample
+from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample, plain
 from dnc_dist.errors import InputError
 from dnc_dist.rng import numpy_generator
 
@@ -193,4 +194,4 @@ def read(
     if damaged:
         notes.append(f"typefaces that cannot be read: {', '.join(damaged)}")
     options: dict[str, str | int | float | None] = {"classes": classes, "image_size": image_size, "seed": seed}
-    return Reading("glyphs", samples, {**options, "fonts": str(fonts.resolve()) if fonts else None}, notes)
+    return Reading("glyphs", samples, {**options, "fonts": plain(os.path.realpath(fonts)) if fonts else None}, notes)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from itertools import combinations
 from pathlib import Path
 
 from dnc_dist.data.index import LISTS
-from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample
+from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample, plain
 from dnc_dist.errors import InputError
+from dnc_dist.foreign import read_text, shorten
 
 FILES = {"train": "train_list.txt", "small": "test_list_800.txt", "medium": "test_list_1600.txt", "large": "test_list_2400.txt"}
 # (images, ids). The paper counts otherwise: vehicles with fake plates were found after it, and every list was made anew.
 RELEASED = {"train": (113_346, 13_164), "small": (6_493, 800), "medium": (13_377, 1_600), "large": (19_777, 2_400)}
-_ROW = re.compile(r"(\d{1,7})\s+(\d+)")
+_ROW = re.compile(r"([0-9]{1,7})\s+([0-9]{1,18})")
 
 
 def _file_name(image: int) -> str:
@@ -23,23 +25,20 @@ def _file_name(image: int) -> str:
 
 def _read_list(path: Path, vehicle_of: dict[int, int]) -> set[int]:
     """The images of a list; ``vehicle_of`` (image -> id, of all lists) learns its ids."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"{path} is missing; --root must be the archive's own folder, which holds image/ and train_test_split/ with "
             f"{', '.join(FILES.values())}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy it from the archive again") from error
+        )
     images = set()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(io.StringIO(read_text(path), newline=None), start=1):
         if not line.strip():
             continue
         row = _ROW.fullmatch(line.strip())
         if row is None:
             raise InputError(
-                f"{path}, line {number}: {line!r} is no row `<image> <id>`, two numbers such as `0000123 45`; correct the line"
+                f"{path}, line {number}: {shorten(line.strip())} is no row `<image> <id>`, two numbers such as `0000123 45`; "
+                "correct the line"
             )
         image, vehicle = int(row[1]), int(row[2])
         if vehicle_of.setdefault(image, vehicle) != vehicle:
@@ -97,4 +96,4 @@ def read(root: Path) -> Reading:
         )
         for image in sorted(vehicle_of)
     ]
-    return Reading("vehicleid", samples, {"root": str(root.resolve())}, _notes(images, vehicle_of, len(there) - len(vehicle_of)))
+    return Reading("vehicleid", samples, {"root": plain(os.path.realpath(root))}, _notes(images, vehicle_of, len(there) - len(vehicle_of)))

@@ -1,0 +1,163 @@
+"""The folder of a data set has one writer at a time, and what it did not write stays.
+
+A writer holds a lock inside the folder and collects its files in a hidden folder beside it, so that a mount point serves as well as
+any other folder. At the end they are renamed into place, the manifest last: killed at any moment, the folder holds the old data
+set or none. The next writer removes what a dead one left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dnc_dist.data.manifest import INDEX, MANIFEST, read_manifest
+from dnc_dist.errors import InputError
+from dnc_dist.foreign import shorten
+
+STAGING = ".prepare"
+# Inside the staging folder. The last two say whose files lie in the folder when a writer is killed between its renames.
+_LOCK, _COMMITTED, _REPLACED = "lock", "committed.json", "replaced.json"
+# Files of a data set whose manifest is damaged or of another version.
+_OURS = re.compile(rf"(train|validation|test)-[0-9]{{6,9}}\.tar|{INDEX}/[a-z0-9_]+\.npy|[a-z_]+\.json|contact_sheet\.png")
+# Made by file systems and desktops, as is everything that begins with a dot: neither in the way nor touched.
+_IGNORED = {"lost+found"}
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[Path]:
+    """Hold ``out``, made if it is missing, and give the folder inside it where files are collected; what is left there goes.
+
+    Raises:
+        InputError: ``out`` is no folder, or another process writes into it.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is no folder; use another --out")
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    staging = out / STAGING
+    try:
+        lock = _lock(out)
+        try:
+            _clean(out)
+            yield staging
+        finally:
+            _clean(out)
+            (staging / _LOCK).unlink()
+            _remove_folder(staging)
+            os.close(lock)
+    finally:
+        if made:
+            _remove_folder(out)
+
+
+def check_free(out: Path, replace: bool) -> None:
+    """Refuse a folder that holds something else than what may be replaced.
+
+    Raises:
+        InputError: there are other files, or a data set that is not to be replaced.
+    """
+    prepared = (out / MANIFEST).is_file()
+    if prepared and not replace:
+        raise InputError(f"{out} already holds another prepared data set; use --force to replace it, or another --out")
+    if others := sorted(_files(out) - (_files_of_dataset(out) if prepared else set())):
+        named = ", ".join(shorten(name) for name in others[:3]) + (f" and {len(others) - 3:,} more" if len(others) > 3 else "")
+        raise InputError(f"{out} already holds other files ({named}), which stay as they are; move them away or use another --out")
+
+
+def commit(out: Path, replace: bool) -> None:
+    """Move the data set that was collected in the staging folder into ``out``, in place of the one that may be replaced.
+
+    Raises:
+        InputError: other files came into ``out`` meanwhile.
+    """
+    staging = out / STAGING
+    check_free(out, replace)
+    names = sorted(_files(staging) - {_LOCK, MANIFEST})
+    for name in (*names, MANIFEST):
+        _sync(staging / name)
+    os.rename(staging / MANIFEST, staging / _COMMITTED)
+    if (out / MANIFEST).is_file():
+        old = _files_of_dataset(out)
+        os.rename(out / MANIFEST, staging / _REPLACED)
+        _remove(out, old)
+    for name in sorted({Path(name).parts[0] for name in names}):
+        if os.path.lexists(out / name):
+            raise InputError(f"{out / name} came into being meanwhile; move it away and prepare again")
+        os.rename(staging / name, out / name)
+    os.rename(staging / _COMMITTED, out / MANIFEST)
+    _sync(out)
+
+
+def _lock(out: Path) -> int:
+    path = out / STAGING / _LOCK
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # another process ended and removed the folder just now
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(f"another `dnc-dist data prepare` is writing into {out}; wait for it, or use another --out") from None
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _clean(out: Path) -> None:
+    """Remove what a writer left that did not come to its end; a data set that is complete stays."""
+    staging = out / STAGING
+    if not (out / MANIFEST).exists():
+        for name in (_COMMITTED, _REPLACED):
+            if (staging / name).is_file():
+                _remove(out, _files_of_dataset(out, f"{STAGING}/{name}"))
+    _remove(staging, {name for name in _files(staging) if _OURS.fullmatch(name)})
+
+
+def _files(folder: Path) -> set[str]:
+    """What a folder and its index hold, relative to the folder; folders end with a slash."""
+    found = set()
+    for entry in os.scandir(folder):
+        if entry.name == INDEX and entry.is_dir(follow_symlinks=False):
+            found |= {f"{INDEX}/{name}" for name in os.listdir(entry)}
+        elif not entry.name.startswith(".") and entry.name not in _IGNORED:
+            found.add(f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name)
+    return found
+
+
+def _files_of_dataset(out: Path, manifest: str = MANIFEST) -> set[str]:
+    """The files that a manifest names, or, where it cannot be read, those that are called as ours are."""
+    try:
+        return read_manifest(out, manifest).files()
+    except InputError:
+        return {name for name in _files(out) if _OURS.fullmatch(name)}
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    for name in sorted(names):
+        (folder / name).unlink(missing_ok=True)
+    _remove_folder(folder / INDEX)
+
+
+def _remove_folder(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _sync(path: Path) -> None:
+    """Have a file or a folder written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

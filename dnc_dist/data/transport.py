@@ -1,0 +1,132 @@
+"""How a batch comes from a loader worker: its images in shared memory, or through the pipe where /dev/shm has no room for them.
+
+A loader would put every tensor into shared memory itself, in a thread of the worker: an error there is printed and the batch is
+lost, for which the training would wait for ever. Here it is done before, in the worker's main thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from dnc_dist.data.loading import Batch
+from dnc_dist.data.workers import worker_context, worker_start
+from dnc_dist.errors import InputError
+
+_log = logging.getLogger(__name__)
+_SHARED_MEMORY = "/dev/shm"
+# What Linux reports when shared memory, open files or processes run out; torch wraps some of them in words of its own.
+_EXHAUSTED = {errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+
+
+class _Packed(NamedTuple):
+    """A batch on its way: ``images`` is an array if it did not fit into shared memory; ``others`` are the batch's small tensors."""
+
+    images: Tensor | NDArray[np.uint8]
+    others: list[NDArray[Any]]
+    failed: list[str]
+    step: int
+    rows_of_ranks: list[int]
+
+
+def _pack(batch: Any) -> Batch | _Packed:
+    """The batch as it travels from a worker; itself if there is none."""
+    if get_worker_info() is None:
+        return batch
+    images: Tensor | NDArray[np.uint8]
+    try:
+        images = batch.images.share_memory_()
+    except RuntimeError:  # torch cannot say it otherwise: no memory there, or no file descriptor left
+        images = batch.images.numpy()
+    return _Packed(images, [tensor.numpy() for tensor in batch[1:6]], batch.failed, batch.step, batch.rows_of_ranks)
+
+
+def _unpack(packed: Batch | _Packed) -> Batch:
+    if isinstance(packed, Batch):
+        return packed
+    images = packed.images
+    if not isinstance(images, Tensor):
+        _tell_of_pipes()
+        images = torch.from_numpy(images)
+    others = [torch.from_numpy(array) for array in packed.others]
+    return Batch(images, *others, packed.failed, packed.step, packed.rows_of_ranks)  # type: ignore[call-arg, arg-type]
+
+
+def loader(
+    dataset: Dataset[Batch],
+    *,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    sampler: Sampler[Any] | None = None,
+    keep_workers: bool = False,
+) -> DataLoader[Any]:
+    """A loader of a dataset whose items are batches; read it through ``batches_of``."""
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        collate_fn=_pack,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        persistent_workers=keep_workers and workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=worker_start(),
+        multiprocessing_context=worker_context(workers),
+        generator=torch.Generator(),  # without its own, a loader draws from the global one, which a resume would have to replay
+    )
+
+
+def batches_of(source: DataLoader[Any]) -> Iterator[Batch]:
+    """The batches of a loader.
+
+    Raises:
+        InputError: the machine has no shared memory, files or processes left for so many workers.
+    """
+    try:
+        for packed in source:
+            yield _unpack(packed)
+    except (OSError, RuntimeError) as error:
+        if source.num_workers and (reason := _exhausted(error)):
+            raise InputError(
+                f"data.workers={source.num_workers} cannot go on: {reason}; {_SHARED_MEMORY} has {_free()}, `ulimit -n` is "
+                f"{os.sysconf('SC_OPEN_MAX')}; raise the limit, or set data.workers lower (0 needs none)"
+            ) from error
+        raise
+
+
+def _exhausted(error: OSError | RuntimeError) -> str | None:
+    """What ran out, or None if the error says something else."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _EXHAUSTED else None
+    text = str(error).partition("\n")[0]
+    return text if text.startswith(("Too many open files", "received 0 items of ancdata", "unable to ")) else None
+
+
+def _free() -> str:
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except FileNotFoundError:
+        return "none"
+    return f"{status.f_bavail * status.f_frsize >> 20:,} of {status.f_blocks * status.f_frsize >> 20:,} MB free"
+
+
+@cache
+def _tell_of_pipes() -> None:
+    """Once in a process."""
+    _log.warning(
+        "%s has no room for batches (%s): they come through pipes, which is slower; give it more (`docker run --shm-size=8g`), or set "
+        "data.workers lower",
+        _SHARED_MEMORY,
+        _free(),
+    )
