@@ -187,7 +187,7 @@ def test_truncated_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     open_index(tmp_path / "out")
     column = tmp_path / "out/index/label.npy"
     column.write_bytes(column.read_bytes()[:100])
-    with pytest.raises(InputError, match="label.npy is damaged"):
+    with pytest.raises(InputError, match=r"label\.npy is damaged"):
         open_index(tmp_path / "out")
     manifest = tmp_path / "out/manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 0}))

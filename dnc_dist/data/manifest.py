@@ -13,6 +13,7 @@ from dnc_dist.errors import InputError
 from dnc_dist.foreign import parse_json, read_bytes, shorten
 
 MANIFEST, CLASSES, DUPLICATES, CONTACT_SHEET, INDEX = "manifest.json", "classes.json", "duplicates.json", "contact_sheet.png", "index"
+STAGING = ".prepare"  # where a data set is collected before it is moved into the folder around
 FORMAT = 1
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -103,7 +104,10 @@ def read_manifest(root: Path, file: str = MANIFEST) -> Manifest:
     """
     path = root / file
     if not path.is_file():
-        raise InputError(f"{root} holds no prepared data set ({file} is missing); write one with `dnc-dist data prepare`, or set data.root")
+        begun = " (a `dnc-dist data prepare` into it is under way or was interrupted)" if (root / STAGING).exists() else ""
+        raise InputError(
+            f"{root} holds no prepared data set ({file} is missing){begun}; write one with `dnc-dist data prepare`, or set data.root"
+        )
     data = read_bytes(path)
     if parse_json(data, _Versioned, path, COPY_AGAIN).format != FORMAT:
         raise InputError(f"{path} is no manifest of format {FORMAT}; prepare the data set again with `dnc-dist data prepare … --force`")

@@ -14,11 +14,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dnc_dist.data.manifest import INDEX, MANIFEST, read_manifest
+from dnc_dist.data.manifest import INDEX, MANIFEST, STAGING, read_manifest
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import shorten
 
-STAGING = ".prepare"
 # Inside the staging folder. The last two say whose files lie in the folder when a writer is killed between its renames.
 _LOCK, _COMMITTED, _REPLACED = "lock", "committed.json", "replaced.json"
 # Files of a data set whose manifest is damaged or of another version.

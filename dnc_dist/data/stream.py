@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,9 +15,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.index import DatasetIndex, RowView, row_key
 from dnc_dist.data.loading import Batch, Request, assemble, dummy, load_image
+from dnc_dist.data.manifest import COPY_AGAIN
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
 from dnc_dist.data.transport import batches_of, loader
+from dnc_dist.errors import InputError
+from dnc_dist.foreign import shorten
 from dnc_dist.rng import uniform
 
 _log = logging.getLogger(__name__)
@@ -163,7 +167,18 @@ class _SequentialDataset(IterableDataset[Batch]):
         paths = self.index.shard_paths
         urls = [str(paths[shard]) for shard in dict.fromkeys(block.shard for block in blocks)]
         wanted = iter(row_key(int(row)) for row in self.view.rows[blocks[0].start : blocks[-1].stop])
-        names = webdataset.WebDataset(
+        key = next(wanted, None)
+        for sample in _samples(urls):
+            if sample["__key__"] == key and "jpg" in sample:
+                yield sample["jpg"]
+                key = next(wanted, None)
+        if key is not None:
+            raise InputError(f"row {key} is not in its shard (one of {urls[0]} … {urls[-1]}); {COPY_AGAIN}")
+
+
+def _samples(urls: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from webdataset.WebDataset(
             urls,
             shardshuffle=False,
             seed=0,
@@ -172,13 +187,8 @@ class _SequentialDataset(IterableDataset[Batch]):
             select_files=_is_image,
             empty_check=False,
         )
-        key = next(wanted, None)
-        for sample in names:
-            if sample["__key__"] == key:
-                yield sample["jpg"]
-                key = next(wanted, None)
-        if key is not None:
-            raise OSError(f"row {key} is not in its shard (one of {urls[0]} … {urls[-1]}); it changed while it was being read")
+    except (tarfile.TarError, ValueError) as error:  # ValueError: a name twice
+        raise InputError(f"{urls[0]} … {urls[-1]}: one cannot be read as a tar file ({shorten(error.args[0])}); {COPY_AGAIN}") from error
 
 
 def _unsplit(urls: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:

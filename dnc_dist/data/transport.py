@@ -91,11 +91,14 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Batch]:
     """The batches of a loader.
 
     Raises:
-        InputError: the machine has no shared memory, files or processes left for so many workers.
+        InputError: a shard is damaged, or the machine has no shared memory, files or processes left for so many workers.
     """
     try:
         for packed in source:
             yield _unpack(packed)
+    except InputError as error:
+        # From a worker it comes with that process's whole traceback before the message.
+        raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].rstrip()) from error
     except (OSError, RuntimeError) as error:
         if source.num_workers and (reason := _exhausted(error)):
             raise InputError(

@@ -19,8 +19,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.data.images import DECODE_ERRORS, decode, why_not
 from dnc_dist.data.index import DatasetIndex, RowView, open_index, train_view, validation_view
 from dnc_dist.data.jpeg import without_metadata
-from dnc_dist.data.manifest import DUPLICATES, MANIFEST, read_manifest, shard_problems
-from dnc_dist.data.place import STAGING
+from dnc_dist.data.manifest import DUPLICATES, MANIFEST, STAGING, read_manifest, shard_problems
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.summary import told_duplicates
 from dnc_dist.doctor.table import Check, Section

@@ -40,7 +40,7 @@ def render(section: Section) -> str:
     lines = [f"{section.name}: {section.note}"]
     for check in section.checks:
         line = f"  {check.name.ljust(names)}  {check.value.ljust(values)}  {check.status}"
-        lines.append(f"{line.ljust(names + values + 15)}{check.hint}".rstrip())
+        lines.append(f"{line.ljust(names + values + 13)}  {check.hint}".rstrip())
     return "\n".join(lines) + "\n"
 
 

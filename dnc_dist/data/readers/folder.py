@@ -11,7 +11,6 @@ from dnc_dist.data.index import hashed_share
 from dnc_dist.data.readers import TEST, TRAIN, VALIDATION, Reading, Sample, plain
 from dnc_dist.errors import InputError
 
-_ENDINGS = ", ".join(sorted(SUFFIXES))
 # Folder name (lower case) -> split, asked as a query, searched as gallery.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), (TRAIN, True, True)),
@@ -68,7 +67,7 @@ class _Walk:
         notes = []
         if self.skipped:
             counts = [f"{count:,} {what}" for what, count in self.skipped.most_common(8)]
-            notes.append(f"skipped files: {', '.join(counts)}{' …' if len(self.skipped) > 8 else ''}; images end with {_ENDINGS}")
+            notes.append(f"skipped, as they are no images that can be read: {', '.join(counts)}{' …' if len(self.skipped) > 8 else ''}")
         if self.loops:
             notes.append(f"skipped {len(self.loops)} link(s) to a folder above, first {plain(self.loops[0])}")
         return notes
