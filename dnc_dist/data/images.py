@@ -28,6 +28,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: grey values whose range has no meaning.
     """
+    coded = image.format
     if "exif" in image.info or "xmp" in image.info or image.format != "JPEG":
         image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -37,12 +38,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         canvas = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, layer).convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
-        return _grey(image).convert("RGB")
+        return _grey(image, coded).convert("RGB")
     return image.convert("RGB")
 
 
-def _grey(image: Image.Image) -> Image.Image:
-    """8-bit grey. 16-bit values are divided by 257, whole 32-bit ones too, unless all are at most 255; floats are in [0, 1].
+def _grey(image: Image.Image, coded: str | None) -> Image.Image:
+    """8-bit grey. 16-bit values are divided by 257, 32-bit ones of a TIFF too, unless all are at most 255; floats are in [0, 1].
 
     Raises:
         ValueError: values below 0 or above that, or not finite.
@@ -57,7 +58,7 @@ def _grey(image: Image.Image) -> Image.Image:
     least, most = int(values.min()), int(values.max())
     if least < 0 or most > 65535:
         raise ValueError(f"32-bit grey values from {least} to {most}; they must be within [0, 65535]")
-    if image.mode == "I" and image.format == "TIFF" and most <= 255:
+    if image.mode == "I" and coded == "TIFF" and most <= 255:
         return whole.convert("L")
     return whole.point(lambda value: value / 257.0).convert("L")
 
