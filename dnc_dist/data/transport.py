@@ -96,16 +96,19 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Batch]:
     try:
         for packed in source:
             yield _unpack(packed)
+        return
     except InputError as error:
         # From a worker it comes with that process's whole traceback before the message.
-        raise InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].rstrip()) from error
+        message = str(error).rpartition(f"{InputError.__name__}: ")[2].rstrip()
     except (OSError, RuntimeError) as error:
-        if source.num_workers and (reason := _exhausted(error)):
-            raise InputError(
-                f"data.workers={source.num_workers} cannot go on: {reason}; {_SHARED_MEMORY} has {_free()}, `ulimit -n` is "
-                f"{os.sysconf('SC_OPEN_MAX')}; raise the limit, or set data.workers lower (0 needs none)"
-            ) from error
-        raise
+        if not source.num_workers or not (reason := _exhausted(error)):
+            raise
+        message = (
+            f"data.workers={source.num_workers} cannot go on: {reason}; {_SHARED_MEMORY} has {_free()}, `ulimit -n` is "
+            f"{os.sysconf('SC_OPEN_MAX')}; raise the limit, or set data.workers lower (0 needs none)"
+        )
+    # Not from inside: the first error's frames hold the loader, whose workers end when nothing does.
+    raise InputError(message)
 
 
 def _exhausted(error: OSError | RuntimeError) -> str | None:
