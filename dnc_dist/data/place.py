@@ -21,7 +21,9 @@ from dnc_dist.foreign import shorten
 # Inside the staging folder. The last two say whose files lie in the folder when a writer is killed between its renames.
 _LOCK, _COMMITTED, _REPLACED = "lock", "committed.json", "replaced.json"
 # Files of a data set whose manifest is damaged or of another version.
-_OURS = re.compile(rf"(train|validation|test)-[0-9]{{6,9}}\.tar|{INDEX}/[a-z0-9_]+\.npy|[a-z_]+\.json|contact_sheet\.png")
+_OURS = re.compile(
+    rf"(train|validation|test)-[0-9]{{6,9}}\.tar|{INDEX}/[a-z0-9_]+\.npy|(manifest|classes|duplicates|committed|replaced)\.json|contact_sheet\.png"
+)
 # Made by file systems and desktops, as is everything that begins with a dot: neither in the way nor touched.
 _IGNORED = {"lost+found"}
 
