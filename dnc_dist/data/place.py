@@ -22,7 +22,8 @@ from dnc_dist.foreign import shorten
 _LOCK, _COMMITTED, _REPLACED = "lock", "committed.json", "replaced.json"
 # Files of a data set whose manifest is damaged or of another version.
 _OURS = re.compile(
-    rf"(train|validation|test)-[0-9]{{6,9}}\.tar|{INDEX}/[a-z0-9_]+\.npy|(manifest|classes|duplicates|committed|replaced)\.json|contact_sheet\.png"
+    rf"(train|validation|test)-[0-9]{{6,9}}\.tar|{INDEX}/[a-z0-9_]+\.npy|contact_sheet\.png"
+    r"|(manifest|classes|duplicates|committed|replaced)\.json"
 )
 # Made by file systems and desktops, as is everything that begins with a dot: neither in the way nor touched.
 _IGNORED = {"lost+found"}
