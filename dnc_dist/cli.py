@@ -6,14 +6,14 @@ Exit codes: 0 done, 1 failed while running, 2 wrong input (one message, no trace
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from dnc_dist import __version__
-from dnc_dist.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, Stopped
+from dnc_dist.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
+from dnc_dist.output import open_streams, unheard
 
 # Name of the command -> its line in --help. The command is the object of that name in dnc_dist/commands/NAME.py.
 COMMANDS = {
@@ -57,8 +57,14 @@ def run(args: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; commands return an exit code, or nothing for 0.
 
     Raises:
-        Exception: whatever a command failed with while running; Python prints the traceback and exits with 1.
+        Exception: a bug; Python prints the traceback and exits with 1.
     """
+    # Progress and messages need no reader; a result that cannot be written is an error.
+    with unheard(results=False):
+        return _run(args)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         result = cli.main(args=None if args is None else list(args), prog_name="dnc-dist", standalone_mode=False)
         sys.stdout.flush()
@@ -74,18 +80,21 @@ def run(args: Sequence[str] | None = None) -> int:
         if isinstance(error, click.UsageError) and error.ctx is not None:
             print(f"see `{error.ctx.command_path} --help`", file=sys.stderr)
         return EXIT_INPUT
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_INPUT
     except Stopped as error:
         print(f"stopped: {error}" if str(error) else "stopped", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:
-        # The reader of our output left (`dnc-dist config … | head`); Python must not complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output left (`dnc-dist config … | head`).
         return EXIT_FAILED
+    except Exception as error:
+        explained = explain(error)
+        if not isinstance(explained, InputError | RunError):
+            raise
+        print(f"error: {explained}", file=sys.stderr)
+        return exit_code(explained)
 
 
 def main() -> None:
     """Entry point of the console script and of ``python -m dnc_dist``."""
+    open_streams()
     sys.exit(run())

@@ -9,14 +9,17 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dnc_dist.errors import InputError
+from dnc_dist.foreign import shorten
+from dnc_dist.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -29,9 +32,7 @@ class ConfigError(InputError):
 class Section(BaseModel):
     """Base of all sections: unknown keys are refused, values cannot change, field docstrings are kept."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -356,13 +357,26 @@ def _all_keys() -> list[str]:
     return [f"{name}.{key}" for name, models in sections().items() for model in models for key in model.model_fields] + list(sections())
 
 
+def _texts() -> set[str]:
+    """The dotted keys whose values are text or paths, and are taken as they are written."""
+    return {
+        f"{name}.{key}"
+        for name, models in sections().items()
+        for model in models
+        for key, field in model.model_fields.items()
+        if field.annotation in (str, Path)
+    }
+
+
 def _describe(problem: Any) -> list[str]:
     """One pydantic problem as lines for the user."""
     # The discriminator's value appears in the location of a union; it is not part of the key's path.
     parts = [str(part) for part in problem["loc"]]
-    if len(parts) > 1 and parts[0] == "loss" and parts[1] in ("margin", "proxy_anchor"):
-        parts.pop(1)
+    variant = parts.pop(1) if len(parts) > 1 and parts[0] == "loss" and parts[1] in ("margin", "proxy_anchor") else ""
     path = ".".join(parts)
+    if problem["type"] == "extra_forbidden" and path in _all_keys():
+        owner = next(model.model_fields["name"] for model in sections()[parts[0]] if parts[-1] in model.model_fields)
+        return [f"{path}: belongs to {parts[0]}.name={get_args(owner.annotation)[0]}, not to {parts[0]}.name={variant}; leave it out"]
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path, _all_keys(), n=1, cutoff=0.6) or difflib.get_close_matches(
             parts[-1], [key for section in sections().values() for model in section for key in model.model_fields], n=1, cutoff=0.75
@@ -370,13 +384,13 @@ def _describe(problem: Any) -> list[str]:
         if close and "." not in close[0]:
             close = [next((key for key in _all_keys() if key.endswith("." + close[0])), close[0])]
         hint = f"did you mean '{close[0]}'?" if close else "`dnc-dist config --keys` lists all keys"
-        return [f"{path}: unknown key; {hint}"]
+        return [f"{shorten(path, 200)[1:-1]}: unknown key; {hint}"]
     if problem["type"] == "missing":
         key = "data.root" if path == "data" else path
         return [f"{key}: missing; set it in the file or with --set {key}=VALUE"]
     if problem["type"] == "value_error" and not parts:
         return str(problem["ctx"]["error"]).split("\n")
-    return [f"{path}: {problem['msg']} (got {problem['input']!r})"]
+    return [f"{path}: {problem['msg']} (got {shorten(problem['input'])})"]
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -388,9 +402,10 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=0.001")
+    keys = key.strip().split(".")
     try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return keys, parse_yaml(value, _texts(), tuple(keys))
+    except InputError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML ({error})") from error
 
 
@@ -402,11 +417,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file; see configs/ for examples") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from error
+        tree = read_yaml(path, _texts())
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise ConfigError(f"{path}: no such configuration file; see configs/ for examples") from None
+        raise ConfigError(str(error)) from error
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `data:` and `model:`, got {type(tree).__name__}")
     for text in overrides:
@@ -426,7 +443,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         tree["loss"].setdefault("name", "margin")
     if isinstance(tree.get("run"), dict) or "run" not in tree:
         run = tree.setdefault("run", {})
-        run["name"] = run.get("name") or path.stem
+        # Not every name of a file is one of a run.
+        run["name"] = run.get("name") or re.sub(r"[^\w.+-]+", "-", path.stem)
     return parse_tree(tree, str(path))
 
 
@@ -436,11 +454,29 @@ def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
     Raises:
         ConfigError: lists every problem, with the source's name.
     """
+    problems = _misplaced_bools(tree)
     try:
-        return RunConfig.model_validate(tree)
+        cfg = RunConfig.model_validate(tree)
     except ValidationError as error:
-        problems = [line for problem in error.errors() for line in _describe(problem)]
-        raise ConfigError(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  {line}" for line in problems)) from None
+        found = [line for problem in error.errors() for line in _describe(problem)]
+        problems = {line.split(": ")[0]: line for line in found} | problems if problems else dict(enumerate(found))
+    if problems:
+        raise ConfigError(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  {line}" for line in problems.values()))
+    return cfg
+
+
+def _misplaced_bools(tree: dict[str, Any]) -> dict[Any, str]:
+    """Dotted key -> what is wrong with it: `true` is no 1, and 1 or `yes` is no `true`."""
+    problems = {}
+    for name, models in sections().items():
+        section: Any = tree.get(name)
+        for model in models if isinstance(section, dict) else []:
+            for key, field in model.model_fields.items():
+                value, is_bool = section.get(key), field.annotation is bool
+                items = value if isinstance(value, list | tuple) else [value]
+                if key in section and any(isinstance(item, bool) != is_bool for item in items):
+                    problems[f"{name}.{key}"] = f"{name}.{key}: must {'' if is_bool else 'not '}be true or false (got {shorten(value)})"
+    return problems
 
 
 def dump_config(cfg: RunConfig) -> str:

@@ -12,12 +12,14 @@ import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from dnc_dist.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 MOST_BYTES = 1 << 28
@@ -40,19 +42,25 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         InputError: it is missing, no regular file (a pipe would wait for ever), unreadable, or longer than ``most`` bytes.
     """
     try:
+        with _open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise InputError(f"{path} has {size:,} bytes, at most {most:,} are read; it is not what it should be")
+            return file.read()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    try:
         # Without O_NONBLOCK already the opening of a pipe waits.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path} is no regular file; give a file")
-            if status.st_size > most:
-                raise InputError(f"{path} has {status.st_size:,} bytes, at most {most:,} are read; it is not what it should be")
-            return file.read()
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except ValueError as error:  # a name with a null character
+        raise InputError(f"{path} cannot be read ({error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is no regular file; give a file")
+    return open(descriptor, "rb")
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
@@ -106,10 +114,7 @@ def read_lines(path: Path, most: int = 1 << 20) -> Iterator[bytes]:
         InputError: it cannot be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(f"{path} is no regular file; give a file")
+        with _open_regular(path) as file:
             long = False
             while line := file.readline(most):
                 whole = line.endswith(b"\n")
@@ -126,6 +131,8 @@ def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "") -> dict
     Raises:
         InputError: it cannot be read, or an array is missing or of another kind.
     """
+    import numpy as np  # only here: a command that prints help or a configuration does without
+
     if not path.is_file():
         read_bytes(path)  # says why
     tail = f"; {cure}" if cure else ""

@@ -11,12 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from typing import Any, NoReturn, TextIO
+from contextlib import suppress
+from typing import NoReturn
 
 from dnc_dist.config import ConfigError
-from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code
+from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
 from dnc_dist.foreign import environment_int
+from dnc_dist.output import unheard
 
 # Set by the launcher for each worker: where its error goes, and whom to follow.
 ERROR_FILE = "DNC_ERROR_FILE"
@@ -27,26 +28,6 @@ STOP_TIMEOUT_SECONDS = 300.0
 _ending = threading.Event()
 
 
-class _Output:
-    """A stream that writes to nowhere once nobody reads it any more; all that matters stands in the run directory, too."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, and keep nothing back: only so is it known whether somebody reads."""
-        try:
-            written = self._stream.write(text)
-            self._stream.flush()
-            return written
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            return len(text)
-
-
 def run_worker(work: Callable[[], None]) -> int:
     """Run the work of one rank and return its exit code.
 
@@ -54,17 +35,19 @@ def run_worker(work: Callable[[], None]) -> int:
     finds alike (in the configuration, or a RunError), only rank 0 speaks. A failed rank of several ends at once, without the interpreter's
     shutdown, which may wait for ever for peers that are stuck in a collective.
     """
-    # A training outlives whoever reads its output, as in `| head`.
-    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Output(sys.stderr)):
+    # A training outlives whoever reads its output: a terminal that is closed, `| head`.
+    with unheard(results=True):
         return _run(work)
 
 
 def _run(work: Callable[[], None]) -> int:
     faulthandler.enable(2)
-    rank, world = environment_int("RANK", environment_int("SLURM_PROCID", 0)), environment_int("WORLD_SIZE", 1, least=1)
-    if launcher := environment_int(LAUNCHER_PID, 0):
-        threading.Thread(target=_follow, args=(launcher, STOP_TIMEOUT_SECONDS), daemon=True).start()
+    rank, world_size = 0, 1
     try:
+        rank = environment_int("RANK", environment_int("SLURM_PROCID", 0))
+        world_size = environment_int("WORLD_SIZE", 1, least=1)
+        if launcher := environment_int(LAUNCHER_PID, 0):
+            threading.Thread(target=_follow, args=(launcher, STOP_TIMEOUT_SECONDS), daemon=True).start()
         work()
         return 0
     except Stopped as error:
@@ -74,16 +57,16 @@ def _run(work: Callable[[], None]) -> int:
     except Exception as error:
         if _ending.is_set():
             os._exit(EXIT_FAILED)
-        code = exit_code(error)
-        if path := os.environ.get(ERROR_FILE):
-            _record(path, error, code)
-        elif not isinstance(error, InputError | RunError):
-            traceback.print_exc()
-        elif rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, ConfigError | RunError):
-            print(f"error on rank {rank}: {error}", file=sys.stderr)
-        if world > 1:
+        explained = explain(error)
+        code = exit_code(explained)
+        if not _recorded(explained, code, rank if explained is not error else None):
+            if not isinstance(explained, InputError | RunError):
+                traceback.print_exc()
+            elif rank == 0:
+                print(f"error: {explained}", file=sys.stderr)
+            elif explained is not error or not isinstance(error, ConfigError | RunError):
+                print(f"error on rank {rank}: {explained}", file=sys.stderr)
+        if world_size > 1:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -99,26 +82,33 @@ def end_process(message: str, speak: bool, after_seconds: float) -> NoReturn:
         after_seconds: how long the process stays for others; what its main thread fails with meanwhile is a consequence.
     """
     _ending.set()
-    if path := os.environ.get(ERROR_FILE):
-        _record(path, RunError(message), EXIT_FAILED)
-    elif speak:
-        os.write(2, f"error: {message}\n".encode())
+    if not _recorded(RunError(message), EXIT_FAILED) and speak:
+        with suppress(OSError):
+            os.write(2, f"error: {message}\n".encode())
     time.sleep(after_seconds)
     os._exit(EXIT_FAILED)
 
 
-def _record(path: str, error: Exception, code: int) -> None:
-    """Write the error for the launcher; by rename, so that it never reads half a file."""
+def _recorded(error: Exception, code: int, rank: int | None = None) -> bool:
+    """Write the error for the launcher, and the rank whose it is; False if there is no launcher, or no disk to write it to."""
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return False
     record = {
         "time": time.time(),
         "exit_code": code,
         "type": type(error).__name__,
-        "message": str(error),
+        "message": f"rank {rank}: {error}" if rank is not None and code == EXIT_FAILED else str(error),
         "traceback": "" if isinstance(error, RunError) else traceback.format_exc(),
     }
-    with open(f"{path}.part", "w", encoding="utf-8") as file:
-        json.dump(record, file)
-    os.replace(f"{path}.part", path)
+    try:
+        # By rename, so that the launcher never reads half a file.
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
+            json.dump(record, file)
+        os.replace(f"{path}.part", path)
+    except OSError:
+        return False
+    return True
 
 
 def _follow(launcher: int, stop_timeout: float) -> None:

@@ -18,20 +18,8 @@ KERNELS = ROOT / "kernels" / "dnc_kernels"
 # A module imports from lower layers and, inside a sub-package, from its siblings; entries of one layer do not import each other.
 LAYERS = [
     {
-        "errors",
-        "config",
-        "rng",
-        "progress",
-        "distributed",
-        "tracker",
-        "gallery",
-        "worker",
-        "exact",
-        "watchdog",
-        "traces",
-        "foreign",
-        "torchvision_guard",
-        "rendezvous",
+        *("errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact", "watchdog", "traces"),
+        *("foreign", "output", "yaml_text", "rendezvous", "torchvision_guard"),
     },
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine"},
@@ -42,12 +30,13 @@ LAYERS = [
 # Layer 0 is ordered inside itself: what may be imported from the same layer.
 BASE_IMPORTS = {
     "foreign": {"errors"},
-    "config": {"errors", "foreign"},
+    "yaml_text": {"errors", "foreign"},
+    "config": {"errors", "foreign", "yaml_text"},
     "rendezvous": {"errors", "foreign"},
     "distributed": {"errors", "foreign", "rendezvous"},
     "tracker": {"errors", "distributed", "foreign"},
     "gallery": {"errors", "foreign"},
-    "worker": {"errors", "config", "foreign"},
+    "worker": {"errors", "config", "foreign", "output"},
     "watchdog": {"errors", "foreign", "distributed", "traces"},
     "__main__": {"cli"},
 }

@@ -145,7 +145,7 @@ def test_set_creates_sections_and_reads_values_as_yaml(minimal: Path) -> None:
             "optim.lr=2e-3",
         ],
     )
-    assert cfg.optim.lr == 0.002, "PyYAML reads 1e-3 as text; the later --set holds"
+    assert cfg.optim.lr == 0.002, "the later --set holds"
     assert cfg.division.conquer_from is None
     assert cfg.evaluation.recall_at == (1, 10)
     assert cfg.run.path == Path("runs/other")
@@ -155,7 +155,11 @@ def test_set_creates_sections_and_reads_values_as_yaml(minimal: Path) -> None:
 def test_the_loss_is_chosen_by_name(minimal: Path) -> None:
     assert load_config(minimal, ["loss.name=proxy_anchor", "loss.scale=16"]).loss == ProxyAnchorLossConfig(name="proxy_anchor", scale=16)
     assert load_config(minimal, ["loss.beta=0.9"]).loss == MarginLossConfig(beta=0.9)
-    assert "loss.beta: unknown key" in message(minimal, "loss.name=proxy_anchor", "loss.beta=0.9")
+    text = message(minimal, "loss.name=proxy_anchor", "loss.beta=0.9")
+    assert text.endswith("  loss.beta: belongs to loss.name=margin, not to loss.name=proxy_anchor; leave it out")
+    assert message(minimal, "loss.scale=9").endswith(
+        "  loss.scale: belongs to loss.name=proxy_anchor, not to loss.name=margin; leave it out"
+    )
     assert "'margin', 'proxy_anchor'" in message(minimal, "loss.name=tripplet")
 
 
@@ -177,7 +181,7 @@ def test_an_override_that_is_no_yaml(minimal: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert message(tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: no such configuration file; see configs/ for examples"
-    assert message(tmp_path).startswith(f"{tmp_path}: cannot be read as YAML (")
+    assert message(tmp_path) == f"{tmp_path} is no regular file; give a file"
     assert message(write(tmp_path, "a: [1")).startswith(f"{tmp_path}/exp.yaml: cannot be read as YAML (")
     assert message(write(tmp_path, "- 1")) == f"{tmp_path}/exp.yaml: expected sections such as `data:` and `model:`, got list"
 
@@ -230,3 +234,123 @@ def test_every_default_is_plain_yaml(minimal: Path) -> None:
     tree = yaml.safe_load(dump_config(load_config(minimal)))
     assert list(tree) == list(sections())
     assert {type(leaf) for leaf in leaves(tree)} <= {str, int, float, bool, type(None)}
+
+
+def load(folder: Path, text: str) -> Any:
+    """The configuration of a file with this below its only required key."""
+    return load_config(write(folder, f"data:\n  root: images\n{text}\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("run: {name: 2024-02-20}", "run.name", "2024-02-20"),
+        ("run: {name: 007}", "run.name", "007"),
+        ("run: {name: 1e3}", "run.name", "1e3"),
+        ("run: {name: true}", "run.name", "true"),
+        ("run: {name: 1_000}", "run.name", "1_000"),
+        ("run: {name: ~}", "run.name", "exp"),
+        ("run: {dir: 3}", "run.dir", Path("3")),
+        ("run: {dir: 12:30}", "run.dir", Path("12:30")),
+        ("model: {weights: none}", "model.weights", "none"),
+        ("model: {backbone: 'no'}", "model.backbone", "no"),
+        ("tracker: {project: on}", "tracker.project", "on"),
+        ("tracker: {project: !!str 3}", "tracker.project", "3"),
+        ("optim: {lr: 1e-5}", "optim.lr", 1e-5),
+        ("optim: {lr: .5}", "optim.lr", 0.5),
+        ("schedule: {epochs: 1_000}", "schedule.epochs", 1000),
+        ("schedule: {epochs: '4'}", "schedule.epochs", 4),
+        ("evaluation: {at_start: True}", "evaluation.at_start", True),
+        ("base: &a {lr: 0.5}", None, "base: unknown key; `dnc-dist config --keys` lists all keys"),
+        ("optim: &a {lr: 0.5}\nschedule: {<<: *a, epochs: 3}", None, "schedule.lr: unknown key"),
+        ("optim: {<<: {lr: 0.5}, lr: 0.25}", "optim.lr", 0.25),
+        ("optim: {lr: 0.5, <<: [{lr: 0.1, weight_decay: 1}, {weight_decay: 2}]}", "optim.weight_decay", 1),
+        ("optim: {lr: 1e400}", None, "optim.lr: Input should be a finite number (got inf)"),
+        ("optim: {lr: true}", None, "optim.lr: must not be true or false (got True)"),
+        ("run: {seed: false}", None, "run.seed: must not be true or false (got False)"),
+        ("evaluation: {recall_at: [true, 2]}", None, "evaluation.recall_at: must not be true or false (got [True, 2])"),
+        ("evaluation: {at_start: 1}", None, "evaluation.at_start: must be true or false (got 1)"),
+        ("evaluation: {at_start: yes}", None, "evaluation.at_start: must be true or false (got 'yes')"),
+    ],
+)  # fmt: skip
+def test_what_a_value_means(tmp_path: Path, text: str, key: str | None, expected: Any) -> None:
+    if key is None:
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path, text)
+        assert str(caught.value).count("\n") == 1 and expected in str(caught.value)
+    else:
+        section, name = key.split(".")
+        assert getattr(getattr(load(tmp_path, text), section), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim: {lr: 0.1}\noptim: {lr: 1}", "line 4: the key 'optim' stands already in line 3; keep one of them"),
+        ("optim:\n  lr: 0.1\n  weight_decay: 0\n  lr: 1e-5", "line 6: the key 'lr' stands already in line 4; keep one of them"),
+        ("run: {seed: !!int abc}", "line 3, column 13: the tag 'tag:yaml.org,2002:int' is not read; write the value without it"),
+        ("run: {name: !!python/name:os.system x}", "the tag 'tag:yaml.org,2002:python/name:os.system' is not read"),
+        ("run: !!python/object/apply:os.system ['touch canary']", "is not read; write the value without it"),
+        ("run: !mine {a: 1}", "the tag '!mine' is not read"),
+        ("run: {name: !!binary aGk=}", "is not read"),
+        ("? [1, 2]\n: 3", "line 3, column 3: a key must be text"),
+        (f"run: {'[' * 3000}", "nested more than 20 levels deep"),
+        (f"run: {'{a: ' * 3000}", "nested more than 20 levels deep"),
+        ("run: &a [*a]", "more than 20 levels"),
+        ("\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 19))]), "more than 10,000 values"),
+        ("\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 19))]), "more than 10,000 values"),
+        ("run: {<<: 3}", "`<<` takes the keys of a section"),
+        ('run: {dir: "a\\0b"}', "line 3, column 12: 'a\\x00b' holds a character that no text has"),
+        ('run: {dir: "a\\ud800b"}', "holds a character that no text has"),
+        ("run: {name: 'a", "found unexpected end of stream"),
+        ("a: b: c", "line 3, column 5: mapping values are not allowed here"),
+        ("run: *nobody", "found undefined alias"),
+        ("---\nrun: {}", "but found another document"),
+        ("\x01", "special characters are not allowed"),
+        ("run: {seed: " + "9" * 5000 + "}", "run.seed: Input should be a finite number (got inf)"),
+        ("#" * (1 << 18), " bytes, at most 262,144 are read"),
+    ],
+)  # fmt: skip
+def test_what_no_configuration_needs_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert expected in str(caught.value) and str(caught.value).startswith(f"{tmp_path}/exp.yaml") and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"data: {root: caf\xe9}", "is not UTF-8 text"),
+        (bytes(range(256)), "is not UTF-8 text"),
+        (b"false", "got bool"),
+        (b"[]", "got list"),
+    ],
+)
+def test_bytes_that_are_no_configuration(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_bytes(content)
+    assert expected in message(path)
+
+
+def test_a_configuration_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "exp.yaml"
+    path.write_bytes(b"\xef\xbb\xbfdata: {root: images}\r\n")
+    assert load_config(path).data.root == Path("images")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("my config.yaml", "my-config"), ("a(1).yaml", "a-1-"), ("größe.yaml", "größe"), ("x.y.yaml", "x.y")]
+)
+def test_a_run_is_named_after_any_file(tmp_path: Path, file: str, name: str) -> None:
+    path = tmp_path / file
+    path.write_text("data: {root: images}\n")
+    assert load_config(path).run.name == name
+
+
+def test_overrides_are_read_like_the_file(minimal: Path) -> None:
+    cfg = load_config(minimal, ["run.name=2024-02-20", "data.root=3", "run={dir: 07}"])
+    assert (cfg.run.name, cfg.data.root, cfg.run.dir) == ("exp", Path("3"), Path("07"))
+    assert message(minimal, "optim.lr=!!int abc") == (
+        "--set optim.lr=!!int abc: the value is not valid YAML (line 1, column 1: the tag 'tag:yaml.org,2002:int' is not read; "
+        "write the value without it)"
+    )

@@ -76,7 +76,7 @@ def test_wrong_values_are_named_before_anything_starts(
         ("a: [", "cannot be read as YAML"),
         ("- a\n- b\n", "expected sections"),
         ("model: {backbone: conv4}\n", "data.root: missing; set it in the file or with --set data.root=VALUE"),
-        ("data: {root: x}\n3: {}\n", "3: Keys should be strings"),
+        ("data: {root: x}\n3: {}\n", "3: unknown key"),
     ],
 )
 def test_wrong_configuration_files(text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.context import BaseContext
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def worker_context(workers: int) -> BaseContext | None:
@@ -39,7 +39,7 @@ def _start(trainer: int, worker: int) -> None:
 
 
 def leave_signals() -> None:
-    """Leave signals to the training process: SLURM sends them to every process of a step, and the last batches are still needed."""
+    """Leave signals to the training process: SLURM and terminals send them to every process, and the last batches are still needed."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
