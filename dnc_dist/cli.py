@@ -13,7 +13,7 @@ import click
 
 from dnc_dist import __version__
 from dnc_dist.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
-from dnc_dist.output import open_streams, unheard
+from dnc_dist.output import end_quietly, open_streams, unheard
 
 # Name of the command -> its line in --help. The command is the object of that name in dnc_dist/commands/NAME.py.
 COMMANDS = {
@@ -90,6 +90,7 @@ def _run(args: Sequence[str] | None) -> int:
         explained = explain(error)
         if not isinstance(explained, InputError | RunError):
             raise
+        end_quietly()
         print(f"error: {explained}", file=sys.stderr)
         return exit_code(explained)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import traceback
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def explain(error: Exception) -> Exception:
         text = ": ".join([*names, what]) + (f"; {cure}" if cure else "")
     elif isinstance(error, UnicodeEncodeError | UnicodeDecodeError):
         kind, text = InputError, f"{repr(error.object)[:200]} is no {error.encoding} text ({error.reason}); rename or convert it"
+    elif type(error).__name__ in ("DistNetworkError", "DistStoreError"):  # torch's: no OSError, but what one would say
+        found = re.search(r"port: (\d+).*name: (E\w+)", str(error))
+        number = getattr(errno, found[2], None) if found else None
+        if found and number:
+            return explain(OSError(number, os.strerror(number), f"port {found[1]}").with_traceback(error.__traceback__))
+        kind, text = RunError, str(error).split("\n")[0]
     elif isinstance(error, MemoryError):
         kind, text = RunError, f"out of memory{f' ({error})' if str(error) else ''}; use a machine with more, or smaller batches"
     elif isinstance(error, RecursionError):

@@ -10,7 +10,8 @@ from typing import Any, TextIO
 
 
 class Output:
-    """A stream that nobody has to read: what cannot be written is dropped; all that matters stands in the run directory, too."""
+    """A stream that nobody has to read: what cannot be written is dropped (all that matters stands in the run directory, too), and
+    characters that it does not know are escaped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -20,8 +21,9 @@ class Output:
 
     def write(self, text: str) -> int:
         """Write, and keep nothing back: only so the next line of a disk that has room again follows the last one."""
+        encoding = self._stream.encoding or "utf-8"
         with suppress(OSError):
-            self._stream.write(text)
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
             self._stream.flush()
         return len(text)
 
@@ -39,14 +41,20 @@ def settle(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def end_quietly() -> None:
+    """Once the cause is said: what then fails in taking half-made objects apart is a consequence (until ``unheard`` is left)."""
+    sys.unraisablehook = lambda unraisable: None
+
+
 @contextmanager
 def unheard(*, results: bool) -> Iterator[None]:
     """Work that goes on whatever becomes of standard error; with ``results`` of standard output, too."""
-    out, err = sys.stdout, sys.stderr
+    out, err, hook = sys.stdout, sys.stderr, sys.unraisablehook
     try:
         with redirect_stderr(Output(err)), redirect_stdout(Output(out) if results else out):
             yield
     finally:
+        sys.unraisablehook = hook
         settle(out)
         settle(err)
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 from dnc_dist.config import ConfigError
 from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
 from dnc_dist.foreign import environment_int
-from dnc_dist.output import unheard
+from dnc_dist.output import end_quietly, unheard
 
 # Set by the launcher for each worker: where its error goes, and whom to follow.
 ERROR_FILE = "DNC_ERROR_FILE"
@@ -59,6 +59,8 @@ def _run(work: Callable[[], None]) -> int:
             os._exit(EXIT_FAILED)
         explained = explain(error)
         code = exit_code(explained)
+        if isinstance(explained, InputError | RunError):
+            end_quietly()
         if not _recorded(explained, code, rank if explained is not error else None):
             if not isinstance(explained, InputError | RunError):
                 traceback.print_exc()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -16,7 +18,8 @@ import pytest
 import yaml
 
 from dnc_dist import __version__, cli
-from dnc_dist.errors import InputError, Stopped
+from dnc_dist.errors import InputError, RunError, Stopped
+from dnc_dist.worker import run_worker
 
 
 @pytest.fixture
@@ -182,6 +185,76 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
     with pytest.raises(KeyError):
         cli.run(["evaluate", "runs/x"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/report.html"), 1, "/x/report.html: No space left on device; free"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/x"), 1, "/x: Disk quota exceeded; free space there"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x: Read-only file system; choose a folder that can be written"),
+        (PermissionError(errno.EACCES, "Permission denied", b"/x\xe9"), 2, "/x\\udce9: Permission denied; change its permissions"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a", None, "b"), 2, "a: b: No such file or directory; check the"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "Too many open files; raise the limit of open files (`ulimit -n 4096`)"),
+        (OSError(errno.EADDRINUSE, "Address already in use"), 2, "Address already in use; choose another port"),
+        (OSError(errno.EIO, "Input/output error", "/x"), 1, "/x: Input/output error; check the disk"),
+        (OSError("odd"), 1, "odd"),
+        (OSError(), 1, "OSError"),
+        (FileNotFoundError("Caught it\nTraceback\nFileNotFoundError: /x"), 1, "FileNotFoundError: /x"),
+        (UnicodeEncodeError("utf-8", "caf\udce9", 3, 4, "surrogates not allowed"), 2, "'caf\\udce9' is no utf-8 text (surrogates not"),
+        (UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "unexpected end of data"), 2, r"b'caf\xe9' is no utf-8 text (unexpected end"),
+        (MemoryError("Unable to allocate 3 TiB"), 1, "out of memory (Unable to allocate 3 TiB); use a machine with more"),
+        (RecursionError("maximum recursion depth exceeded"), 1, "something is nested too deeply to be read"),
+        (RunError("the model has diverged"), 1, "the model has diverged\n"),
+        (
+            type("DistNetworkError", (RuntimeError,), {})("failed to bind. port: 29500, code: -98, name: EADDRINUSE, message: x"),
+            2,
+            "port 29500: Address already in use; choose another port",
+        ),
+        (type("DistStoreError", (RuntimeError,), {})("Timed out after 601 seconds\nC++"), 1, "Timed out after 601 seconds\n"),
+    ],
+    ids=lambda value: repr(value)[:40] if isinstance(value, Exception) else "",
+)  # fmt: skip
+def test_what_the_machine_refuses_is_one_sentence(
+    error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate_run(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        raise error
+
+    stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
+    assert cli.run(["evaluate", "runs/x"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {message}") and "Traceback" not in err
+    assert isinstance(error, RunError) or re.search(r"\n  \(dnc_dist/commands/evaluate.py, line \d+; DNC_TRACEBACK=1 shows", err)
+    if not isinstance(error, RunError):
+        monkeypatch.setenv("DNC_TRACEBACK", "1")
+        with pytest.raises(type(error)):
+            cli.run(["evaluate", "runs/x"])
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_worker_says_what_the_machine_refuses(
+    launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/x")
+
+    monkeypatch.setenv("RANK", "3")
+    if launched:
+        monkeypatch.setenv("DNC_ERROR_FILE", str(tmp_path / "3.json"))
+    assert run_worker(work) == 1
+    err = capsys.readouterr().err
+    if launched:
+        record = json.loads((tmp_path / "3.json").read_text())
+        assert record["message"].startswith("rank 3: /x: No space left on device; free") and record["traceback"] == "" and not err
+    else:
+        assert err.startswith("error on rank 3: /x: No space left on device; free space there") and "Traceback" not in err
+
+
+def test_a_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "abc")
+    assert run_worker(lambda: None) == 2
+    assert capsys.readouterr().err.startswith("error: the environment variable RANK is 'abc', not a whole number")
 
 
 def test_an_interrupt_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,17 @@ def test_what_a_run_cannot_go_on_with(arguments: list[str], message: str, place:
     error = dnc("train", "run.yaml", *arguments, folder=place).error
     assert message in error and "\n" not in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"} == before
+
+
+def with_few_files() -> None:
+    """For ``before``: no more files may be open than so many, as after ``ulimit -n``; loader processes need more."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+
+
+def test_too_few_open_files(place: Path) -> None:
+    done = dnc("train", "run.yaml", *change("run.name=files", "data.workers=2"), folder=place, before=with_few_files)
+    assert done.code == 1
+    assert "error: Too many open files; raise the limit of open files (`ulimit -n 4096`)\n" in done.err and "Traceback" not in done.err
 
 
 def test_a_local_copy_holds_the_same_data(place: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dnc_dist.clustering.centroids import Collective, KMeansResult, first_centroids, split_empty
-from dnc_dist.errors import InputError
+from dnc_dist.errors import InputError, RunError
 from dnc_kernels import implementation, implementation_note, lloyd_step
 
 Backend = Literal["auto", "triton", "faiss"]
@@ -69,7 +69,7 @@ def lloyd_on_device(
     head = np.append(np.bincount(parent, minlength=parents), broken)
     head = all_reduce(torch.from_numpy(head).to(x.device)).cpu().numpy()
     if head[-1]:
-        raise FloatingPointError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
+        raise RunError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
     if init is None:
         init = torch.from_numpy(first_centroids(x, parent, rows_of_parent, k // parents, seed, row_start, gather, beat))

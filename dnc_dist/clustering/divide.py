@@ -64,7 +64,7 @@ def divide(
 
     Raises:
         InputError: too few classes for ``target`` learners, fewer rows than learners, or a backend that does not run here.
-        FloatingPointError: features that are not finite.
+        RunError: features that are not finite.
     """
     check_num_learners(labels, target)
     current = 1 if previous is None else previous.num_learners

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dnc_dist.clustering.centroids import WORK_ELEMENTS, Collective, KMeansResult, first_centroids, split_empty
 from dnc_dist.clustering.device import Backend, choose_backend, lloyd_on_device
-from dnc_dist.errors import InputError
+from dnc_dist.errors import InputError, RunError
 from dnc_dist.exact import gram_error, squared_distance
 
 REPLICATED_ROWS = 100_000
@@ -78,7 +78,7 @@ def kmeans(
 
     Raises:
         InputError: fewer rows than centroids; triton where it does not run.
-        FloatingPointError: rows that are not finite.
+        RunError: rows that are not finite.
     """
     total = x_local.shape[0] if num_rows is None else num_rows
     if total < k:
@@ -130,7 +130,7 @@ def _lloyd(
     head = np.append(np.bincount(parent, minlength=parents), (~np.isfinite(norms)).sum())
     head = all_reduce(torch.from_numpy(head)).numpy()
     if head[-1]:
-        raise FloatingPointError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
+        raise RunError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
     warm = None if init is None else _numpy(init).copy()
     centroids = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dnc_dist import distributed
-from dnc_dist.errors import InputError
+from dnc_dist.errors import InputError, RunError
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
 from dnc_dist.retrieval.search import topk_blocks
 from dnc_dist.rng import numpy_generator
@@ -87,7 +87,7 @@ def evaluate(
 
     Raises:
         InputError: no query has a gallery row of its class.
-        FloatingPointError: embeddings that are not finite.
+        RunError: embeddings that are not finite.
     """
     chosen = resolve_protocol(protocol, query, gallery)
     rows_local = rows_local.cpu()
@@ -154,11 +154,11 @@ def check_finite(embeddings_local: Tensor) -> None:
     """Collective.
 
     Raises:
-        FloatingPointError: an embedding of some rank is not finite.
+        RunError: an embedding of some rank is not finite.
     """
     bad = sum(int((~block.isfinite().all(1)).sum()) for block in embeddings_local.split(CHECKED_ROWS))
     if num_bad := int(distributed.all_reduce_sum(torch.tensor([bad], device=distributed.device()))):
-        raise FloatingPointError(f"{num_bad} embeddings hold values that are not finite, so the model has diverged; lower optim.lr")
+        raise RunError(f"{num_bad} embeddings hold values that are not finite, so the model has diverged; lower optim.lr")
 
 
 def present_rows(rows_local: Tensor, num_rows: int) -> np.ndarray:

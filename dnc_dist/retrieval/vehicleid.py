@@ -62,7 +62,7 @@ def evaluate_lists(
 
     Raises:
         InputError: no query of a list has a gallery row of its class.
-        FloatingPointError: embeddings that are not finite.
+        RunError: embeddings that are not finite.
     """
     check_finite(embeddings_local)
     at = tuple(sorted({*recall_at, *RECALL_AT}))
