@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 T = TypeVar("T")
+JSON_OBJECT = TypeAdapter(dict[str, Any])
+"""For ``parse_json``: an object of any values."""
 MOST_BYTES = 1 << 28
 """A text file beyond this size is none of ours: the class names of ten million classes fit."""
 MOST_UNPACKED = 1 << 32
@@ -125,8 +127,8 @@ def read_lines(path: Path, most: int = 1 << 20) -> Iterator[bytes]:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "") -> dict[str, np.ndarray]:
-    """The named arrays of an .npz file. No object is unpickled.
+def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "", most: int = MOST_UNPACKED) -> dict[str, np.ndarray]:
+    """The named arrays of an .npz file that unpacks to at most ``most`` bytes. No object is unpickled.
 
     Raises:
         InputError: it cannot be read, or an array is missing or of another kind.
@@ -139,8 +141,8 @@ def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "") -> dict
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > MOST_UNPACKED:
-            raise InputError(f"{path} unpacks to {size:,} bytes, at most {MOST_UNPACKED:,} are read; it is not what it should be{tail}")
+        if size > most:
+            raise InputError(f"{path} unpacks to {size:,} bytes, at most {most:,} are read; it is not what it should be{tail}")
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in shapes}
     except InputError:

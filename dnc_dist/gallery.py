@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,21 @@ from typing import Any
 import numpy as np
 
 from dnc_dist.errors import InputError
+from dnc_dist.foreign import Array, read_arrays
 
 GALLERY_FILE = "gallery.npz"
-_ARRAYS = ("query_rows", "neighbour_rows", "query_labels", "neighbour_labels", "distances", "query_images", "neighbour_images")
+_MOST_BYTES = 1 << 28
+"""As pictures for a page, a gallery has a few million bytes."""
+_ARRAYS = {
+    "query_rows": Array("i", 1),
+    "neighbour_rows": Array("i", 2),
+    "query_labels": Array("i", 1),
+    "neighbour_labels": Array("i", 2),
+    "distances": Array("f", 2),
+    "query_images": Array("u", 4),
+    "neighbour_images": Array("u", 5),
+}
+_NAMES = {"name_labels": Array("i", 1), "names": Array("U", 1)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +37,7 @@ class Gallery:
     query_labels: np.ndarray  # (q,) int64
     neighbour_labels: np.ndarray  # (q, n) int64
     distances: np.ndarray  # (q, n) float32
-    class_names: Sequence[str]  # indexed by label
+    class_names: Mapping[int, str]  # by label
     query_images: np.ndarray  # (q, side, side, 3) uint8
     neighbour_images: np.ndarray  # (q, n, side, side, 3) uint8
 
@@ -36,7 +47,7 @@ class Gallery:
 
     def name(self, label: int) -> str:
         """The name of a class; its number if it has none."""
-        return str(self.class_names[label]) if 0 <= label < len(self.class_names) else str(label)
+        return str(self.class_names.get(label, label))
 
 
 def save_gallery(run_dir: Path, gallery: Gallery) -> Path:
@@ -65,13 +76,23 @@ def load_gallery(run_dir: Path) -> Gallery | None:
     path = run_dir / GALLERY_FILE
     if not path.exists():
         return None
+    cure = "delete it, `dnc-dist report` works without"
+    arrays = read_arrays(path, _ARRAYS | _NAMES, cure, most=_MOST_BYTES)
+    labels, names = arrays.pop("name_labels"), arrays.pop("names")
+    queries, neighbours = arrays["neighbour_rows"].shape
+    side = arrays["query_images"].shape[1]
+    expected = {
+        **{name: (queries,) for name in ("query_rows", "query_labels")},
+        **{name: (queries, neighbours) for name in ("neighbour_rows", "neighbour_labels", "distances")},
+        "query_images": (queries, side, side, 3),
+        "neighbour_images": (queries, neighbours, side, side, 3),
+    }
+    wrong = [name for name, shape in expected.items() if arrays[name].shape != shape]
+    wrong += [name for name in ("query_images", "neighbour_images") if arrays[name].dtype != np.uint8]
+    if wrong or not neighbours or not side or len(labels) != len(names):
+        raise InputError(f"{path} is damaged: its arrays do not fit together{f' ({wrong[0]})' if wrong else ''}; {cure}")
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in _ARRAYS}
-            labels, names = file["name_labels"], file["names"]
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it, `dnc-dist report` works without") from error
-    class_names = [str(label) for label in range(int(labels.max(initial=-1)) + 1)]
-    for label, name in zip(labels.tolist(), names.tolist(), strict=True):
-        class_names[label] = name
+        class_names = dict(zip(labels.tolist(), names.tolist(), strict=True))
+    except ValueError as error:  # text of an array may hold numbers that are no characters
+        raise InputError(f"{path} is damaged: its names are no text; {cure}") from error
     return Gallery(**arrays, class_names=class_names)

@@ -12,15 +12,17 @@ import math
 import netrc
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 import numpy as np
 from torch import Tensor
 
 from dnc_dist import distributed
+from dnc_dist.errors import InputError, RunError
+from dnc_dist.foreign import JSON_OBJECT, parse_json, read_json, read_lines
 
 Kind = Literal["train", "division", "evaluation", "epoch"]
 
@@ -43,17 +45,28 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a line that a killed process left half-written is passed over."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def metric_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The complete lines of a ``metrics.jsonl`` of any length, one by one, and what they say; None for lines that no run writes.
+
+    What they say has an integer ``step`` and ``epoch`` and a text ``kind``; the other values are whatever JSON has.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    for text in read_lines(path):
         try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
+            line = parse_json(text, JSON_OBJECT, path)
+        except InputError:
+            yield text, None
             continue
-        if isinstance(line, dict) and {"step", "epoch", "kind"} <= line.keys():
-            lines.append(line)
-    return lines
+        step, epoch, kind = line.get("step"), line.get("epoch"), line.get("kind")
+        ours = type(step) is int and 0 <= step < 1 << 53 and type(epoch) is int and 0 <= epoch < 1 << 31 and type(kind) is str
+        yield text, line if ours else None
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """What the lines of a ``metrics.jsonl`` say; lines that no run writes, and one half-written by a killed process, are passed over."""
+    return (line for _, line in metric_lines(path) if line is not None)
 
 
 def _write_atomically(path: Path, text: str) -> None:
@@ -84,21 +97,41 @@ class JsonlTracker(Tracker):
     def __init__(self, run_dir: Path, run_id: str, resume_step: int | None) -> None:
         super().__init__(run_id)
         run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        cut = -1 if resume_step is None else resume_step
-        kept = [line for line in read_metrics(path) if line["step"] <= cut] if path.exists() else []
-        _write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._path = run_dir / METRICS_FILE
         # A division or evaluation made right at the checkpoint is made again after the resume: it is the same one.
-        self._already = {(line["kind"], line["step"]) for line in kept if line["step"] == cut}
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._already = _cut(self._path, -1 if resume_step is None else resume_step)
+        self._file = self._path.open("ab", buffering=0)
 
     def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        if (kind, step) not in self._already:
-            self._file.write(json.dumps({"step": step, "epoch": epoch, "kind": kind, **_plain(values)}) + "\n")
-            self._file.flush()
+        if (kind, step) in self._already:
+            return
+        line = (json.dumps({"step": step, "epoch": epoch, "kind": kind, **_plain(values)}) + "\n").encode()
+        try:
+            while line:  # a disk that becomes full takes a part
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise RunError(
+                f"{self._path} cannot be written ({error.strerror}); the checkpoints are whole, and `--resume auto` goes on later"
+            ) from error
 
     def close(self) -> None:
         self._file.close()
+
+
+def _cut(path: Path, step: int) -> set[tuple[str, int]]:
+    """Take the lines after a step from ``metrics.jsonl``; kind and step of those that stand right at it."""
+    at_step = set()
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        for text, line in metric_lines(path) if path.exists() else ():
+            if line is not None and line["step"] <= step:
+                file.write(text)
+                if line["step"] == step:
+                    at_step.add((line["kind"], step))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    return at_step
 
 
 def _wandb_mode(base_url: str) -> Literal["online", "offline", "disabled", "shared"]:
@@ -108,9 +141,12 @@ def _wandb_mode(base_url: str) -> Literal["online", "offline", "disabled", "shar
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if path.exists() and netrc.netrc(path).authenticators(urlparse(base_url).hostname or ""):
-        return "online"
-    return "offline"
+    try:
+        found = path.exists() and netrc.netrc(path).authenticators(urlparse(base_url).hostname or "")
+    except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
+        _log.warning("W&B: %s cannot be read (%s); the run is logged offline", path, _first_line(error))
+        return "offline"
+    return "online" if found else "offline"
 
 
 def wandb_route() -> str:
@@ -142,7 +178,8 @@ class WandbTracker(Tracker):
         self._marks: dict[str, int] = {}
         if resume_step is not None:
             if marks_path.exists():
-                self._marks = json.loads(marks_path.read_text(encoding="utf-8"))
+                cure = "delete it; W&B may then get a step twice"
+                self._marks = read_json(marks_path, dict[str, int], cure)
             if (run_dir / METRICS_FILE).exists():
                 for line in read_metrics(run_dir / METRICS_FILE):
                     self._marks[line["kind"]] = max(line["step"], self._marks.get(line["kind"], -1))

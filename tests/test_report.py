@@ -42,7 +42,7 @@ def _gallery() -> Gallery:
         query_labels=query_labels,
         neighbour_labels=neighbour_labels,
         distances=np.sort(generator.random((16, 10)).astype(np.float32), 1),
-        class_names=["red", "green <b>", "blue", "yellow", "violet", "a class with quite a long name"],
+        class_names=dict(enumerate(["red", "green <b>", "blue", "yellow", "violet", "a class with quite a long name"])),
         query_images=np.stack([picture(label) for label in query_labels]),
         neighbour_images=np.stack([[picture(max(label, 0)) for label in row] for row in neighbour_labels]),
     )

@@ -160,7 +160,7 @@ def save_neighbours(data: RunData, view: RowView, found: Evaluation, run_dir: Pa
             query_labels=view.labels[queries],
             neighbour_labels=np.where(known, view.labels[neighbours], -1),
             distances=np.sqrt(result.sample_distances),
-            class_names=view.class_names,
+            class_names=dict(enumerate(view.class_names)),
             query_images=data.thumbnails(view.rows[queries], THUMBNAIL_SIDE),
             neighbour_images=data.thumbnails(np.where(known, view.rows[neighbours], -1), THUMBNAIL_SIDE),
         ),

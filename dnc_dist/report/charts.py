@@ -14,15 +14,21 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dnc_dist.report.record import RunRecord, Series
+from dnc_dist.report.markup import Html
+from dnc_dist.report.record import RunRecord, Series, number
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+MOST_DIVISIONS = 200
+"""Beyond it, their lines would cover a chart."""
+_MOST_SEGMENTS = 20_000
+_MOST_BARS = 400
 PALETTE = ["#2563eb", "#ea580c", "#0d9488", "#9333ea", "#ca8a04", "#db2777"]
 CONQUER = "#fef3c7"
 _LEARNERS = LinearSegmentedColormap.from_list("learners", ["#1d4ed8", "#0891b2", "#10b981", "#ca8a04", "#f97316", "#dc2626", "#a21caf"])
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
+    "text.parse_math": False,
     "svg.hashsalt": "dnc-dist",
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -52,7 +58,7 @@ class Chart:
 
     title: str
     note: str
-    svg: str
+    svg: Html
     wide: bool = False
 
 
@@ -61,7 +67,7 @@ def learner_colour(learner: int, num_learners: int) -> tuple[float, float, float
     return _LEARNERS((learner + 0.5) / num_learners)
 
 
-def draw(paint: Callable[[Axes], None], *, width: float = 5.6, height: float = 2.9) -> str:
+def draw(paint: Callable[[Axes], None], *, width: float = 5.6, height: float = 2.9) -> Html:
     """An SVG of one pair of axes that ``paint`` fills."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -69,7 +75,7 @@ def draw(paint: Callable[[Axes], None], *, width: float = 5.6, height: float = 2
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return Html(text[text.index("<svg") :])
 
 
 def _frame(axes: Axes, run: RunRecord) -> None:
@@ -78,11 +84,14 @@ def _frame(axes: Axes, run: RunRecord) -> None:
     axes.set_xlim(0, end)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    learners = 0
+    learners, changes = 0.0, []
     for line in run.of("division"):
-        if line.get("num_learners") != learners:
-            learners = line.get("num_learners", learners)
-            axes.axvline(run.position(line["step"]), color="#9aa5b1", linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        if (now := number(line.get("num_learners"))) is not None and now != learners:
+            learners = now
+            changes.append(run.position(line["step"]))
+    if len(changes) <= MOST_DIVISIONS:
+        for change in changes:
+            axes.axvline(change, color="#9aa5b1", linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
     if run.conquer_from is not None:
         axes.axvspan(run.conquer_from, end, color=CONQUER, zorder=0, linewidth=0)
 
@@ -153,10 +162,11 @@ def curves(
 
 def learner_losses(run: RunRecord) -> Chart | None:
     """The loss of every learner; curves begin anew at each division, with the colours of the division chart."""
-    names = run.names("train", "learner_loss/")
+    names = [name for name in run.names("train", "learner_loss/") if name.rsplit("/", 1)[1].isdecimal()]
     if len(names) < 2:
         return None
-    starts = [(run.position(line["step"]), int(line.get("num_learners", len(names)))) for line in run.of("division")] or [(0.0, len(names))]
+    starts = [(run.position(line["step"]), int(number(line.get("num_learners")) or len(names))) for line in run.of("division")]
+    starts = starts[-max(1, _MOST_SEGMENTS // len(names)) :] or [(0.0, len(names))]
     ends = [start for start, _ in starts[1:]] + [float("inf")]
 
     def paint(axes: Axes) -> None:
@@ -177,14 +187,16 @@ def shares(run: RunRecord) -> Chart | None:
     lines = [line for line in run.of("epoch") if any(name in line for name in parts)]
     if not lines:
         return None
+    every = -(-len(lines) // _MOST_BARS)
+    lines = lines[::every]
 
     def paint(axes: Axes) -> None:
         _frame(axes, run)
         x = np.array([line["epoch"] + 0.5 for line in lines])
         bottom = np.zeros(len(x))
         for (name, label), colour in zip(parts.items(), ["#ea580c", "#2563eb", "#0d9488"], strict=True):
-            values = np.nan_to_num(np.array([float(line.get(name, 0.0)) for line in lines]))
-            axes.bar(x, values, 0.82, bottom, label=label, color=colour, linewidth=0)
+            values = np.array([number(line.get(name)) or 0.0 for line in lines])
+            axes.bar(x, values, 0.82 * every, bottom, label=label, color=colour, linewidth=0)
             bottom += values
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, max(0.05, min(1.0, bottom.max() * 1.15)))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import html
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from dnc_dist.report.charts import INK, MUTED, Chart, draw, learner_colour
+from dnc_dist.report.charts import INK, MOST_DIVISIONS, MUTED, Chart, draw, learner_colour
+from dnc_dist.report.markup import Html, element
 from dnc_dist.report.record import Line, RunRecord, number
 
 LEFT_OUT = "#d5dae0"
 _BAR = 0.56
+_MOST_BARS = 20_000
+_MOST_ROWS = 1000
+
+
+def _divisions(run: RunRecord, most_learners: int = 0) -> list[Line]:
+    """Those whose sizes are known; every 2nd, 3rd, ... if they are more than can be shown."""
+    lines = [line for line in run.of("division") if "sizes" in line]
+    most = _MOST_ROWS if not most_learners else max(1, min(MOST_DIVISIONS, _MOST_BARS // most_learners))
+    return lines[:: -(-len(lines) // most)] if lines else []
 
 
 def _edges(line: Line) -> np.ndarray:
@@ -56,7 +64,7 @@ def _words_below(line: Line) -> str:
 
 def division_chart(run: RunRecord) -> Chart | None:
     """Stacked bars of cluster sizes over divisions, with ribbons from parents to children; None without a division."""
-    lines = [line for line in run.of("division") if line.get("sizes")]
+    lines = _divisions(run, max((len(line["sizes"]) for line in run.of("division") if "sizes" in line), default=1))
     if not lines:
         return None
 
@@ -92,11 +100,11 @@ def division_chart(run: RunRecord) -> Chart | None:
     return Chart("Cluster sizes and lineage", note, draw(paint, width=11.6, height=4.0), wide=True)
 
 
-def division_table(run: RunRecord) -> str:
+def division_table(run: RunRecord) -> Html:
     """The numbers behind the chart, as an HTML table; empty without a division."""
-    lines = [line for line in run.of("division") if line.get("sizes")]
+    lines = _divisions(run)
     if not lines:
-        return ""
+        return Html()
     head = ("epoch", "learners", "smallest", "largest", "left out", "rejoined", "kept", "NMI to previous", "seconds")
     rows = []
     for line in lines:
@@ -112,6 +120,6 @@ def division_table(run: RunRecord) -> str:
             "" if nmi is None or first else f"{nmi:.3f}",
             "" if seconds is None else f"{seconds:.1f}",
         ]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    heads = "".join(f"<th>{name}</th>" for name in head)
-    return f'<table class="numbers"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+        rows.append(element("tr", *(element("td", cell) for cell in cells)))
+    heads = element("tr", *(element("th", name) for name in head))
+    return element("table", element("thead", heads), element("tbody", *rows), cls="numbers")

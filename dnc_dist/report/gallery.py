@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from pathlib import Path
 
@@ -12,8 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dnc_dist.gallery import Gallery
+from dnc_dist.report.markup import Html, element
 
 RIGHT, WRONG = "#16a34a", "#dc2626"
+_MOST_NEIGHBOURS = 20
 
 
 def confident_mistakes(gallery: Gallery) -> np.ndarray:
@@ -33,24 +34,21 @@ def _data_url(pixels: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _tile(pixels: np.ndarray, name: str, below: str, kind: str) -> str:
-    words = html.escape(name)
-    return (
-        f'<figure class="tile {kind}"><img src="{_data_url(pixels)}" alt="{words}" title="{words}" width="64" height="64">'
-        f"<figcaption><span>{words}</span><small>{html.escape(below)}</small></figcaption></figure>"
-    )
+def _tile(pixels: np.ndarray, name: str, below: str, kind: str) -> Html:
+    picture = element("img", src=_data_url(pixels), alt=name, title=name, width="64", height="64")
+    return element("figure", picture, element("figcaption", element("span", name), element("small", below)), cls=f"tile {kind}")
 
 
-def query_html(gallery: Gallery, query: int) -> str:
+def query_html(gallery: Gallery, query: int) -> Html:
     """One query and its neighbours as a row of pictures, right ones framed green, wrong ones red."""
     correct = gallery.correct()[query]
     tiles = [_tile(gallery.query_images[query], gallery.name(int(gallery.query_labels[query])), "query", "query")]
-    for place in np.flatnonzero(gallery.neighbour_rows[query] >= 0):
+    for place in np.flatnonzero(gallery.neighbour_rows[query] >= 0)[:_MOST_NEIGHBOURS]:
         name = gallery.name(int(gallery.neighbour_labels[query, place]))
         mark = "right" if correct[place] else "wrong"
         sign = "✓" if correct[place] else "✗"  # for those who cannot tell the colours apart
         tiles.append(_tile(gallery.neighbour_images[query, place], name, f"{sign} {gallery.distances[query, place]:.2f}", mark))
-    return f'<div class="query-row">{"".join(tiles)}</div>'
+    return element("div", *tiles, cls="query-row")
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

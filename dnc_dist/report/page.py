@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,33 @@ from dnc_dist.gallery import Gallery
 from dnc_dist.report.charts import Chart, all_curves
 from dnc_dist.report.divisions import division_chart, division_table
 from dnc_dist.report.gallery import confident_mistakes, query_html
+from dnc_dist.report.markup import Html, element, join
 from dnc_dist.report.record import RunRecord, number, read_run
 from dnc_dist.report.style import CSS
 
 NUM_QUERIES = 12
+# Whatever the page holds, a browser runs and loads nothing.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
-def _cards(run: RunRecord) -> Iterator[str]:
+def _card(value: str, words: str, kind: str = "card") -> Html:
+    return element("div", element("b", value), element("span", words), cls=kind)
+
+
+def _cards(run: RunRecord) -> Iterator[Html]:
     """The result's numbers, the most important first."""
     result = run.result()
     for name in ("recall@1", "map@r", "map", "r_precision", "nmi"):
         value = number(result.get(name))
         if value is not None:
-            yield f'<div class="card{" first" if name == "recall@1" else ""}"><b>{value:.2%}</b><span>{name}</span></div>'
-    before = [line for line in run.of("evaluation") if line["step"] == 0 and "recall@1" in line]
-    if before:
-        yield f'<div class="card"><b>{float(before[0]["recall@1"]):.2%}</b><span>recall@1, untrained</span></div>'
-    steps = max(int(line["step"]) for line in run.lines)
-    yield f'<div class="card"><b>{float(run.epoch_ends[-1, 1]):.0f}</b><span>epochs ({steps:,} steps)</span></div>'
+            yield _card(f"{value:.2%}", name, "card first" if name == "recall@1" else "card")
+    untrained = [value for line in run.of("evaluation") if line["step"] == 0 and (value := number(line.get("recall@1"))) is not None]
+    if untrained:
+        yield _card(f"{untrained[0]:.2%}", "recall@1, untrained")
+    yield _card(f"{float(run.epoch_ends[-1, 1]):.0f}", f"epochs ({run.last_step:,} steps)")
     seconds = sum(number(line.get("seconds")) or 0.0 for line in run.of("epoch"))
     if seconds:
-        yield f'<div class="card"><b>{_duration(seconds)}</b><span>time of all epochs</span></div>'
+        yield _card(_duration(seconds), "time of all epochs")
 
 
 def _duration(seconds: float) -> str:
@@ -43,69 +48,81 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _header(run: RunRecord) -> str:
+def _header(run: RunRecord) -> Html:
     result = run.result()
     model, loss, learners = (run.setting(name) for name in ("model.backbone", "loss.name", "division.num_learners"))
     words = [str(part) for part in (run.setting("data.root"), model, loss and f"{loss} loss", learners and f"{learners} learners") if part]
     counts = [
-        f"{int(result[name]):,} {words_}"
-        for name, words_ in (("num_queries", "queries"), ("num_gallery", "gallery images"))
-        if name in result
-    ]
-    if number(result.get("queries_left_out")):
-        counts.append(f"{int(result['queries_left_out']):,} queries without a match in the gallery left out")
-    stamps = [f'<span class="stamp">{name}: {html.escape(str(result[name]))}</span>' for name in ("protocol", "list") if name in result]
-    loud = run.selected_on == "test"
-    stamps.append(f'<span class="stamp{" loud" if loud else ""}">selected on {html.escape(run.selected_on)}</span>')
-    if result:
-        stamps.append(f'<span class="stamp">numbers of epoch {result["epoch"]}</span>')
-    warning = ""
-    if loud:
-        warning = (
-            '<p class="warning"><b>Selected on test.</b> The best epoch was picked by looking at the test split, as most published numbers '
-            "are; it overstates what to expect of new data. Use <code>evaluation.select_on: validation</code> for an honest number.</p>"
+        f"{value:,.0f} {words_}"
+        for name, words_ in (
+            ("num_queries", "queries"),
+            ("num_gallery", "gallery images"),
+            ("queries_left_out", "queries without a match in the gallery left out"),
         )
-    details = f'<p class="note" style="margin-top:6px">{html.escape(" · ".join(counts))}</p>' if counts else ""
-    return (
-        f'<header><h1>{html.escape(run.path.resolve().name)}</h1><p class="muted">{html.escape(" · ".join(words))}</p>{details}'
-        f'<div class="stamps">{"".join(stamps)}</div>{warning}<div class="cards">{"".join(_cards(run))}</div></header>'
+        if (value := number(result.get(name))) is not None and (value or name != "queries_left_out")
+    ]
+    loud = run.selected_on == "test"
+    stamps = [element("span", f"{name}: {result[name]}", cls="stamp") for name in ("protocol", "list") if name in result]
+    stamps.append(element("span", f"selected on {run.selected_on}", cls="stamp loud" if loud else "stamp"))
+    if result:
+        stamps.append(element("span", f"numbers of epoch {result['epoch']}", cls="stamp"))
+    warning = element(
+        "p",
+        element("b", "Selected on test."),
+        " The best epoch was picked by looking at the test split, as most published numbers are; it overstates what to expect of new "
+        "data. Use ",
+        element("code", "evaluation.select_on: validation"),
+        " for an honest number.",
+        cls="warning",
+    )
+    return element(
+        "header",
+        element("h1", run.path.resolve().name),
+        element("p", " · ".join(words), cls="muted"),
+        element("p", " · ".join(counts), cls="note", style="margin-top:6px") if counts else "",
+        element("div", *stamps, cls="stamps"),
+        warning if loud else "",
+        element("div", *_cards(run), cls="cards"),
     )
 
 
-def _chart(chart: Chart) -> str:
-    words = f'<h3>{html.escape(chart.title)}</h3><p class="note">{html.escape(chart.note)}</p>'
-    return f'<figure class="chart{" wide" if chart.wide else ""}">{words}<div class="scroll">{chart.svg}</div></figure>'
+def _chart(chart: Chart) -> Html:
+    words = element("h3", chart.title), element("p", chart.note, cls="note")
+    return element("figure", *words, element("div", chart.svg, cls="scroll"), cls="chart wide" if chart.wide else "chart")
 
 
-def _curves(run: RunRecord) -> str:
-    charts = "".join(_chart(chart) for chart in all_curves(run))
-    legend = ""
+def _curves(run: RunRecord) -> Html:
+    charts = [_chart(chart) for chart in all_curves(run)]
+    legend = []
     if run.of("division"):
-        legend = '<span><i style="border-left:2px dashed #9aa5b1;width:0"></i>the number of learners changes</span>'
+        line = element("i", style="border-left:2px dashed #9aa5b1;width:0")
+        legend.append(element("span", line, "the number of learners changes"))
     if run.conquer_from is not None:
-        legend += '<span><i style="background:#fef3c7;border:1px solid #fde68a"></i>conquer: the whole embedding is trained together</span>'
-    return f'<h2>Training</h2><p class="legend">{legend}</p><div class="grid">{charts}</div>' if charts else ""
+        box = element("i", style="background:#fef3c7;border:1px solid #fde68a")
+        legend.append(element("span", box, "conquer: the whole embedding is trained together"))
+    parts = element("h2", "Training"), element("p", *legend, cls="legend"), element("div", *charts, cls="grid")
+    return join(parts) if charts else Html()
 
 
-def _divisions(run: RunRecord) -> str:
+def _divisions(run: RunRecord) -> Html:
     chart = division_chart(run)
     if chart is None:
-        return ""
-    table = f'<details><summary>All divisions in numbers</summary><div class="scroll">{division_table(run)}</div></details>'
-    return f'<h2>Divisions</h2><div class="grid">{_chart(chart)}</div>{table}'
+        return Html()
+    numbers = element("summary", "All divisions in numbers"), element("div", division_table(run), cls="scroll")
+    return join([element("h2", "Divisions"), element("div", _chart(chart), cls="grid"), element("details", *numbers)])
 
 
-def _queries(title: str, note: str, gallery: Gallery, queries: np.ndarray) -> str:
+def _queries(title: str, note: str, gallery: Gallery, queries: np.ndarray) -> Html:
     if len(queries) == 0:
-        return ""
-    rows = "".join(query_html(gallery, int(query)) for query in queries)
-    return f'<h3>{html.escape(title)}</h3><p class="note">{html.escape(note)}</p><div class="query-list">{rows}</div>'
+        return Html()
+    rows = [query_html(gallery, int(query)) for query in queries]
+    return join([element("h3", title), element("p", note, cls="note"), element("div", *rows, cls="query-list")])
 
 
-def _gallery(run: RunRecord) -> str:
+def _gallery(run: RunRecord) -> Html:
     gallery = run.gallery
     if gallery is None:
-        return ""
+        return Html()
     sample = np.arange(len(gallery.query_rows))
     right = int(gallery.correct()[:, 0].sum())
     note = (
@@ -116,27 +133,38 @@ def _gallery(run: RunRecord) -> str:
     mistakes_note = (
         "Wrong nearest neighbours among the sampled queries, the closest first. Often two classes that really look alike, or a wrong label."
     )
-    return (
-        '<h2>Nearest neighbours</h2><p class="legend"><span><i style="background:var(--right)"></i>right: same class as the query</span>'
-        '<span><i style="background:var(--wrong)"></i>wrong</span></p>'
-        + _queries("Random queries", note, gallery, sample[:NUM_QUERIES])
-        + _queries("Most confident mistakes", mistakes_note, gallery, mistakes[:NUM_QUERIES])
+    legend = (
+        element("span", element("i", style="background:var(--right)"), "right: same class as the query"),
+        element("span", element("i", style="background:var(--wrong)"), "wrong"),
+    )
+    return join(
+        [
+            element("h2", "Nearest neighbours"),
+            element("p", *legend, cls="legend"),
+            _queries("Random queries", note, gallery, sample[:NUM_QUERIES]),
+            _queries("Most confident mistakes", mistakes_note, gallery, mistakes[:NUM_QUERIES]),
+        ]
     )
 
 
-def _settings_table(name: str, section: Any) -> str:
+def _settings_table(name: str, section: Any) -> Html:
     items = section.items() if isinstance(section, dict) else [("", section)]
-    rows = "".join(
-        f"<tr><td><code>{html.escape(str(key))}</code></td><td><code>{html.escape(str(value))}</code></td></tr>" for key, value in items
-    )
-    return f"<section><h3>{html.escape(name)}</h3><table>{rows}</table></section>"
+    rows = [element("tr", element("td", element("code", str(key))), element("td", element("code", str(value)))) for key, value in items]
+    return element("section", element("h3", name), element("table", *rows))
 
 
-def _config(run: RunRecord) -> str:
+def _config(run: RunRecord) -> Html:
     if not run.config:
-        return ""
-    tables = "".join(_settings_table(str(name), section) for name, section in run.config.items())
-    return f'<h2>Configuration</h2><details><summary>All settings of this run</summary><div class="settings">{tables}</div></details>'
+        return Html()
+    tables = [_settings_table(str(name), section) for name, section in run.config.items()]
+    settings = element("summary", "All settings of this run"), element("div", *tables, cls="settings")
+    return join([element("h2", "Configuration"), element("details", *settings)])
+
+
+def _footer(run: RunRecord) -> Html:
+    passed_over = f" {run.passed_over:,} lines of it are none of a run and are left out." if run.passed_over else ""
+    words = f"Written by dnc-dist {__version__} from {run.path}. All numbers are in "
+    return element("footer", words, element("code", "metrics.jsonl"), ".", passed_over)
 
 
 def build_report(run_dir: Path) -> Path:
@@ -144,18 +172,24 @@ def build_report(run_dir: Path) -> Path:
 
     Raises:
         InputError: the directory is not that of a run, or nothing has been logged yet.
+        OSError: the page cannot be written.
     """
     run = read_run(Path(run_dir))
-    body = "".join(part(run) for part in (_header, _curves, _divisions, _gallery, _config))
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(run.path.resolve().name)} · dnc-dist report</title><style>{CSS}</style></head><body><main>{body}"
-        f"<footer>Written by dnc-dist {html.escape(__version__)} from {html.escape(str(run.path))}. "
-        "All numbers are in <code>metrics.jsonl</code>.</footer>"
-        "</main></body></html>\n"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", f"{run.path.resolve().name} · dnc-dist report"),
+        element("style", Html(CSS)),
     )
+    parts = [part(run) for part in (_header, _curves, _divisions, _gallery, _config, _footer)]
+    page = element("html", head, element("body", element("main", *parts)), lang="en")
     path = run.path / "report.html"
     part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
+    # A link of this name in a folder from elsewhere must not lead us to write into another file.
+    part.unlink(missing_ok=True)
+    with part.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(f"<!doctype html>{page}\n")
     part.replace(path)
     return path

@@ -1,19 +1,30 @@
-"""What a run has left behind, read for the report: ``metrics.jsonl``, ``config.yaml``, ``gallery.npz``."""
+"""What a run has left behind, read for the report: ``metrics.jsonl``, ``config.yaml``, ``gallery.npz``; from any hand, of any length."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from dnc_dist.errors import InputError
 from dnc_dist.gallery import Gallery, load_gallery
-from dnc_dist.tracker import METRICS_FILE, read_metrics
+from dnc_dist.tracker import METRICS_FILE, metric_lines
+from dnc_dist.yaml_text import read_yaml
 
 Line = dict[str, Any]
+POINTS = 2048
+"""A curve has between so many points and twice as many, or as many as were logged if those are fewer."""
+_KINDS = ("train", "division", "evaluation", "epoch")
+_NAME = re.compile(r"[A-Za-z0-9_@./+-]{1,64}")
+_MOST_NAMES = 2000
+_MOST_SIZES = 4096
+# Beyond it numbers are as good as infinite; what draws curves cannot take them.
+_LARGEST = 1e30
+# Lines about epochs are kept whole; 30,000 epochs have not as many bytes.
+_MOST_EPOCH_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,47 +38,77 @@ class Series:
         return len(self.x)
 
 
+class Thinned:
+    """The points (step, value) of one name in bounded memory: once they are many, means over 2, 4, 8, ... that follow each other."""
+
+    __slots__ = ("_count", "_run", "_steps", "_sum_step", "_sum_value", "_values")
+
+    def __init__(self) -> None:
+        self._steps: list[float] = []
+        self._values: list[float] = []
+        self._run, self._count, self._sum_step, self._sum_value = 1, 0, 0.0, 0.0
+
+    def add(self, step: int, value: float) -> None:
+        """The next point."""
+        self._sum_step += step
+        self._sum_value += value
+        self._count += 1
+        if self._count == self._run:
+            self._steps.append(self._sum_step / self._run)
+            self._values.append(self._sum_value / self._run)
+            self._count, self._sum_step, self._sum_value = 0, 0.0, 0.0
+            if len(self._steps) == 2 * POINTS:
+                for points in (self._steps, self._values):
+                    points[:] = [(left + right) / 2 for left, right in zip(points[::2], points[1::2], strict=True)]
+                self._run *= 2
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (n,) and values (n,)."""
+        rest = [(self._sum_step / self._count, self._sum_value / self._count)] if self._count else []
+        table = np.array([*zip(self._steps, self._values, strict=True), *rest], dtype=float).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
+
+
 def number(value: Any) -> float | None:
-    """A logged value as a number (NaN and infinities are logged by name); None if it is not one."""
-    if isinstance(value, bool) or value is None:
+    """A logged value as a finite number; None if it is none (NaN and infinities are logged by name)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+    return float(value) if -_LARGEST <= value <= _LARGEST else None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class RunRecord:
     """A run's lines, configuration and gallery; every part may be missing or incomplete."""
 
     path: Path
-    lines: list[Line]
-    config: dict[str, Any]
-    gallery: Gallery | None
-    epoch_ends: np.ndarray  # (n, 2) step, epochs done: where x axes have their whole numbers
+    config: dict[str, Any] = field(default_factory=dict)
+    gallery: Gallery | None = None
+    lines: dict[str, list[Line]] = field(default_factory=lambda: {kind: [] for kind in _KINDS})
+    """Those about epochs, by kind; of training steps only the curves are kept."""
+    curves: dict[str, dict[str, Thinned]] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
+    last_step: int = 0
+    passed_over: int = 0
+    """Complete lines that are none of ours."""
+    epoch_ends: np.ndarray = field(default_factory=lambda: np.zeros((1, 2)))  # (n, 2) step, epochs done: the x axes' whole numbers
 
     def of(self, kind: str) -> list[Line]:
-        """The lines of one kind."""
-        return [line for line in self.lines if line["kind"] == kind]
+        """The lines of one kind (none of "train")."""
+        return self.lines[kind]
 
-    def position(self, step: int) -> float:
-        """A step as a position in epochs."""
-        return float(np.interp(step, self.epoch_ends[:, 0], self.epoch_ends[:, 1]))
+    def position(self, steps: float | np.ndarray) -> Any:
+        """Steps as positions in epochs."""
+        return np.interp(steps, self.epoch_ends[:, 0], self.epoch_ends[:, 1])
 
     def series(self, kind: str, name: str) -> Series:
         """The finite values of one name, over the epochs."""
-        points = [(self.position(line["step"]), value) for line in self.of(kind) if (value := number(line.get(name))) is not None]
-        array = np.array([point for point in points if np.isfinite(point[1])], dtype=float).reshape(-1, 2)
-        return Series(array[:, 0], array[:, 1])
+        steps, values = self.curves[kind].get(name, Thinned()).points()
+        return Series(self.position(steps), values)
 
     def names(self, kind: str, prefix: str = "") -> list[str]:
-        """All names with a prefix that lines of a kind have, numbers in numeric order."""
-        found = {name for line in self.of(kind) for name in line if name.startswith(prefix)}
-        return sorted(
-            found,
-            key=lambda name: (not name[len(prefix) :].isdigit(), int(name[len(prefix) :]) if name[len(prefix) :].isdigit() else 0, name),
-        )
+        """All names of numbers with a prefix that lines of a kind have, in numeric order."""
+        found = [name for name in self.curves[kind] if name.startswith(prefix)]
+        tails = {name: name[len(prefix) :] for name in found}
+        return sorted(found, key=lambda name: (not tails[name].isdecimal(), int(tails[name]) if tails[name].isdecimal() else 0, name))
 
     def setting(self, dotted: str) -> Any:
         """A value of the configuration, such as ``division.every``; None if it is not there."""
@@ -101,14 +142,46 @@ class RunRecord:
         return max(evaluations, key=lambda line: number(line.get(key)) or 0.0)
 
 
-def _epoch_ends(lines: list[Line]) -> np.ndarray:
-    """From the last step of every epoch. Division lines stand at the end of the epoch before, evaluations after their own."""
+def _read_metrics(path: Path, run: RunRecord) -> None:
+    """Fill in lines, curves and the ends of the epochs, in one pass that keeps few lines."""
+    # The last step of every epoch. Division lines stand at the end of the epoch before, evaluations after their own.
     last: dict[int, int] = {}
-    for line in lines:
-        if line["kind"] in ("train", "epoch"):
-            last[line["epoch"]] = max(line["step"], last.get(line["epoch"], 0))
+    kept = 0
+    for text, line in metric_lines(path):
+        if line is None:
+            run.passed_over += 1
+            continue
+        kind, step = line["kind"], line["step"]
+        if kind not in run.curves:
+            continue
+        run.last_step = max(step, run.last_step)
+        if kind in ("train", "epoch"):
+            last[line["epoch"]] = max(step, last.get(line["epoch"], 0))
+        curves = run.curves[kind]
+        for name, value in line.items():
+            found = number(value)
+            if found is None:
+                continue
+            if name not in curves:
+                if len(curves) == _MOST_NAMES or not _NAME.fullmatch(name):
+                    continue
+                curves[name] = Thinned()
+            curves[name].add(step, found)
+        if kind != "train":
+            kept += len(text)
+            if kept > _MOST_EPOCH_BYTES:
+                raise InputError(f"{path} has more lines about epochs than any run ({_MOST_EPOCH_BYTES >> 20} MB); it is damaged")
+            if not _are_sizes(line.get("sizes")):
+                line.pop("sizes", None)
+            run.lines[kind].append(line)
     ends = [(0, 0)] + [(step, epoch + 1) for epoch, step in sorted(last.items()) if step > 0]
-    return np.array(ends, dtype=float)
+    run.epoch_ends = np.maximum.accumulate(np.array(ends, dtype=float))
+
+
+def _are_sizes(value: Any) -> bool:
+    if not isinstance(value, list) or not 0 < len(value) <= _MOST_SIZES:
+        return False
+    return all(type(size) is int and 0 <= size < 1 << 53 for size in value)
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -122,12 +195,17 @@ def read_run(run_dir: Path) -> RunRecord:
         raise InputError(f"{run_dir} is no directory; give the directory of a run, the one with {METRICS_FILE} in it")
     if not metrics.exists():
         raise InputError(f"{run_dir} is not the directory of a run: it has no {METRICS_FILE}; train one with `dnc-dist launch CONFIG`")
-    lines = read_metrics(metrics)
-    if not lines:
-        raise InputError(f"{metrics} has no line yet; wait for the first training step to be logged")
+    run = RunRecord(run_dir)
+    _read_metrics(metrics, run)
+    if not any(run.curves.values()):
+        more = f" ({run.passed_over:,} lines are none of a run)" if run.passed_over else ""
+        raise InputError(f"{metrics} has no line yet{more}; wait for the first training step to be logged")
     config_path = run_dir / "config.yaml"
-    try:
-        config = yaml.safe_load(config_path.read_text(encoding="utf-8")) if config_path.exists() else {}
-    except yaml.YAMLError as error:
-        raise InputError(f"{config_path} is damaged; delete it, `dnc-dist report` works without") from error
-    return RunRecord(run_dir, lines, config if isinstance(config, dict) else {}, load_gallery(run_dir), _epoch_ends(lines))
+    if config_path.exists():
+        try:
+            config = read_yaml(config_path)
+        except InputError as error:
+            raise InputError(f"{error}; delete it, `dnc-dist report` works without") from error
+        run.config = config if isinstance(config, dict) else {}
+    run.gallery = load_gallery(run_dir)
+    return run
