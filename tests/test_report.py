@@ -19,6 +19,8 @@ from dnc_dist.errors import InputError
 from dnc_dist.gallery import Gallery, load_gallery, save_gallery
 from dnc_dist.report import build_report, gallery_image
 from dnc_dist.report.gallery import confident_mistakes
+from dnc_dist.report.record import POINTS, Thinned, read_run
+from tests.spawn import spawn
 
 EPOCHS, STEPS = 10, 20
 
@@ -205,3 +207,199 @@ def test_gallery_image_frames_right_and_wrong() -> None:
     colours = {tuple(colour) for colour in picture.reshape(-1, 3)}
     assert {(0x16, 0xA3, 0x4A), (0xDC, 0x26, 0x26)} <= colours
     assert picture.shape[1] > 11 * 64 and picture.shape[0] > 4 * 64
+
+
+def write_metrics(run_dir: Path, *lines: Any) -> Path:
+    """Lines of ``metrics.jsonl``: objects, or text as it is."""
+    path = run_dir / "metrics.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def train_line(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "epoch": 0, "kind": "train", "loss": 0.5, **values}
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"' onload='x'&$\\frac$"
+
+
+def test_nothing_that_was_read_is_markup(tmp_path: Path) -> None:
+    run_dir = tmp_path / "<script>run<"
+    write_run(run_dir)
+    config = {HOSTILE: {HOSTILE: HOSTILE}, "data": {"root": HOSTILE}, "model": {"backbone": HOSTILE}, "loss": {"name": [HOSTILE]}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config | {"evaluation": {"select_on": HOSTILE}}, width=1000))
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()[:-1]]
+    lines += [
+        train_line(300, **{f"lr/{HOSTILE}": 1.0, "learner_loss/<b>": 2.0, HOSTILE: 3.0}),
+        {"step": 301, "epoch": 9, "kind": "evaluation", "recall@1": 0.5, "protocol": HOSTILE, "list": [HOSTILE], "recall@<b>": 1.0},
+        {"step": 301, "epoch": "<script>", "kind": "evaluation", "recall@1": 0.5},
+        {"step": 301, "epoch": 9, "kind": "division", "sizes": [HOSTILE], "num_learners": HOSTILE},
+    ]
+    write_metrics(run_dir, *lines)
+    gallery = _gallery()
+    save_gallery(run_dir, Gallery(**{**vars(gallery), "class_names": dict.fromkeys(range(6), HOSTILE)}))
+    page = build_report(run_dir).read_text()
+    structure = _Structure()
+    structure.feed(page)
+    assert not structure.open
+    for tag, attributes in structure.seen:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form"), tag
+        assert not [name for name in attributes if name.startswith("on")], attributes
+        assert tag != "img" or str(attributes["src"]).startswith("data:image/")
+    policy = next(attributes["content"] for tag, attributes in structure.seen if attributes.get("http-equiv"))
+    assert policy is not None and policy.startswith("default-src 'none'; img-src data:; ") and "script" not in policy
+    assert page.index("Content-Security-Policy") < page.index("<style")
+    assert "&lt;script&gt;alert(1)" in page and "1 lines of it are none of a run and are left out." in page
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]", "null", "3", '"x"', "{}", "{", "", "\x00", "[" * 10_000, '{"step": 1}', "NaN", "\ufeff{}",
+        '{"step": 1e400, "epoch": 0, "kind": "train"}',
+        '{"step": "1", "epoch": 0, "kind": "train"}',
+        '{"step": true, "epoch": 0, "kind": "train"}',
+        '{"step": -1, "epoch": 0, "kind": "train"}',
+        '{"step": 1, "epoch": 1e9, "kind": "train"}',
+        '{"step": 1, "epoch": 99999999999, "kind": "train"}',
+        '{"step": 1, "epoch": 0, "kind": ["train"]}',
+        '{"step": ' + "9" * 5000 + ', "epoch": 0, "kind": "train"}',
+        '{"step": 1, "epoch": 0, "kind": "train", "a": "\\ud800"}',
+    ],
+)  # fmt: skip
+def test_lines_that_no_run_writes_are_counted(tmp_path: Path, line: str) -> None:
+    write_metrics(tmp_path, train_line(1), line, train_line(2))
+    run = read_run(tmp_path)
+    assert run.passed_over == 1 and len(run.series("train", "loss")) == 2
+
+
+ODD = [None, True, [], {}, [1], "x", "NaN", "1e9", -5, 1e300, 10**300, float("nan"), float("inf"), "$x$", {"a": {"b": []}}]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_values_that_are_none_cost_no_traceback(tmp_path: Path, value: Any) -> None:
+    evaluation = {"recall@1": value, "map@r": value, "nmi": value, "num_queries": value, "queries_left_out": value, "protocol": value}
+    division = {
+        "sizes": value,
+        "num_learners": value,
+        "left_out": value,
+        "matched_share": value,
+        "nmi_to_previous": value,
+        "seconds": value,
+    }
+    lines: list[Any] = [
+        {"step": 0, "epoch": 0, "kind": "evaluation", **evaluation},
+        {"step": 0, "epoch": 0, "kind": "division", **division},
+        {"step": 0, "epoch": 0, "kind": "division", **division, "sizes": [3, 4]},
+        {"step": 1, "epoch": 0, "kind": "epoch", "seconds": value, "share_data": value, "share_divide": 0.5},
+        train_line(1, **{"learner_loss/0": 1.0, "learner_loss/1": value, "learner_loss/x": 2.0, "lr/a": value}),
+        {"step": 1, "epoch": 1, "kind": value, "a": 1},
+        {"step": 1, "epoch": 1, "kind": "evaluation", **evaluation, "recall@1": 0.5},
+    ]
+    write_metrics(tmp_path, *lines)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"division": {"conquer_from": value}, "evaluation": value, "model": [value]}))
+    assert run_cli(["report", str(tmp_path)]) == 0
+
+
+def test_many_points_become_few_that_show_the_same(tmp_path: Path) -> None:
+    points = Thinned()
+    for step in range(100_000):
+        points.add(step, float(step))
+    steps, values = points.points()
+    assert POINTS <= len(steps) <= 2 * POINTS + 1 and np.allclose(steps, values) and (np.diff(steps) > 0).all()
+    # Every value counts once: their mean is that of all, up to the rest of a run that is not full yet.
+    assert values[:-1].mean() == pytest.approx(49_999.5, rel=1e-3)
+    few = Thinned()
+    for step in range(5):
+        few.add(step, 2.0 * step)
+    assert few.points()[1].tolist() == [0, 2, 4, 6, 8]
+
+
+def test_more_of_everything_than_can_be_drawn(tmp_path: Path) -> None:
+    names = {f"name{number}": 1.0 for number in range(3000)} | {f"learner_loss/{number}": 1.0 for number in range(40)}
+    lines: list[Any] = [train_line(1, **names)]
+    for epoch in range(1200):
+        lines.append({"step": epoch, "epoch": epoch, "kind": "division", "sizes": [5] * 64, "num_learners": 1 + epoch % 2})
+        lines.append({"step": epoch + 1, "epoch": epoch, "kind": "epoch", "share_data": 0.1})
+    write_metrics(tmp_path, *lines, {"step": 1, "epoch": 0, "kind": "division", "sizes": [1] * 5000})
+    page = build_report(tmp_path).read_text()
+    assert len(page) < 20_000_000
+    assert len(read_run(tmp_path).curves["train"]) <= 2000
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    write_metrics(tmp_path, train_line(1))
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "report.html.part").symlink_to("precious")
+    (tmp_path / "report.html").symlink_to("precious")
+    build_report(tmp_path)
+    assert (tmp_path / "precious").read_text() == "mine" and not (tmp_path / "report.html").is_symlink()
+
+
+def break_gallery(path: Path, name: str) -> None:
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays |= {
+        "shapes": {"distances": arrays["distances"][:, :3]},
+        "type": {"query_images": arrays["query_images"].astype(np.uint16)},
+        "objects": {"names": np.array([{}] * len(arrays["names"]), dtype=object)},
+        "characters": {"names": np.frombuffer(b"\xff\xff\xff\x7f" * len(arrays["names"]), dtype="U1")},
+        "empty": {key: value[:, :0] for key, value in arrays.items() if key.startswith("neighbour") or key == "distances"},
+        "labels": {"name_labels": arrays["name_labels"] + (1 << 60), "query_labels": arrays["query_labels"] - (1 << 60)},
+        "surrogates": {"names": np.array(["\udce9"] * len(arrays["names"]))},
+        "nan": {"distances": np.full_like(arrays["distances"], np.nan)},
+    }[name]
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("name", ["shapes", "type", "objects", "characters", "empty", "labels", "surrogates", "nan"])
+def test_an_odd_gallery(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_metrics(tmp_path, train_line(1))
+    save_gallery(tmp_path, _gallery())
+    break_gallery(tmp_path / "gallery.npz", name)
+    code = run_cli(["report", str(tmp_path)])
+    assert code == (0 if name in ("labels", "surrogates", "nan") else 2)
+    assert code == 0 or f"{tmp_path}/gallery.npz is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["a: [1", "a: &a [*a]", "a: 1\na: 2", "!!python/object/apply:os.system [x]", "\x00", "[" * 5000])
+def test_an_odd_configuration(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_metrics(tmp_path, train_line(1))
+    (tmp_path / "config.yaml").write_text(content)
+    assert run_cli(["report", str(tmp_path)]) == 2
+    assert re.search(rf"error: {tmp_path}/config.yaml.*; delete it, `dnc-dist report` works without\n", capsys.readouterr().err)
+
+
+def test_metrics_that_are_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    assert run_cli(["report", str(tmp_path)]) == 2
+    assert "is no regular file" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").rmdir()
+    write_metrics(tmp_path, "junk", "junk")
+    assert run_cli(["report", str(tmp_path)]) == 2
+    assert "has no line yet (2 lines are none of a run)" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_metrics(tmp_path, train_line(1))
+    (tmp_path / "report.html").mkdir()
+    assert run_cli(["report", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "report.html: Is a directory; check the path" in err and "Traceback" not in err
+
+
+def _report_in_little_memory(run_dir: str) -> float:
+    import resource
+
+    assert run_cli(["report", run_dir]) == 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@pytest.mark.slow
+def test_two_million_lines_in_less_than_a_gigabyte(tmp_path: Path) -> None:
+    values = ", ".join(f'"name{number}": 0.{number}' for number in range(15))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for step in range(2_000_000):
+            file.write(f'{{"step": {step}, "epoch": {step // 10_000}, "kind": "train", "loss": 0.5, {values}}}\n')
+    (peak,) = spawn(_report_in_little_memory, 1, str(tmp_path), timeout=600)
+    assert peak < 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from dnc_dist import distributed
@@ -16,6 +17,25 @@ _log = logging.getLogger(__name__)
 _ROOT = logging.getLogger("dnc_dist")
 
 
+class _LogFile(logging.FileHandler):
+    """``log.txt``; a disk that takes no more of it is said once, and costs the run nothing else."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called in the handling of the exception that a write ended with."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif self in _ROOT.handlers:
+            _ROOT.removeHandler(self)
+            _ROOT.warning("%s cannot be written (%s); the run goes on without it", self.baseFilename, error.strerror)
+            self.close()
+
+    def close(self) -> None:
+        """What a full disk did not take is lost."""
+        with suppress(OSError):
+            super().close()
+
+
 def open_log(run_dir: Path) -> None:
     """Begin to write; warnings of other ranks reach the file only.
 
@@ -26,7 +46,7 @@ def open_log(run_dir: Path) -> None:
     _ROOT.setLevel(logging.INFO)
     _ROOT.propagate = False
     try:
-        file = logging.FileHandler(run_dir / "log.txt", encoding="utf-8")
+        file = _LogFile(run_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(
             f"rank {distributed.rank()} cannot write {run_dir / 'log.txt'} ({error.strerror}); "
