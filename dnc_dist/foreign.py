@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import stat
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -164,6 +165,10 @@ def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, Array], s
         array = found[name]
         if array.dtype.kind not in kinds or array.ndim != ndim:
             raise InputError(f"{source} is damaged: {name} is an array of {array.dtype} with {array.ndim} dimension(s){tail}")
+        if array.dtype.kind == "U" and array.size:
+            codes = np.frombuffer(array.tobytes(), np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
+            if codes.max() > sys.maxunicode:
+                raise InputError(f"{source} is damaged: {name} holds numbers that are no characters{tail}")
 
 
 def read_tensors(path: Path, cure: str = "", *, mapped: bool = False) -> Any:

@@ -91,8 +91,5 @@ def load_gallery(run_dir: Path) -> Gallery | None:
     wrong += [name for name in ("query_images", "neighbour_images") if arrays[name].dtype != np.uint8]
     if wrong or not neighbours or not side or len(labels) != len(names):
         raise InputError(f"{path} is damaged: its arrays do not fit together{f' ({wrong[0]})' if wrong else ''}; {cure}")
-    try:
-        class_names = dict(zip(labels.tolist(), names.tolist(), strict=True))
-    except ValueError as error:  # text of an array may hold numbers that are no characters
-        raise InputError(f"{path} is damaged: its names are no text; {cure}") from error
+    class_names = dict(zip(labels.tolist(), names.tolist(), strict=True))
     return Gallery(**arrays, class_names=class_names)

@@ -207,7 +207,31 @@ def terminated(trial: Trial) -> Done:
     return trial.go_on()
 
 
-@fault("out of memory in one rank", 1, r"rank 1 failed: .*([Mm]emory|allocate)")
+@fault("the terminal is closed (SIGHUP)", 75, r"stopped: in epoch \d+ after step \d+; saved")
+def terminal_closed(trial: Trial) -> Done:
+    # The launcher's streams are a terminal whose other end goes: a hangup for the launcher, and errors for all who write there.
+    master, slave = pty.openpty()
+    trial.start(terminal=slave)
+    os.close(slave)
+    trial.reach()
+    os.close(master)
+    kill(trial.process, signal.SIGHUP)
+    trial.end()
+    # What nobody could read on the terminal stands in the log.
+    assert trial.first is not None
+    trial.first = Done(trial.first.code, (trial.run / "log.txt").read_text(), "")
+    return trial.go_on()
+
+
+@fault("SIGHUP of one worker", 75, r"stopped: in epoch \d+ after step \d+; saved")
+def worker_hung_up(trial: Trial) -> Done:
+    trial.start()
+    trial.reach()
+    kill(trial.worker(1), signal.SIGHUP)
+    return trial.go_on()
+
+
+@fault("out of memory in one rank", 1, r"rank 1( failed)?: .*([Mm]emory|allocate)")
 def out_of_memory(trial: Trial) -> Done:
     trial.start()
     trial.reach()
@@ -225,7 +249,7 @@ def loader_killed(trial: Trial) -> Done:
     return trial.go_on()
 
 
-@fault("exception in a loader process: shards vanish", 1, r"rank \d failed: FileNotFoundError.*shard")
+@fault("exception in a loader process: shards vanish", 1, r"rank \d: FileNotFoundError.*shard")
 def loader_exception(trial: Trial) -> Done:
     data = trial.folder / "data"
     # Seen when the loader is started anew, which opens its shards for the first time.

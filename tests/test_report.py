@@ -315,11 +315,12 @@ def test_many_points_become_few_that_show_the_same(tmp_path: Path) -> None:
     assert few.points()[1].tolist() == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_more_of_everything_than_can_be_drawn(tmp_path: Path) -> None:
     names = {f"name{number}": 1.0 for number in range(3000)} | {f"learner_loss/{number}": 1.0 for number in range(40)}
     lines: list[Any] = [train_line(1, **names)]
     for epoch in range(1200):
-        lines.append({"step": epoch, "epoch": epoch, "kind": "division", "sizes": [5] * 64, "num_learners": 1 + epoch % 2})
+        lines.append({"step": epoch, "epoch": epoch, "kind": "division", "sizes": [5] * 500, "num_learners": 1 + epoch % 2})
         lines.append({"step": epoch + 1, "epoch": epoch, "kind": "epoch", "share_data": 0.1})
     write_metrics(tmp_path, *lines, {"step": 1, "epoch": 0, "kind": "division", "sizes": [1] * 5000})
     page = build_report(tmp_path).read_text()

@@ -20,7 +20,7 @@ from dnc_dist.report.record import RunRecord, Series, number
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 MOST_DIVISIONS = 200
 """Beyond it, their lines would cover a chart."""
-_MOST_SEGMENTS = 20_000
+_MOST_SEGMENTS = 5_000
 _MOST_BARS = 400
 PALETTE = ["#2563eb", "#ea580c", "#0d9488", "#9333ea", "#ca8a04", "#db2777"]
 CONQUER = "#fef3c7"
@@ -196,7 +196,7 @@ def shares(run: RunRecord) -> Chart | None:
         bottom = np.zeros(len(x))
         for (name, label), colour in zip(parts.items(), ["#ea580c", "#2563eb", "#0d9488"], strict=True):
             values = np.array([number(line.get(name)) or 0.0 for line in lines])
-            axes.bar(x, values, 0.82 * every, bottom, label=label, color=colour, linewidth=0)
+            axes.bar(x, values, 0.82 * every, bottom, label=label, color=colour, linewidth=0, in_layout=False)
             bottom += values
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_ylim(0, max(0.05, min(1.0, bottom.max() * 1.15)))

@@ -12,7 +12,7 @@ from dnc_dist.report.record import Line, RunRecord, number
 
 LEFT_OUT = "#d5dae0"
 _BAR = 0.56
-_MOST_BARS = 20_000
+_MOST_BARS = 3_000
 _MOST_ROWS = 1000
 
 
@@ -34,12 +34,12 @@ def _paint_bars(axes: Axes, lines: list[Line]) -> None:
         edges, learners = _edges(line), len(line["sizes"])
         for learner in range(learners):
             colour, height = learner_colour(learner, learners), edges[learner + 1] - edges[learner]
-            axes.bar(at, height, _BAR, edges[learner], color=colour, edgecolor="white", linewidth=0.7)
+            axes.bar(at, height, _BAR, edges[learner], color=colour, edgecolor="white", linewidth=0.7, in_layout=False)
             if height > 0.07 and len(lines) <= 16:
                 axes.text(
                     at, edges[learner] + height / 2, f"{line['sizes'][learner]:,}", ha="center", va="center", color="white", fontsize=7.5
                 )
-        axes.bar(at, edges[-1] - edges[-2], _BAR, edges[-2], color=LEFT_OUT, edgecolor="white", linewidth=0.7)
+        axes.bar(at, edges[-1] - edges[-2], _BAR, edges[-2], color=LEFT_OUT, edgecolor="white", linewidth=0.7, in_layout=False)
         if at:
             _paint_descent(axes, at, _edges(lines[at - 1]), len(lines[at - 1]["sizes"]), edges, learners)
 
