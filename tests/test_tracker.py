@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 
 from dnc_dist import tracker as tracker_module
+from dnc_dist.errors import InputError, RunError
 from dnc_dist.tracker import Tracker, build_tracker, read_metrics
 from tests.spawn import spawn
 
@@ -173,3 +178,81 @@ def test_mode_follows_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert tracker_module._wandb_mode("https://elsewhere.example") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert tracker_module._wandb_mode(url) == "disabled"
+
+
+def test_a_resume_passes_over_lines_that_no_run_writes(tmp_path: Path) -> None:
+    lines = ['{"step": 1, "epoch": 0, "kind": "train", "loss": 1e-7}', "[]", '{"step": "2", "epoch": 0, "kind": "train"}', "\x00"]
+    (tmp_path / "metrics.jsonl").write_text("".join(line + "\n" for line in [*lines, lines[0].replace("1,", "3,", 1)]))
+    _build(tmp_path, run_id="x", resume_step=2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == lines[0] + "\n", "what is kept is kept as it is written"
+
+
+@contextmanager
+def _files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond so many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def _log_on_a_full_disk(run_dir: str) -> tuple[str, int]:
+    tracker = _build(Path(run_dir))
+    tracker.log("train", 1, 0, {"loss": 1.0})
+    size = (Path(run_dir) / "metrics.jsonl").stat().st_size
+    with _files_of_at_most(size + 9), pytest.raises(RunError) as caught:
+        tracker.log("train", 2, 0, {"loss": 2.0})
+    tracker.close()
+    return str(caught.value), size
+
+
+def test_a_full_disk_is_one_message_and_a_resume_goes_on(tmp_path: Path) -> None:
+    ((message, size),) = spawn(_log_on_a_full_disk, 1, str(tmp_path))
+    assert message == (
+        f"{tmp_path}/metrics.jsonl cannot be written (File too large); the checkpoints are whole, and `--resume auto` goes on later"
+    )
+    assert (tmp_path / "metrics.jsonl").stat().st_size == size + 9
+    _build(tmp_path, run_id="x", resume_step=1).close()
+    assert _steps(tmp_path) == [("train", 1)] and (tmp_path / "metrics.jsonl").stat().st_size == size
+
+
+@pytest.mark.parametrize("content", ["machine", "\xff"])
+def test_a_malformed_netrc_means_offline(content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "netrc").write_text(content, encoding="latin-1")
+    assert tracker_module._wandb_mode("https://api.wandb.example") == "offline"
+    assert len(_said(caplog)) == 1 and f"{tmp_path}/netrc cannot be read" in _said(caplog)[0]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"train": "x"}', "{", "\x00", '{"train": 1e9}'])
+def test_odd_marks_of_wandb_are_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "wandb_steps.json").write_text(content)
+    with pytest.raises(InputError, match=r"wandb_steps\.json is damaged: .*; delete it; W&B may then get a step twice"):
+        _build(tmp_path, "wandb", "x", resume_step=1)
+
+
+def _log_to_a_full_disk(run_dir: str) -> list[str]:
+    from dnc_dist.engine.runlog import close_log, open_log
+
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()) as out:
+        open_log(Path(run_dir))
+        log = logging.getLogger("dnc_dist")
+        log.info("caf\udce9")
+        with _files_of_at_most((Path(run_dir) / "log.txt").stat().st_size + 5):
+            for number in range(3):
+                log.warning("line %d", number)
+            close_log()
+    return [err.getvalue(), *out.getvalue().encode(errors="backslashreplace").decode().splitlines()]
+
+
+def test_a_full_disk_for_the_log_costs_the_log_alone(tmp_path: Path) -> None:
+    ((err, *out),) = spawn(_log_to_a_full_disk, 1, str(tmp_path))
+    assert err == "" and r"caf\udce9" in (tmp_path / "log.txt").read_text()
+    assert sorted(out) == sorted(
+        [
+            r"caf\udce9",
+            *(f"line {n}" for n in range(3)),
+            f"{tmp_path}/log.txt cannot be written (File too large); the run goes on without it",
+        ]
+    )
