@@ -15,6 +15,7 @@ from dnc_dist.errors import InputError
 
 _log = logging.getLogger(__name__)
 _ROOT = logging.getLogger("dnc_dist")
+_DEAF = logging.CRITICAL + 1
 
 
 class _LogFile(logging.FileHandler):
@@ -25,10 +26,9 @@ class _LogFile(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif self in _ROOT.handlers:
-            _ROOT.removeHandler(self)
+        elif self.level != _DEAF:
+            self.setLevel(_DEAF)
             _ROOT.warning("%s cannot be written (%s); the run goes on without it", self.baseFilename, error.strerror)
-            self.close()
 
     def close(self) -> None:
         """What a full disk did not take is lost."""
