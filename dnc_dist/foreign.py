@@ -160,6 +160,8 @@ def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, Array], s
     Raises:
         InputError: an array has another type or number of dimensions.
     """
+    import numpy as np
+
     tail = f"; {cure}" if cure else ""
     for name, (kinds, ndim) in shapes.items():
         array = found[name]
@@ -223,6 +225,8 @@ def read_column(path: Path, kind: Array, cure: str = "") -> np.ndarray:
     Raises:
         InputError: it cannot be read, or is an array of another kind.
     """
+    import numpy as np
+
     if not path.is_file():
         read_bytes(path)  # says why
     tail = f"; {cure}" if cure else ""
