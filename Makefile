@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full lint format clean
+.PHONY: help quickstart test test-full test-processors lint format clean
 
 $(if $(wildcard constraints.txt),,$(error make has to start in the folder of this Makefile: cd there, or make -C FOLDER))
 
@@ -30,6 +30,7 @@ help:
 	@echo "make quickstart   train on rendered characters, one process per GPU or 2 on the CPU (about 5 minutes on 2 cores), and write a report"
 	@echo "make test         lint, types and all tests but the slow ones"
 	@echo "make test-full    all tests"
+	@echo "make test-processors  the fast tests as on other processors; TESTS='tests/test_x.py ...' and PROCESSORS='avx2-machine ...' choose some"
 	@echo "make lint         ruff and mypy; make format repairs what ruff can"
 	@echo "make clean        remove the virtual environment and caches; runs/ and data/ stay"
 
@@ -75,6 +76,11 @@ test: lint
 test-full: export OMP_NUM_THREADS ?= 1
 test-full: lint
 	$(BIN)/python -m pytest $(PARALLEL) --durations=30
+
+# An imitated processor after the other, and a table at the end. Interpreters that compute without oneDNN find that in PYTHONPATH.
+test-processors: export OMP_NUM_THREADS ?= 1
+test-processors: $(TEST_STAMP)
+	$(BIN)/python tests/processors.py $(PROCESSORS) -- -m "$(FAST)" $(PARALLEL) $(TESTS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -110,11 +110,12 @@ def wait_until(condition: Callable[[], Any], timeout: float = 180) -> None:
 def _main(arguments: list[str], folder: str, out: str, err: str, environment: dict[str, str], before: Callable[[], None] | None) -> None:
     os.setsid()
     os.chdir(folder)
-    os.environ.update(environment, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update(environment, PYTHONUNBUFFERED="1")
     for name in (*_RANK_VARIABLES, "WANDB_MODE", "WANDB_API_KEY"):
         if name not in environment:
             os.environ.pop(name, None)
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     for number, name in ((1, out), (2, err)):
         target = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(target, number)

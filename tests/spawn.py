@@ -28,7 +28,7 @@ def _worker(
     os.environ.clear()
     os.environ.update(environment)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     try:
         distributed.init(timeout_seconds=60)
         torch.save((True, function(*args)), f"{out}/{rank}.part")

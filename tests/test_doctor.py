@@ -10,21 +10,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
 
+import dnc_kernels
+from dnc_dist import distributed
 from dnc_dist.config import parse_tree
 from dnc_dist.data.index import open_index
-from dnc_dist.doctor import env, facts
+from dnc_dist.doctor import env, facts, parity, steps
 from dnc_dist.doctor.table import Check, Section, as_json, render
+from dnc_dist.progress import Progress
 from tests.engine_fixtures import damage, make_dataset
 from tests.run_fixtures import Done, dnc, draw_folder, start, write_config
-from tests.spawn import _free_port
+from tests.spawn import _free_port, spawn
 
 
 def ranks(
@@ -355,8 +360,10 @@ def test_wrong_numbers_from_the_network_are_found(place: Path) -> None:
 
 def assert_parity(values: dict[str, Any], world: int) -> None:
     assert values["world_size"] == world
-    assert 0 < values["max_relative_error_gradient"] < 1e-5
-    assert values["max_relative_error_loss"] < 1e-5
+    # A case's own limit is measured with it; where that is no tight one, it would prove nothing.
+    assert 0 < values["max_relative_error_gradient"] < values["limit"] < parity.HIGHEST
+    assert values["max_relative_error_loss"] < values["limit"]
+    assert all(max(case["loss"], case["gradient"]) < case["limit"] for case in values["cases"])
     # 4 kinds of loss and masks, 2 of BatchNorm, 1 or 2 learners, 3 layouts of the rows; and the DeepSpeed engine.
     assert len(values["cases"]) == 4 * 2 * 2 * 3 + 1
 
@@ -390,6 +397,59 @@ def test_a_wrong_gradient_is_found(place: Path) -> None:
     assert {check["status"] for check in values["checks"]} == {"failed"}
 
 
+# Of a distance: fp32 moves one by some 1e-7.
+CLOSE = 1e-5
+
+
+def _undecided(z: Tensor, labels: Tensor, *, masks: Tensor, beta: Tensor, margin: float, num_learners: int, **sampling: Any) -> bool:
+    """Whether rounding could draw another negative or make another pair active: both are jumps of the gradient."""
+    z = dnc_kernels.project(z, sampling["learner"], masks).detach()
+
+    def decided(z: Tensor) -> list[Any]:
+        pairs = dnc_kernels.sample_pairs(z, labels, **sampling)
+        out = dnc_kernels.margin_loss_on_pairs(z, labels, pairs, beta=beta, margin=margin)
+        return [pairs.other.tolist(), int(out.stats["active_positive_pairs"]), int(out.stats["active_negative_pairs"])]
+
+    numbers = torch.Generator().manual_seed(0)
+    return any(decided(z + CLOSE * functional.normalize(torch.randn(z.shape, generator=numbers).to(z))) != decided(z) for _ in range(8))
+
+
+def _outcomes_of_seeds(seeds: Sequence[int]) -> dict[int, Any]:
+    """By seed the outcomes in fp32, and on one rank those in float64 and whether a jump is close to any of its cases."""
+    if distributed.world_size() > 1:
+        return {seed: steps.outcomes(Progress(False), seed=seed) for seed in seeds}
+    found: dict[int, Any] = {}
+    loss, undecided = dnc_kernels.margin_loss, []
+
+    def watched(z: Tensor, labels: Tensor, **options: Any) -> Any:
+        if z.dtype == torch.float64:
+            undecided.append(_undecided(z, labels, **options))
+        return loss(z, labels, **options)
+
+    dnc_kernels.margin_loss = watched
+    for seed in seeds:
+        undecided.clear()
+        found[seed] = (*(steps.outcomes(Progress(False), dtype, seed) for dtype in (torch.float32, torch.float64)), any(undecided))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seeds", "world"),
+    [((steps.SEED, 1000), 2), *(pytest.param(range(24), world, marks=pytest.mark.slow) for world in (2, 3, 4))],
+    ids=["two", "24 on 2", "24 on 3", "24 on 4"],
+)
+def test_parity_holds_for_any_seed(seeds: Sequence[int], world: int, record_property: Callable[[str, Any], None]) -> None:
+    (reference,), (found, *_) = (spawn(_outcomes_of_seeds, ranks, seeds, timeout=600) for ranks in (1, world))
+    undecided = [seed for seed in seeds if reference[seed][2]]
+    assert steps.SEED not in undecided, "the doctor's own seed must not hang on a jump"
+    assert len(undecided) <= len(seeds) / 4
+    judged = {seed: parity.compare(found[seed], *reference[seed][:2]) for seed in seeds if seed not in undecided}
+    record_property("largest share of the limit", max(error.share for errors in judged.values() for error in errors.values()))
+    assert [(seed, name, error) for seed, errors in judged.items() for name, error in errors.items() if error.share >= 1] == []
+    # Below what the smallest bug does: one row lost among twelve changes a gradient by several per cent.
+    assert max(error.limit for errors in judged.values() for error in errors.values()) <= parity.HIGHEST
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_workers_that_the_doctor_starts_equal_one(place: Path, world: int) -> None:
@@ -399,7 +459,9 @@ def test_workers_that_the_doctor_starts_equal_one(place: Path, world: int) -> No
 @pytest.mark.slow
 def test_every_gradient_that_is_compared_is_one(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "dnc_dist.doctor.reference", tmp_path / "outcomes.pt"], check=True)
-    for case, (loss, tensors) in torch.load(tmp_path / "outcomes.pt").items():
+    in_fp32, in_double = torch.load(tmp_path / "outcomes.pt")
+    assert [name for name in in_fp32 if name not in in_double] == [steps.DEEPSPEED]
+    for case, (loss, tensors) in in_fp32.items():
         assert bool((loss > 0).all()), case
         assert [name for name, value in tensors.items() if not value.any()] == [], case
 

@@ -16,17 +16,15 @@ from torch.nn.utils import parameters_to_vector
 from dnc_dist import distributed
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import open_index
-from dnc_dist.doctor.steps import smooth
+from dnc_dist.doctor.steps import in_double, smooth
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
 from tests.engine_fixtures import config, damage, division_by_hand, make_dataset, relative_error, shake
+from tests.rounding import EXACT, NEIGHBOUR, TIMES, move_weights
 from tests.spawn import spawn
 
 STEP = 7
-TOLERANCE = 1e-5
-# The gradient of a BatchNorm weight in the first block is the sum of thousands of terms that almost cancel.
-TENSOR_TOLERANCE = 5e-5
 LEARNERS = 4
 LOSSES: dict[str, dict[str, Any]] = {
     "margin": {},
@@ -120,11 +118,13 @@ def _groups() -> dict[int, ProcessGroup]:
     return distributed.rank_groups(LEARNERS)
 
 
-def step_outcome(case: Case, cfg: RunConfig) -> Outcome:
+def step_outcome(case: Case, cfg: RunConfig, dtype: torch.dtype) -> Outcome:
     data = RunData(cfg)
     objective = build_objective(cfg, data.train.num_classes).train()
     shake(objective, case.level)
     smooth(objective.backbone)
+    if dtype == torch.float64:
+        in_double(objective)
     schedule = data.schedule(division_by_hand(data.train.labels, case.level, case.only), 0, conquer=case.conquer)
     batch = next(data.train_batches(schedule, first_step=STEP, skip=0))
     phase = Phase(STEP, case.level, case.conquer, case.frozen)
@@ -144,12 +144,14 @@ def step_outcome(case: Case, cfg: RunConfig) -> Outcome:
     return Outcome(distributed.all_reduce_sum(loss) / world, stats, tensors)
 
 
-def _curve(cfg: RunConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses of a few steps of the DeepSpeed engine, and what they changed in the parameters."""
+def _curve(cfg: RunConfig, *, neighbour: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses of a few steps of the DeepSpeed engine, which knows no float64, and what they changed in the parameters."""
     data = RunData(cfg)
     objective = build_objective(cfg, data.train.num_classes).train()
     shake(objective, LEARNERS)
     smooth(objective.backbone)
+    if neighbour:
+        move_weights(objective)
     before = {name: value.detach().clone() for name, value in objective.named_parameters()}
     engine = build_engine(objective, cfg)
     for group in engine.optimizer.param_groups:
@@ -185,7 +187,7 @@ def _compute(roots: dict[str, str], place: str) -> dict[str, Any]:
     run = Path(place) / "run"
     errors: dict[str, Any] = {}
     for number, (name, case) in enumerate(CASES.items()):
-        found = step_outcome(case, config(Path(roots[case.data]), run, **case.changes))
+        found = step_outcome(case, config(Path(roots[case.data]), run, **case.changes), torch.float64)
         if alone:
             torch.save(found, f"{place}/{number}.pt")
         elif distributed.is_main():
@@ -194,13 +196,18 @@ def _compute(roots: dict[str, str], place: str) -> dict[str, Any]:
             stats = {key: relative_error(value.nan_to_num(-1), expected.stats[key].nan_to_num(-1)) for key, value in found.stats.items()}
             errors[name] = {"scaled loss": relative_error(found.loss, expected.loss), **stats, **errors_of(found.tensors, expected.tensors)}
     for zero in (0, 1, 2) if distributed.world_size() in ZERO_WORLDS else ():
-        losses, changes = _curve(config(Path(roots["whole"]), run, **ZERO_CHANGES, engine={"zero": zero}))
+        cfg = config(Path(roots["whole"]), run, **ZERO_CHANGES, engine={"zero": zero})
+        curve = _curve(cfg)
         if alone and zero == 0:
-            torch.save((losses, changes), f"{place}/curve.pt")
+            torch.save(curve, f"{place}/curve.pt")
+            errors["neighbour"] = _curve_errors(_curve(cfg, neighbour=True), curve)
         elif distributed.is_main():
-            expected_losses, expected_changes = torch.load(f"{place}/curve.pt")
-            errors[f"ZeRO {zero}"] = {"losses": relative_error(losses, expected_losses), **errors_of(changes, expected_changes)}
+            errors[f"ZeRO {zero}"] = _curve_errors(curve, torch.load(f"{place}/curve.pt"))
     return errors
+
+
+def _curve_errors(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> dict[str, float]:
+    return {"losses": relative_error(found[0], expected[0]), **errors_of(found[1], expected[1])}
 
 
 class Found(NamedTuple):
@@ -225,14 +232,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return Found(place, {world: spawn(_compute, world, roots, str(place))[0] for world in (1, 2, 4)})
 
 
-def _too_large(errors: dict[str, float]) -> dict[str, float]:
-    return {key: error for key, error in errors.items() if not error <= (TENSOR_TOLERANCE if key == "worst tensor" else TOLERANCE)}
-
-
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world", [2, 4])
 def test_loss_and_gradients_equal_those_of_one_process(found: Found, world: int, name: str) -> None:
-    assert not _too_large(found.errors[world][name])
+    assert {key: error for key, error in found.errors[world][name].items() if not error <= EXACT} == {}
 
 
 @pytest.mark.parametrize("name", WITHOUT_PAIRS)
@@ -259,4 +262,6 @@ def test_cases_are_not_trivial(found: Found) -> None:
 
 @pytest.mark.parametrize(("world", "zero"), [(1, 1), (1, 2), (4, 0), (4, 1), (4, 2)])
 def test_deepspeed_takes_the_same_steps_as_zero_0_on_one_process(found: Found, world: int, zero: int) -> None:
-    assert not _too_large(found.errors[world][f"ZeRO {zero}"])
+    allowed = {key: TIMES * error + NEIGHBOUR for key, error in found.errors[1]["neighbour"].items()}
+    assert max(allowed.values()) < 1e-3  # a bug changes more
+    assert {key: error for key, error in found.errors[world][f"ZeRO {zero}"].items() if not error <= allowed[key]} == {}

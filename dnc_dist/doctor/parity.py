@@ -3,7 +3,12 @@
 The error of a case is measured tensor by tensor: the length of the difference between the mean gradient over W ranks and the
 gradient on one rank, relative to the length of the latter; the largest of all trained tensors counts. The error of the loss is
 its difference relative to its value. For the steps of the DeepSpeed engine the losses and the changes of the parameters take
-their places. Both must stay below ``LIMIT``.
+their places.
+
+What fp32 loses in a case depends on its numbers and on the processor, so the limit is measured with it: the same process computes
+the case in float64, too, and what one rank in fp32 differs from that is the case's rounding. W ranks round as often as one, only
+elsewhere: they and one rank may differ by ``TIMES`` as much, by ``FLOOR`` where one rank was lucky, and never by ``HIGHEST``, which
+would be no rounding of fp32 any more. A lost row or a wrong factor changes a gradient by several per cent.
 """
 
 from __future__ import annotations
@@ -20,11 +25,11 @@ import torch
 from torch import Tensor
 
 from dnc_dist import distributed
-from dnc_dist.doctor.steps import DEEPSPEED, SETTINGS, Outcome, outcomes
+from dnc_dist.doctor.steps import DEEPSPEED, DEEPSPEED_CASE, DEEPSPEED_STEPS, SETTINGS, Outcome, outcomes
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.progress import Progress
 
-LIMIT = 1e-5
+TIMES, FLOOR, HIGHEST = 10.0, 32 * torch.finfo(torch.float32).eps, 1e-3
 # Variables that tell a process of its place among others; the reference has none.
 _OF_THE_LAUNCH = (
     "RANK",
@@ -43,11 +48,17 @@ _HINT = "different versions, GPUs or settings on the ranks change results: see `
 
 
 class Error(NamedTuple):
-    """Relative errors of one case, and the tensor with the largest one."""
+    """Relative errors of one case, the tensor with the largest one, and below what they must stay."""
 
     loss: float
     gradient: float
     tensor: str
+    limit: float
+
+    @property
+    def share(self) -> float:
+        """Of the limit."""
+        return max(self.loss, self.gradient) / self.limit
 
 
 def check_parity() -> Section:
@@ -61,18 +72,30 @@ def check_parity() -> Section:
         return distributed.broadcast_object(None)
     with _reference() as reference:
         found = outcomes(Progress(True))
-        section = _judge(compare(found, reference()))
+        section = _judge(compare(found, *reference()))
     return distributed.broadcast_object(section)
 
 
-def compare(found: dict[str, Outcome], expected: dict[str, Outcome]) -> dict[str, Error]:
-    """The errors of each case."""
+def compare(found: dict[str, Outcome], expected: dict[str, Outcome], exact: dict[str, Outcome]) -> dict[str, Error]:
+    """The errors of each case on W ranks relative to one rank, judged by those of one rank relative to float64."""
     errors = {}
     for name, outcome in found.items():
-        of_tensors = {key: relative_error(value, expected[name].tensors[key]) for key, value in outcome.tensors.items()}
-        worst = max(of_tensors, key=lambda key: of_tensors[key])
-        errors[name] = Error(relative_error(outcome.loss, expected[name].loss), of_tensors[worst], worst)
+        # The steps of the engine add up the errors of their gradients.
+        measured, steps = (str(DEEPSPEED_CASE), DEEPSPEED_STEPS) if name == DEEPSPEED else (name, 1)
+        rounding = max(max(_errors(expected[measured], exact[measured]))[0], relative_error(expected[measured].loss, exact[measured].loss))
+        loss, (gradient, tensor) = relative_error(outcome.loss, expected[name].loss), max(_errors(outcome, expected[name]))
+        errors[name] = Error(loss, gradient, tensor, limit(rounding, steps))
     return errors
+
+
+def limit(rounding: float, steps: int = 1) -> float:
+    """Below what the relative difference of two computations in fp32 must stay of which one differs by ``rounding`` from float64."""
+    return min(steps * (TIMES * rounding + FLOOR), HIGHEST)
+
+
+def _errors(found: Outcome, expected: Outcome) -> list[tuple[float, str]]:
+    """Of every tensor, with its name."""
+    return [(relative_error(value, expected.tensors[name]), name) for name, value in found.tensors.items()]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -91,40 +114,42 @@ def _judge(errors: dict[str, Error]) -> Section:
     values: dict[str, Any] = {
         "max_relative_error_loss": loss,
         "max_relative_error_gradient": gradient,
-        "limit": LIMIT,
+        "limit": max(error.limit for error in errors.values()),
         "cases": [{"case": name, **error._asdict()} for name, error in errors.items()],
     }
     note = (
-        f"{distributed.world_size()} ranks against 1, largest relative error of loss and of any gradient tensor, limit {LIMIT:.0e}; "
-        f"conv4 in fp32 with smooth activations"
+        f"{distributed.world_size()} ranks against 1, largest relative error of loss and of any gradient tensor; "
+        f"limit: {TIMES:.0f} times what fp32 loses on 1 rank; conv4 in fp32 with smooth activations"
     )
     return Section("parity", note, checks, values)
 
 
 def _check(name: str, errors: dict[str, Error]) -> Check:
-    worst = max(errors, key=lambda case: max(errors[case].loss, errors[case].gradient))
+    worst = max(errors, key=lambda case: errors[case].share)
     loss, gradient = max(error.loss for error in errors.values()), max(error.gradient for error in errors.values())
     what = "parameter changes" if name == DEEPSPEED else "gradient"
-    value = f"{len(errors)} case(s): loss {loss:.1e}, {what} {gradient:.1e}"
-    if max(loss, gradient) < LIMIT:
+    value = (
+        f"{len(errors)} case(s): loss {loss:.1e}, {what} {gradient:.1e}, {errors[worst].share:.0%} of the limit {errors[worst].limit:.1e}"
+    )
+    if errors[worst].share < 1:
         return Check(name, value)
     return Check(name, value, "failed", f"worst: {worst}, {errors[worst].tensor}; {_HINT}")
 
 
 @contextmanager
-def _reference() -> Iterator[Callable[[], dict[str, Outcome]]]:
-    """Start the cases on one rank beside us; what is yielded waits for their outcomes."""
+def _reference() -> Iterator[Callable[[], list[dict[str, Outcome]]]]:
+    """Start the cases on one rank beside us; what is yielded waits for their outcomes, in fp32 and in float64."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_LAUNCH)}
     with tempfile.TemporaryDirectory(prefix="dnc-dist-doctor-") as folder, open(f"{folder}/output", "w+", encoding="utf-8") as output:
         path = f"{folder}/outcomes.pt"
         command = [sys.executable, "-m", "dnc_dist.doctor.reference", path]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
-        def result() -> dict[str, Outcome]:
+        def result() -> list[dict[str, Outcome]]:
             if code := process.wait():
                 output.seek(0)
                 raise RuntimeError(f"the reference on one rank ended with exit code {code}:\n{output.read()}")
-            return {name: Outcome(*parts) for name, parts in torch.load(path).items()}
+            return [{name: Outcome(*parts) for name, parts in found.items()} for found in torch.load(path)]
 
         try:
             yield result

@@ -1,7 +1,11 @@
-"""The parity check's reference: every case on one rank, in a process that rank 0 starts. ``python -m dnc_dist.doctor.reference FILE``"""
+"""The parity check's reference: every case on one rank, in fp32 and in float64. ``python -m dnc_dist.doctor.reference FILE``
+
+It writes a list of two dictionaries: the parts of the outcome of each case by its name.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -12,5 +16,8 @@ from dnc_dist.progress import Progress
 
 if __name__ == "__main__":
     distributed.init()
-    torch.save({name: tuple(outcome) for name, outcome in outcomes(Progress(False)).items()}, sys.argv[1])
+    found = [outcomes(Progress(False))]
+    os.environ["DNC_KERNELS"] = "reference"  # those of Triton have no float64
+    found.append(outcomes(Progress(False), torch.float64))
+    torch.save([{name: tuple(outcome) for name, outcome in each.items()} for each in found], sys.argv[1])
     distributed.shutdown()

@@ -25,7 +25,7 @@ from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.plan import Phase
 from dnc_dist.loss import References
 from dnc_dist.model.batch_norm import set_valid_rows
-from dnc_dist.model.embedding import EmbeddingHead, inference
+from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32, inference
 from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.rng import uniform
 
@@ -90,7 +90,7 @@ class DncObjective(nn.Module):
             dropped = None
             if self.head.dropout > 0:
                 dropped = uniform((self.seed, "dropout", phase.step), batch.positions.cpu(), features.shape[1]).to(features.device)
-            embeddings = self.head(features, dropped).float()
+            embeddings = at_least_fp32(self.head(features, dropped))
         set_valid_rows(self.backbone, None)
 
         masks = None if phase.conquer else self.masks.level_masks(phase.level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,6 +33,11 @@ class EmbeddingHead(nn.Module):
         return self.linear(features)
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """The tensor in fp32, or in float64 if it came so."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def inference(embeddings: Tensor, kind: MaskKind, num_learners: int) -> Tensor:
     """Unit embeddings for retrieval: the whole embedding, normalised; of sliced learners the unit slices side by side / sqrt(K).
 
@@ -39,9 +45,9 @@ def inference(embeddings: Tensor, kind: MaskKind, num_learners: int) -> Tensor:
         embeddings: (B, D) raw.
 
     Returns:
-        (B, D) float32 with rows of norm 1.
+        (B, D) with rows of norm 1, in fp32 at least.
     """
-    embeddings = embeddings.float()
+    embeddings = at_least_fp32(embeddings)
     if kind != "sliced":
         return F.normalize(embeddings, dim=1)
     slices = F.normalize(embeddings.view(len(embeddings), num_learners, -1), dim=2)
