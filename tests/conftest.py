@@ -7,6 +7,9 @@ import signal
 
 import torch
 
+# As many threads here as in the processes that tests start, which are compared with this one: sums depend on the number.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
 # A shell starts background jobs with SIGINT ignored, and children inherit that; the tests of Ctrl-C need its default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

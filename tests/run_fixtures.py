@@ -26,6 +26,7 @@ import yaml
 from PIL import Image
 
 from tests.process_server import SERVER
+from tests.rounding import move_weights
 
 SIZE = 16
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -159,6 +160,23 @@ def without_report() -> None:
     import dnc_dist.report
 
     dnc_dist.report.build_report = lambda run_dir: run_dir / "report.html"
+
+
+def on_a_smooth_network(before: Callable[[], None], *, neighbour: bool = False) -> None:
+    """For ``before``: runs that differ by rounding stay close to each other (see ``rounding.py``); another ``before`` comes after."""
+    from dnc_dist.doctor.steps import smooth
+    from dnc_dist.model.backbone import Conv4
+
+    init = Conv4.__init__
+
+    def made(self: Conv4, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        smooth(self)
+        if neighbour:
+            move_weights(self)
+
+    Conv4.__init__ = made  # type: ignore[method-assign]
+    before()
 
 
 def killed_when_writing(name: str, tag: str) -> None:

@@ -22,6 +22,7 @@ from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d
 from dnc_dist.model.embedding import EmbeddingHead, inference
 from tests.process_server import SERVER
+from tests.rounding import EXACT
 
 
 def test_conv4_shapes_and_poolings() -> None:
@@ -55,9 +56,9 @@ def test_timm_conversion_computes_what_timm_computes(kind: Literal["frozen", "gl
 
     plain = timm.create_model("mobilenetv3_small_050", num_classes=0, global_pool="")
     plain.load_state_dict(network.network.state_dict())  # type: ignore[union-attr]
-    images = torch.randn(3, 3, 64, 64)
-    maps = plain.train(kind == "global")(images)
-    torch.testing.assert_close(network.train()(images), maps.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    maps = plain.double().train(kind == "global")(images)
+    torch.testing.assert_close(network.double().train()(images), maps.mean((2, 3)), rtol=EXACT, atol=EXACT)
 
 
 def test_unknown_name_suggests_close_ones() -> None:

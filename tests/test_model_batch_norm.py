@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dnc_dist import distributed
+from dnc_dist.doctor import parity
 from dnc_dist.errors import InputError
 from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norm, set_valid_rows
+from tests.engine_fixtures import relative_error
+from tests.rounding import EPS, EXACT
 from tests.spawn import spawn
 
 ROWS, CHANNELS = 11, 3
@@ -44,11 +47,17 @@ def _close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: fl
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_one_rank_equals_batch_norm(layout: torch.memory_format) -> None:
-    x, grad, norm = _problem()
-    x, grad = x.to(memory_format=layout), grad.to(memory_format=layout)
-    expected = _run(norm, x, grad)
-    actual = _run(replace_batch_norm(_problem()[2], "global"), x, grad)
-    _close(actual, expected, 2e-6)
+    def ours_and_peer(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        x, grad, norm = _problem(dtype)
+        x, grad = x.to(memory_format=layout), grad.to(memory_format=layout)
+        return _run(replace_batch_norm(_problem(dtype)[2], "global"), x, grad), _run(norm, x, grad)
+
+    found, exact = ours_and_peer(torch.float64)
+    _close(found, exact, EXACT)
+    # In fp32 it is as good as torch's own.
+    ours, peer = ours_and_peer(torch.float32)
+    for name, value in exact.items():
+        assert relative_error(ours[name], value) < parity.limit(relative_error(peer[name], value)), name
 
 
 def test_gradient_is_exact_also_where_rows_are_invalid() -> None:
@@ -62,12 +71,12 @@ def test_gradient_is_exact_also_where_rows_are_invalid() -> None:
 
 def _rank_part(splits: list[int], dummies: list[int], grad_enabled: bool) -> dict[str, Tensor]:
     """The rows of this rank, plus as many invalid rows as ``dummies`` says; the gradient of the loss is left unscaled."""
-    x, grad, norm = _problem()
+    x, grad, norm = _problem(torch.float64)
     module = replace_batch_norm(norm, "global")
     me = distributed.rank()
     start, count, extra = sum(splits[:me]), splits[me], dummies[me]
-    rows = torch.cat([x[start : start + count], torch.full((extra, *x.shape[1:]), 1e3)])
-    grads = torch.cat([grad[start : start + count], torch.zeros(extra, *x.shape[1:])])
+    rows = torch.cat([x[start : start + count], x.new_full((extra, *x.shape[1:]), 1e3)])
+    grads = torch.cat([grad[start : start + count], grad.new_zeros(extra, *x.shape[1:])])
     set_valid_rows(module, torch.arange(count + extra) < count)
     if not grad_enabled:
         with torch.no_grad():
@@ -80,22 +89,22 @@ def _rank_part(splits: list[int], dummies: list[int], grad_enabled: bool) -> dic
     ("splits", "dummies"), [([7, 4], [0, 0]), ([1, 0, 10], [0, 1, 2]), ([3, 0, 8, 0], [0, 1, 0, 0])], ids=["two", "three", "four_one_empty"]
 )
 def test_ranks_equal_one_process(splits: list[int], dummies: list[int]) -> None:
-    x, grad, norm = _problem()
+    x, grad, norm = _problem(torch.float64)
     expected = _run(norm, x, grad)
     parts = spawn(_rank_part, len(splits), splits, dummies, True)
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx")}
     whole |= {name: torch.stack([part[name] for part in parts]).sum(0) for name in ("dw", "db")}
-    _close(whole, {name: expected[name] for name in whole}, 1e-5)
+    _close(whole, {name: expected[name] for name in whole}, EXACT)
     for part in parts:
-        _close(part, {name: expected[name] for name in ("running_mean", "running_var")}, 1e-5)
+        _close(part, {name: expected[name] for name in ("running_mean", "running_var")}, EXACT)
 
 
 def test_forward_without_gradient_on_two_ranks() -> None:
-    x, grad, norm = _problem()
+    x, grad, norm = _problem(torch.float64)
     expected = _run(norm, x, grad)
     parts = spawn(_rank_part, 2, [11, 0], [0, 1], False)
-    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), expected["y"], rtol=1e-5, atol=1e-5)
-    _close(parts[1], {name: expected[name] for name in ("running_mean", "running_var")}, 1e-5)
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), expected["y"], rtol=EXACT, atol=EXACT)
+    _close(parts[1], {name: expected[name] for name in ("running_mean", "running_var")}, EXACT)
 
 
 def test_no_valid_row_anywhere_moves_nothing() -> None:
@@ -112,7 +121,9 @@ def test_large_mean_keeps_its_variance() -> None:
     x, grad, norm = _problem()
     expected = _run(_problem(torch.float64)[2], (x + 2000).double(), grad.double())
     actual = _run(replace_batch_norm(norm, "global"), x + 2000, grad)
-    torch.testing.assert_close(actual["running_var"].double(), expected["running_var"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        actual["running_var"].double(), expected["running_var"], rtol=len(x) * 20 * EPS, atol=0
+    )  # a sum of so many squares
 
 
 def test_evaluation_uses_running_statistics_and_bf16_keeps_fp32_statistics() -> None:
@@ -155,7 +166,10 @@ def test_speed_is_that_of_batch_norm(layout: torch.memory_format) -> None:
         module(rows).backward(grad)
         return (time.process_time() - start) * 1e3
 
-    times = [(milliseconds(plain), milliseconds(ours)) for _ in range(12)]
-    reference, measured = (min(column) for column in zip(*times, strict=True))
+    reference = measured = float("inf")
+    for _ in range(100):  # on a busy machine it takes many until both have once been undisturbed
+        reference, measured = min(reference, milliseconds(plain)), min(measured, milliseconds(ours))
+        if measured < 1.3 * reference + 2:
+            break
     print(f"F.batch_norm {reference:.1f} ms, global {measured:.1f} ms")
     assert measured < 1.3 * reference + 2  # measured on an idle core: 1.15 to 1.2 times; 2 ms for a busy one

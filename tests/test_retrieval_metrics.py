@@ -15,6 +15,7 @@ from dnc_dist import distributed
 from dnc_dist.errors import InputError, RunError
 from dnc_dist.retrieval import RetrievalResult, evaluate, nmi, resolve_protocol
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
+from tests.rounding import EPS
 from tests.spawn import spawn
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reference_values.npz")
@@ -44,6 +45,13 @@ def test_golden_values() -> None:
     assert (result.num_queries, result.num_left_out, result.num_gallery) == (300, 0, 300)
 
 
+def undecided(query: Tensor, gallery: Tensor, labels: np.ndarray) -> float:
+    """Share of the queries two of whose first neighbours are so close to each other that fp32, as the peer has it, may swap them."""
+    most = int(np.bincount(labels).max()) + 2
+    nearest = (query[:, None].double() - gallery[None].double()).square().sum(2).sort(1).values[:, :most]
+    return float((nearest.diff(dim=1) < 8 * EPS).any(1).double().mean())
+
+
 def test_pytorch_metric_learning_agrees() -> None:
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
@@ -52,13 +60,17 @@ def test_pytorch_metric_learning_agrees() -> None:
     x, labels = sample(600, 40)
     peer = calculator.get_accuracy(x, torch.from_numpy(labels))
     ours = leave_one_out(x, labels).metrics
+    allowed = undecided(x, x, labels)
+    assert allowed < 0.02  # a metric of another definition differs by more
     for name, mine in zip(names, ("recall@1", "map@r", "r_precision"), strict=True):
-        assert ours[mine] == pytest.approx(peer[name], rel=1e-6)
+        assert ours[mine] == pytest.approx(peer[name], abs=allowed + 1e-6)
     query = np.arange(600) < 200
     peer = calculator.get_accuracy(x[:200], torch.from_numpy(labels[:200]), x[200:], torch.from_numpy(labels[200:]))
     ours = evaluate(x, torch.arange(600), labels, query, ~query).metrics
+    allowed = undecided(x[:200], x[200:], labels)
+    assert allowed < 0.02
     for name, mine in zip(names, ("recall@1", "map@r", "r_precision"), strict=True):
-        assert ours[mine] == pytest.approx(peer[name], rel=1e-6)
+        assert ours[mine] == pytest.approx(peer[name], abs=allowed + 1e-6)
 
 
 def test_r_metrics_divide_by_r_not_by_hits() -> None:
@@ -109,7 +121,9 @@ def test_the_sample_shows_the_true_neighbours() -> None:
     distance = (x[:, None].double() - x[None].double()).square().sum(2).fill_diagonal_(9)
     assert result.sample_queries.shape == (24,)
     assert (np.diff(result.sample_queries) > 0).all()
-    np.testing.assert_array_equal(result.sample_neighbours, distance[torch.from_numpy(result.sample_queries)].argsort(1)[:, :10])
+    np.testing.assert_array_equal(
+        result.sample_neighbours, distance[torch.from_numpy(result.sample_queries)].float().argsort(dim=1, stable=True)[:, :10]
+    )
     assert result.sample_distances.shape == (24, 10)
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.rounding import share_of_course
 from tests.run_fixtures import (
     Done,
     Running,
@@ -26,6 +27,7 @@ from tests.run_fixtures import (
     last_step,
     make_dataset,
     metrics,
+    on_a_smooth_network,
     signalled_in,
     start,
     without_report,
@@ -37,15 +39,13 @@ DIVISION = 4 * STEPS_PER_EPOCH
 """The step of the division into four learners; the backbone waits in the epoch after it."""
 END = 6 * STEPS_PER_EPOCH
 COMPARED = 20
-TOLERANCE = 1e-4
-# Another number of processes rounds differently, and rounding that turns one ReLU on or off changes a gradient by 0.1 %: at the
-# fixture's larger rate that alone is a loss difference of 2e-4 within 20 steps.
 OPTIM = {"lr": 0.0005}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset, a configuration with everything random, the run ``whole`` that nobody disturbed, and ``killed``: 2 processes each."""
+    """A dataset, a configuration with everything random, the run ``whole`` that nobody disturbed, its ``neighbour`` (see
+    ``rounding.py``), and ``killed``: 2 processes each."""
     folder = tmp_path_factory.mktemp("elastic")
     write_config(
         folder,
@@ -60,6 +60,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = end(train(folder, "whole", 2))
     (folder / "result.json").write_text(json.dumps(done.result))
     assert last_step(folder / "runs" / "whole") == END
+    done = end(train(folder, "neighbour", 2, neighbour=True))
+    (folder / "neighbour.json").write_text(json.dumps(done.result))
     killed, left_behind = train(folder, "killed", 2, before=partial(killed_when_writing, "files.json", "step-00000024"))
     assert killed.wait().code == -signal.SIGKILL and left_behind.wait().code != 0
     assert (folder / "runs" / "killed" / "checkpoints" / "latest").read_text() == "step-00000020"
@@ -67,13 +69,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(
-    place: Path, name: str, world: int, *arguments: str, config: str = "run", before: Callable[[], None] = without_report
+    place: Path,
+    name: str,
+    world: int,
+    *arguments: str,
+    config: str = "run",
+    before: Callable[[], None] = without_report,
+    neighbour: bool = False,
 ) -> list[Running]:
-    """Start so many processes of a run."""
+    """Start so many processes of a run, on the smooth network."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": str(world)}
     command = ["train", f"{config}.yaml", "--set", f"run.name={name}", *arguments]
+    before = partial(on_a_smooth_network, before, neighbour=neighbour)
     return [start(command, place, env={"RANK": str(rank), "LOCAL_RANK": str(rank), **address}, before=before) for rank in range(world)]
 
 
@@ -89,26 +98,30 @@ def copy(place: Path, name: str, to: str) -> Path:
     return place / "runs" / to
 
 
-def largest_difference(run: Path, reference: Path, steps: range) -> float:
-    """Between the losses of these steps, relative to the reference."""
-    found, expected = ({line["step"]: line["loss"] for line in metrics(each, "train")} for each in (run, reference))
-    return max(abs(found[step] - expected[step]) / expected[step] for step in steps)
+def share_of_rounding(run: Path, reference: Path, neighbour: Path, steps: range) -> float:
+    """By how much of what rounding allows the losses of these steps differ."""
+    curves = [{line["step"]: line["loss"] for line in metrics(each, "train")} for each in (run, reference, neighbour)]
+    return share_of_course(*([curve[step] for step in steps] for curve in curves))
 
 
 def assert_ends_like_whole(place: Path, run: Path, done: Done, resumed_at: int) -> float:
-    """The next losses within the tolerance, the same division for every image, the same result; the largest relative difference."""
-    whole = place / "runs" / "whole"
-    difference = largest_difference(run, whole, range(resumed_at + 1, resumed_at + COMPARED + 1))
-    assert difference < TOLERANCE
-    found, expected = divisions(run), divisions(whole)
+    """The next losses as close as rounding lets them be, the same divisions and result where rounding decides neither; that share."""
+    whole, neighbour = place / "runs" / "whole", place / "runs" / "neighbour"
+    share = share_of_rounding(run, whole, neighbour, range(resumed_at + 1, resumed_at + COMPARED + 1))
+    assert share < 1
+    found, expected, moved = (divisions(each) for each in (run, whole, neighbour))
     assert found.keys() == expected.keys()
     for name, division in expected.items():
-        assert found[name]["learner_of"] == division["learner_of"], name
-    result, expected_result = done.result, json.loads((place / "result.json").read_text())
-    assert result | {"run": "", "map@r": 0} == expected_result | {"run": "", "map@r": 0}
-    assert result["map@r"] == pytest.approx(expected_result["map@r"], rel=1e-3)
+        assert found[name]["learner_of"] == division["learner_of"] or moved[name]["learner_of"] != division["learner_of"], name
+    result, (expected_result, moved_result) = (
+        done.result,
+        (json.loads((place / f"{name}.json").read_text()) for name in ("result", "neighbour")),
+    )
+    assert result.keys() == expected_result.keys()
+    differ = {key for key in result if result[key] != expected_result[key]}
+    assert differ <= {"run"} | {key for key in result if moved_result[key] != expected_result[key]}
     assert [(line["kind"], line["step"]) for line in metrics(run)] == [(line["kind"], line["step"]) for line in metrics(whole)]
-    return difference
+    return share
 
 
 def state(folder: Path) -> dict[str, Tensor]:
@@ -182,9 +195,10 @@ def test_two_processes_then_four(place: Path, record_property: Callable[[str, An
     run = copy(place, "killed", "four")
     done = end(train(place, "four", 4))
     assert "goes on with 4\n" in done.out and "resumed in epoch 2, after step 20\n" in done.out
-    record_property("largest relative difference of a loss", assert_ends_like_whole(place, run, done, 20))
+    record_property("largest share of what rounding allows", assert_ends_like_whole(place, run, done, 20))
     last = metrics(run, "evaluation")[-1]
-    found = json.loads(dnc("evaluate", "runs/four", "--json", folder=place).out)
+    smoothly = partial(on_a_smooth_network, without_report)
+    found = json.loads(dnc("evaluate", "runs/four", "--json", folder=place, before=smoothly).out)
     assert {name: found[name] for name in ("recall@1", "map@r", "nmi")} == {name: last[name] for name in ("recall@1", "map@r", "nmi")}
 
 
@@ -215,7 +229,7 @@ def test_two_processes_then_one_then_two(place: Path, record_property: Callable[
     assert last_step(run) < END
     done = end(train(place, "one", 2))
     assert "was written by 1 process(es) and goes on with 2\n" in done.out
-    record_property("largest relative difference of a loss", assert_ends_like_whole(place, run, done, 20))
+    record_property("largest share of what rounding allows", assert_ends_like_whole(place, run, done, 20))
 
 
 @pytest.mark.slow
@@ -238,7 +252,8 @@ def test_a_backbone_with_dropout_of_its_own(place: Path) -> None:
     assert_same_run(again, place / "runs" / "dropped")
     alone = copy(place, "dropped", "dropped-alone")
     end(train(place, alone.name, 1, "--resume", f"runs/{alone.name}/checkpoints/step-00000003", config="dropout"))
-    assert largest_difference(alone, place / "runs" / "dropped", range(4, 9)) > TOLERANCE
+    found, expected = ([line["loss"] for line in metrics(run, "train")][3:8] for run in (alone, place / "runs" / "dropped"))
+    assert found != pytest.approx(expected, rel=1e-2)  # other features are dropped; rounding changes less
 
 
 @pytest.mark.slow
@@ -261,10 +276,13 @@ def test_other_numbers_and_stages(zero: int, first: int, then: int, place: Path,
     end(train(place, whole.name, first, config=f"zero-{zero}"))
     run = copy(place, whole.name, name)
     end(train(place, name, then, "--resume", f"runs/{name}/checkpoints/step-00000020", config=f"zero-{zero}"))
-    difference = largest_difference(run, whole, range(21, 21 + COMPARED))
-    record_property("largest relative difference of a loss", difference)
-    assert difference < TOLERANCE
-    assert [each["learner_of"] for each in divisions(run).values()] == [each["learner_of"] for each in divisions(whole).values()]
+    neighbour = place / "runs" / f"neighbour-{zero}-{first}-{then}"
+    end(train(place, neighbour.name, first, config=f"zero-{zero}", neighbour=True))
+    share = share_of_rounding(run, whole, neighbour, range(21, 21 + COMPARED))
+    record_property("largest share of what rounding allows", share)
+    assert share < 1
+    found, expected, moved = ([each["learner_of"] for each in divisions(one).values()] for one in (run, whole, neighbour))
+    assert found == expected or moved != expected
 
     again = copy(place, name, f"{name}-again")
     done = end(train(place, again.name, then, "--resume", f"runs/{again.name}/checkpoints/step-00000028", config=f"zero-{zero}"))

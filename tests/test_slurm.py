@@ -200,10 +200,17 @@ def assert_same_end(job: Job, whole: Job) -> None:
 
 
 def assert_same_training(job: Job, whole: Job) -> None:
-    """The same as far as another number of nodes allows, on which sums differ in their last bits."""
-    assert job.result | {"run": ""} == whole.result | {"run": ""}
+    """The same as far as another number of nodes allows, on which sums differ in their last bits.
+
+    Rounding that turns a ReLU on or off changes a gradient by 0.1 %, and so in a few small steps the loss by far less than that of
+    the largest one; a lost row changes losses by several per cent. Of the few queries rounding may decide one or two.
+    """
+    assert job.result.keys() == whole.result.keys()
+    for key, value in (whole.result | {"run": job.result["run"]}).items():
+        assert job.result[key] == (pytest.approx(value, abs=0.05) if isinstance(value, float) else value), key
     ours, theirs = ([(line["step"], line["loss"]) for line in metrics(run, "train")] for run in (job.run, whole.run))
-    assert ours == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in theirs]
+    largest = max(loss for _, loss in theirs)
+    assert ours == [(step, pytest.approx(loss, rel=0, abs=1e-3 * largest)) for step, loss in theirs]
 
 
 def test_a_job_on_two_nodes(whole: Job) -> None:
