@@ -435,8 +435,8 @@ def _outcomes_of_seeds(seeds: Sequence[int]) -> dict[int, Any]:
 
 @pytest.mark.parametrize(
     ("seeds", "world"),
-    [((steps.SEED, 1000), 2), *(pytest.param(range(24), world, marks=pytest.mark.slow) for world in (2, 3, 4))],
-    ids=["two", "24 on 2", "24 on 3", "24 on 4"],
+    [((1000,), 2), *(pytest.param(range(24), world, marks=pytest.mark.slow) for world in (2, 3, 4))],
+    ids=["another", "24 on 2", "24 on 3", "24 on 4"],
 )
 def test_parity_holds_for_any_seed(seeds: Sequence[int], world: int, record_property: Callable[[str, Any], None]) -> None:
     (reference,), (found, *_) = (spawn(_outcomes_of_seeds, ranks, seeds, timeout=600) for ranks in (1, world))
