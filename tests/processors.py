@@ -17,6 +17,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 # torch has no variable that switches oneDNN off. Every interpreter imports this folder's `sitecustomize`, and workers are forked from one.
 NO_ONEDNN = {"PYTHONPATH": str(HERE / "without_onednn")}
+# Threads that wait for each other must not keep the cores busy: tests run more processes than there are.
+TWO_THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 ENVIRONMENTS: dict[str, dict[str, str]] = {
     "as-it-is": {},
     "torch-default": {"ATEN_CPU_CAPABILITY": "default"},
@@ -28,12 +30,12 @@ ENVIRONMENTS: dict[str, dict[str, str]] = {
     "onednn-off": NO_ONEDNN,
     "mkl-compatible": {"MKL_CBWR": "COMPATIBLE"},
     "mkl-avx2": {"MKL_CBWR": "AVX2"},
-    "two-threads": {"OMP_NUM_THREADS": "2"},
+    "two-threads": TWO_THREADS,
     # Whole machines: one with SSE only, one with AVX2, one with AVX-512 but without AMX; and what is left when all of them are off.
     "sse-machine": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"},
     "avx2-machine": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
     "avx512-machine": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_CBWR": "AVX512"},
-    "plain-two-threads": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "2"} | NO_ONEDNN,
+    "plain-two-threads": {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"} | TWO_THREADS | NO_ONEDNN,
 }
 _LEVELS = ["default", "avx2", "avx512"]
 
