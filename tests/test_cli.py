@@ -123,7 +123,12 @@ def test_launch_hands_everything_to_the_workers(config_file: str, monkeypatch: p
     assert cli.run(arguments) == 75
     command = [sys.executable, "-m", "dnc_dist", "train", config_file, "--resume", "never", "--set", "optim.lr=1", "--set", "run.seed=2"]
     ((given, options, terms),) = calls
-    assert given == (command, 3) and options == {"nnodes": 2, "rendezvous": "a:1", "wait": 600}
+    assert given == (command, 3) and options == {
+        "nnodes": 2,
+        "rendezvous": "a:1",
+        "wait": 600,
+        "secret_file": Path("runs/.exp.launch-secret"),
+    }
     assert terms["optim.lr"] == 1 and terms["--resume"] == "never" and "data.root" not in terms
 
 

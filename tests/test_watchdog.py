@@ -265,7 +265,7 @@ def test_a_sleeping_rank_is_named_with_its_place_in_the_code(place: Path) -> Non
     said = "".join(ended(one, 60) for one in ranks)
     assert said.count("error: ") == 1
     assert re.search(
-        rf"error: rank 1 \(host {HOST}, pid {ranks[1].pid}\) has been in dnc_dist/engine/steplog.py:\d+ __iter__ "
+        rf"error: rank 1 \(host {HOST}, pid {ranks[1].pid}\) has been in dnc_dist/data/transport.py:\d+ batches_of "
         r"\(tests/watchdog_hooks.py:\d+ slow\) for \d s, since epoch 0, step 4, and keeps the other ranks waiting; raise "
         r"engine.stall_timeout \(now 3 s\) if that is legitimate; `--resume auto` goes on from the last checkpoint\n",
         said,

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from dnc_kernels import kmeans, margin, race
+from dnc_kernels import kmeans, margin, probe, race
 from dnc_kernels.contract import Pairs
 
 ARCHITECTURES = (80, 90)
@@ -188,6 +188,7 @@ def margin_cases() -> list[Case]:
             )
             for dtype in (full, half)
         ),
+        ("start of a run", lambda: probe.add_one(torch.zeros(3)), lambda: probe.add_one(torch.zeros(5))),
         ("in parts", lambda: in_parts(1024, 512, 4, 3000), lambda: in_parts(1023, 512, 3, 2999)),
     ]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dnc_dist.errors import Stopped
+from dnc_dist.errors import RunError, Stopped
 from dnc_dist.worker import end_process, run_worker
 
 
@@ -67,6 +67,8 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
         try:
             sys.stdout.write(f"report: {build_report(cfg.run.path)}\n")
+        except OSError as error:
+            raise RunError(f"the report cannot be written: {error}; `dnc-dist report {cfg.run.path}` tries again") from error
         finally:
             # A report that cannot be written must not cost the result of the training.
             sys.stdout.write(f"RESULT {json.dumps(result)}\n")

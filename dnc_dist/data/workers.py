@@ -13,8 +13,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from multiprocessing.context import BaseContext
+from multiprocessing.util import Finalize
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
@@ -23,9 +24,23 @@ def worker_context(workers: int) -> BaseContext | None:
     """The multiprocessing context of a loader with so many workers; None without any. The server starts with the first worker."""
     if not workers:
         return None
+    _end_with_this_process()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dnc_dist.data.worker_server"])
     return context
+
+
+@cache
+def _end_with_this_process() -> None:
+    """Let the exit of this process end the workers that an error has left over: Python would ask them to, and wait, but they leave
+    signals to this process."""
+    Finalize(None, _end_workers, exitpriority=0)
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def worker_start() -> Callable[[int], None]:
