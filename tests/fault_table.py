@@ -322,21 +322,25 @@ def pointer_damaged(trial: Trial) -> Done:
     return trial.end()
 
 
-@fault("the run directory is deleted", 1, r"runs/run.*(gone|No such file)")
+@fault("the run directory is deleted", 1, r"runs/run was removed, or its checkpoints were")
 def run_directory_deleted(trial: Trial) -> Done:
     trial.start()
     trial.reach()
+    reached = max(line["step"] for line in metrics(trial.run, "train"))
     shutil.rmtree(trial.run)
-    return trial.go_on()
+    done = trial.go_on()
+    trial.lost = reached  # there is nothing to go on from
+    return done
 
 
-@fault("/dev/shm is too small", 0, r"/dev/shm")
-def little_shared_memory(trial: Trial) -> Done:
+@fault("/dev/shm is full", 2, r"data.workers=1 cannot go on: .*/dev/shm has")
+def no_shared_memory(trial: Trial) -> Done:
     # In mounts of its own, so that no other process loses its shared memory.
     trial.prefix = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"', "sh"]
     trial.start()
-    trial.said("/dev/shm")
-    return trial.end()
+    trial.end()
+    trial.prefix = []
+    return trial.go_on()
 
 
 @fault("corrupt latest checkpoint", 0, r"checkpoint .* is damaged .*; not used")
