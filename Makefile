@@ -54,7 +54,7 @@ $(TEST_STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP) $@
 
 quickstart: $(STAMP)
-	@[ -f data/glyphs/manifest.json ] || { rm -rf data/glyphs && $(BIN)/dnc-dist data prepare glyphs --out data/glyphs; }
+	@[ -f data/glyphs/manifest.json ] || $(BIN)/dnc-dist data prepare glyphs --out data/glyphs
 	@rm -rf $(RUN)
 	@$(BIN)/dnc-dist launch configs/quickstart.yaml
 	@echo "report: $(RUN)/report.html"

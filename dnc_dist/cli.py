@@ -17,7 +17,7 @@ from dnc_dist.output import end_quietly, open_streams, unheard
 
 # Name of the command -> its line in --help. The command is the object of that name in dnc_dist/commands/NAME.py.
 COMMANDS = {
-    "launch": "Train on this machine, one worker per GPU.",
+    "launch": "Train on one machine or several, one worker per GPU.",
     "train": "Run one worker; launch, torchrun and srun start it.",
     "data": "Prepare datasets and look at them.",
     "evaluate": "Measure retrieval of a trained run.",

@@ -21,6 +21,9 @@ from dnc_dist import rendezvous
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import environment_int
 
+# Once the variable LOCAL_RANK means a device.
+_local_rank: int | None = None
+
 
 def init(timeout_seconds: float = 1800) -> None:
     """Collective. Join the process group described by torchrun's variables, else SLURM's, else be the only rank.
@@ -51,7 +54,7 @@ def init(timeout_seconds: float = 1800) -> None:
 
 
 def _claim_device() -> torch.device | None:
-    """The CUDA device of this rank, if there are any; from now on LOCAL_RANK is its number.
+    """The CUDA device of this rank, if there are any; from now on the variable LOCAL_RANK is its number.
 
     DeepSpeed takes LOCAL_RANK for the number of a device, which it is not where each process sees one GPU only, as under
     ``srun --gpus-per-task=1``.
@@ -59,6 +62,8 @@ def _claim_device() -> torch.device | None:
     mine = device()
     if mine.type != "cuda":
         return None
+    global _local_rank
+    _local_rank = local_rank()
     os.environ["LOCAL_RANK"] = str(mine.index)
     return mine
 
@@ -95,7 +100,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """This process's rank on its machine."""
-    return environment_int("LOCAL_RANK", 0)
+    return environment_int("LOCAL_RANK", 0) if _local_rank is None else _local_rank
 
 
 def is_main() -> bool:

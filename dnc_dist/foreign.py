@@ -212,7 +212,7 @@ def read_tensors(path: Path, cure: str = "", *, mapped: bool = False) -> Any:
                 or value.is_quantized
                 or value.nbytes > value.untyped_storage().nbytes()
             ):
-                raise InputError(f"{path} is damaged: it holds a tensor that torch would not have saved{tail}")
+                raise InputError(f"{path} is damaged: it holds a sparse, quantized or expanded tensor{tail}")
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             waiting += value.values() if isinstance(value, dict) else value
@@ -259,6 +259,11 @@ def environment_int(name: str, default: int | None = None, least: int = 0, most:
             f"the environment variable {name} is {shorten(text)}, not a whole number from {least} to {most}; set it right or unset it"
         )
     return value
+
+
+def printable(text: str) -> str:
+    """Foreign text for a terminal: what would control it is shown with backslashes."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def shorten(value: Any, most: int = 80) -> str:

@@ -45,7 +45,7 @@ def _run(work: Callable[[], None]) -> int:
     rank, world_size = 0, 1
     try:
         rank = environment_int("RANK", environment_int("SLURM_PROCID", 0))
-        world_size = environment_int("WORLD_SIZE", 1, least=1)
+        world_size = environment_int("WORLD_SIZE", environment_int("SLURM_NTASKS", 1, least=1), least=1)
         if launcher := environment_int(LAUNCHER_PID, 0):
             threading.Thread(target=_follow, args=(launcher, STOP_TIMEOUT_SECONDS), daemon=True).start()
         work()
@@ -86,7 +86,7 @@ def end_process(message: str, speak: bool, after_seconds: float) -> NoReturn:
     _ending.set()
     if not _recorded(RunError(message), EXIT_FAILED) and speak:
         with suppress(OSError):
-            os.write(2, f"error: {message}\n".encode())
+            os.write(2, f"error: {message}\n".encode(errors="backslashreplace"))
     time.sleep(after_seconds)
     os._exit(EXIT_FAILED)
 
@@ -105,8 +105,8 @@ def _recorded(error: Exception, code: int, rank: int | None = None) -> bool:
     }
     try:
         # By rename, so that the launcher never reads half a file.
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(record, file)
+        with open(f"{path}.part", "w", encoding="utf-8", errors="replace") as file:
+            json.dump(record, file, ensure_ascii=False)
         os.replace(f"{path}.part", path)
     except OSError:
         return False

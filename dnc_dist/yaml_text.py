@@ -1,6 +1,6 @@
 """YAML as people mean it, from any hand: no key twice, names as they are written, and never more work than the text is long.
 
-Plain values are those of YAML 1.2's core schema: null, true, false, whole numbers, numbers. Everything else is text, also ``yes``,
+Plain values are null, true, false and decimal numbers. Everything else is text, also ``yes``,
 ``2024-02-20`` and ``1:30``. Tags that stand for other types are refused, so nothing is ever executed.
 """
 

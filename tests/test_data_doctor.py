@@ -37,9 +37,7 @@ def test_every_finding_has_its_row(tmp_path: Path) -> None:
     (tmp_path / "data" / STAGING).mkdir()
     found = checks(tmp_path)
     assert found["duplicates"].status == "warning"
-    assert (
-        found["duplicates"].value == "4 images are the same as another one, in 2 groups, 1 of them in two splits, 1 of them in two classes"
-    )
+    assert found["duplicates"].value == "2 groups of equal images (4 images), 1 groups lie in more than one split, 1 in more than one class"
     assert "train/a0/0.png = test/b/9.png" in found["duplicates"].hint and "all in duplicates.json" in found["duplicates"].hint
     assert found["left out"].value == "1 images" and "train/a1/zero.png: UnidentifiedImageError" in found["left out"].hint
     assert "1 .heic" in found["skipped"].value

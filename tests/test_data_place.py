@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 from collections.abc import Callable
@@ -49,6 +51,36 @@ def test_what_comes_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
         write_shards(reading(1), out, progress=put, force=True)
     assert open_index(out).content_hash == old and (out / "mine.txt").read_text() == "mine"
     assert not (out / STAGING).exists()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_of_our_name_that_comes_at_the_last_moment_stays(tmp_path: Path, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the files are forced to the disk, which may take minutes."""
+    out = tmp_path / "out"
+    sync, mine = place._sync, out / "train-000000.tar"
+    if force:
+        assert write_shards(reading(), out)
+        mine = out / "train-999999.tar"
+
+    def late(path: Path) -> None:
+        mine.write_text("mine")
+        sync(path)
+
+    monkeypatch.setattr(place, "_sync", late)
+    with pytest.raises(InputError, match=r"other files \('train-"):
+        write_shards(reading(1), out, force=force)
+    assert mine.read_text() == "mine"
+    assert not force or open_index(out)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert write_shards(reading(), tmp_path / "out")
+    assert open_index(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["index/mine.npy", "mine/", "train-000900.tar"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dnc_dist import cli
-from dnc_dist.data.images import decode, normalise
+from dnc_dist.data.images import DECODE_ERRORS, decode, normalise
 from dnc_dist.data.index import open_index
 from dnc_dist.data.jpeg import without_metadata
 from dnc_dist.data.readers import Reading, Sample, csv, folder
@@ -79,6 +81,17 @@ def test_what_cannot_be_read_is_listed_with_its_reason(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "out")
     prepared(root)
     assert (tmp_path / "out/manifest.json").read_bytes() == first  # no address of an object, no order of threads
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_damaged_tag_of_a_tiff_is_a_reason() -> None:
+    """Every byte of a small TIFF changed in some ways: Pillow itself fails on some with a TypeError."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), 9).save(buffer, format="TIFF")
+    whole = buffer.getvalue()
+    for at, value in itertools.product(range(len(whole)), (0, 2, 5, 7, 11, 12, 255)):
+        with contextlib.suppress(DECODE_ERRORS):
+            normalise(whole[:at] + bytes([value]) + whole[at + 1 :])
 
 
 def test_other_endings_are_counted(tmp_path: Path) -> None:
@@ -255,7 +268,7 @@ def test_duplicates_are_counted_and_named(tmp_path: Path, capsys: pytest.Capture
     assert groups[0] == [("a/0", "a", "train"), ("b/0", "b", "train"), ("c/0", "c", "test")]
     assert [[source for source, _, _ in group] for group in groups[1:]] == [["a/1", "a/2"], ["c/1", "c/2"]]
     assert cli.run(["data", "inspect", str(tmp_path / "out")]) == 0
-    assert "7 images are the same as another one, in 3 groups, 1 of them in two splits, 1 of them in two classes" in capsys.readouterr().out
+    assert "3 groups of equal images (7 images), 1 groups lie in more than one split, 1 in more than one class" in capsys.readouterr().out
 
 
 def test_pixels_decide_not_metadata_and_boxes_are_no_duplicates(tmp_path: Path) -> None:

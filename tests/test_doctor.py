@@ -433,21 +433,22 @@ def _outcomes_of_seeds(seeds: Sequence[int]) -> dict[int, Any]:
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("seeds", "world"),
-    [((1000,), 2), *(pytest.param(range(24), world, marks=pytest.mark.slow) for world in (2, 3, 4))],
+    [((1000, 1001), 2), *(pytest.param(range(24), world, marks=pytest.mark.slow) for world in (2, 3, 4))],
     ids=["another", "24 on 2", "24 on 3", "24 on 4"],
 )
 def test_parity_holds_for_any_seed(seeds: Sequence[int], world: int, record_property: Callable[[str, Any], None]) -> None:
     (reference,), (found, *_) = (spawn(_outcomes_of_seeds, ranks, seeds, timeout=600) for ranks in (1, world))
     undecided = [seed for seed in seeds if reference[seed][2]]
     assert steps.SEED not in undecided, "the doctor's own seed must not hang on a jump"
-    assert len(undecided) <= len(seeds) / 4
+    assert len(undecided) <= max(1, len(seeds) / 4)
     judged = {seed: parity.compare(found[seed], *reference[seed][:2]) for seed in seeds if seed not in undecided}
     record_property("largest share of the limit", max(error.share for errors in judged.values() for error in errors.values()))
     assert [(seed, name, error) for seed, errors in judged.items() for name, error in errors.items() if error.share >= 1] == []
     # Below what the smallest bug does: one row lost among twelve changes a gradient by several per cent.
-    assert max(error.limit for errors in judged.values() for error in errors.values()) <= parity.HIGHEST
+    assert max(error.limit for errors in judged.values() for error in errors.values()) < parity.HIGHEST
 
 
 @pytest.mark.slow

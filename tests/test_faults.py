@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_table import DELAY_SECONDS, FAULTS, Fault, Table, disk_full, little_shared_memory
+from tests.fault_table import DELAY_SECONDS, FAULTS, Fault, Table, disk_full, no_shared_memory
 
 pytestmark = pytest.mark.slow
 SECONDS = 30.0
@@ -23,7 +23,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Table]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_fault(table: Table, fault: Fault) -> None:
-    if fault.inject in (disk_full, little_shared_memory) and os.geteuid() != 0:
+    if fault.inject in (disk_full, no_shared_memory) and os.geteuid() != 0:
         pytest.skip("a small file system needs root")
     row = table.row(fault)
     assert row.code == fault.code

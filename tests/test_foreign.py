@@ -20,6 +20,7 @@ from dnc_dist.foreign import (
     Array,
     environment_int,
     parse_json,
+    printable,
     read_arrays,
     read_bytes,
     read_json,
@@ -57,6 +58,10 @@ def test_what_is_no_file(read: Callable[[Path], Any], tmp_path: Path) -> None:
         assert refused(lambda name=name: read(tmp_path / name)) == expected
     assert "cannot be read (embedded null byte)" in refused(lambda: read(Path("a\0b")))
     assert len(os.listdir("/proc/self/fd")) <= open_before, "a refused file is closed"
+
+
+def test_text_for_a_terminal_does_not_control_it() -> None:
+    assert printable("café 日本 \x1b]0;owned\x07\x1b[2J\u202e\n") == "café 日本 \\x1b]0;owned\\x07\\x1b[2J\\u202e\\n"
 
 
 def test_text(tmp_path: Path) -> None:

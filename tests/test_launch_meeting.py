@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
 import threading
@@ -330,6 +331,28 @@ def test_strangers_do_not_stay_and_are_few(endpoint: str, pool: ThreadPoolExecut
         assert time.monotonic() - started < 10
     second = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
     close([first.result(), second.result()], pool)
+
+
+def test_a_burst_of_strangers_takes_few_files(endpoint: str, pool: ThreadPoolExecutor, capfd: pytest.CaptureFixture[str]) -> None:
+    """They come at once, not one after the other: the launcher must have files left to start workers with."""
+    first = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
+    with connected(endpoint):
+        pass
+    address, _, port = endpoint.rpartition(":")
+    with ExitStack() as stack:
+        ours = set(os.listdir("/proc/self/fd"))
+        most = 0
+        for _ in range(2000):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex((address, int(port)))
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
+            most = max(most, len(os.listdir("/proc/self/fd")) - len(ours) - 2000)
+        assert most < 10 * host._MOST_STRANGERS
+    second = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
+    close([first.result(), second.result()], pool)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

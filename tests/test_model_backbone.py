@@ -108,6 +108,15 @@ def test_weights_that_cannot_be_had_say_what_to_give(tmp_path: Path, monkeypatch
     assert "(" in str(caught.value) and "; set model.weights to a .pth or .safetensors file with them, or to none" in str(caught.value)
 
 
+def test_a_mirror_of_the_hub_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"cannot be had from http://127\.0\.0\.1:9/timm/mobilenetv3_small_050.*Connection refused"):
+        build_backbone("mobilenetv3_small_050", "pretrained", batch_norm="frozen")
+
+
 def test_weights_in_the_cache_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import timm
     from huggingface_hub import constants

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,8 @@ import yaml
 
 import dnc_dist
 from dnc_dist.clustering.division import Division
+from dnc_dist.config import load_config
+from dnc_dist.engine import rundir
 from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.state import TrainState
 from dnc_dist.errors import InputError
@@ -150,8 +153,8 @@ def test_tensors_that_are_not_what_they_should_be(place: Path, tmp_path: Path) -
         ({"train_state": state | {"json": '{"epoch": "x"}'}}, "epoch: Input should be a valid integer"),
         ({"train_state": state | {"json": "[" * 100_000}}, "is damaged"),
         ({"train_state": state | {"division": {**state["division"], "sizes": 3.0}}}, "sizes is an array of float64"),
-        ({"more": torch.ones(1).expand(1 << 40)}, "a tensor that torch would not have saved"),
-        ({"more": torch.ones(2, device="meta")}, "a tensor that torch would not have saved"),
+        ({"more": torch.ones(1).expand(1 << 40)}, "a sparse, quantized or expanded tensor"),
+        ({"more": torch.ones(2, device="meta")}, "a sparse, quantized or expanded tensor"),
     ):
         folder = tmp_path / "checkpoints" / "step-00000016"
         shutil.copytree(whole, folder, dirs_exist_ok=True)
@@ -182,6 +185,17 @@ def test_a_train_state_survives_its_checkpoint() -> None:
     best = {"epoch": 1, "samples_seen": 3, "metrics": {"recall@1": 0.1 + 0.2, "protocol": "auto", "num_queries": 1 << 40}}
     state = TrainState(epoch=2, best=best, tracker_run_id="abc")  # type: ignore[arg-type]
     assert TrainState.from_state_dict(state.state_dict()) == state
+
+
+@pytest.mark.parametrize("name", ["epoch", "step", "batches_done", "samples_seen"])
+@pytest.mark.parametrize("count", [-1, 10**8])
+def test_counts_that_no_training_has(name: str, count: int) -> None:
+    state = TrainState(**{name: count})  # type: ignore[arg-type]
+    if count > 0 and name != "step":
+        assert TrainState.from_state_dict(state.state_dict()) == state
+        return
+    with pytest.raises(InputError, match="is damaged: it counts"):
+        TrainState.from_state_dict(state.state_dict())
 
 
 @pytest.mark.parametrize("name", ["../../../../etc/passwd", "/etc/passwd", "..", ""])
@@ -235,6 +249,29 @@ def test_copies_of_the_user_stay(place: Path) -> None:
     # The copies take no place, and what a crash left is gone.
     assert {path.name for path in folder.glob("*step-*")} >= {"step-00000016", "step-00000024"}
     assert not (folder / ".step-00000099.tmp").exists()
+
+
+def test_a_checkpoint_that_was_not_finished_is_none(tmp_path: Path) -> None:
+    """A run that has no other one begins, so it needs its initial weights."""
+    folder = tmp_path / "checkpoints"
+    (folder / ".step-00000010.tmp").mkdir(parents=True)
+    assert Checkpoints(tmp_path, 1).empty()
+    (folder / ".step-00000010.old").mkdir()
+    assert not Checkpoints(tmp_path, 1).empty()
+
+
+def test_a_full_disk_at_the_start_does_not_take_the_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = load_config(place / "run.yaml", ["run.name=unlucky", f"run.dir={place / 'runs'}", f"data.root={place / 'data'}"])
+
+    def full(path: Path, text: str) -> None:
+        path.with_name(f".{path.name}.tmp").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_atomically", full)
+        with pytest.raises(InputError, match="cannot be written"):
+            rundir.RunDirectory(cfg.run.path).prepare(cfg, "auto")
+    assert rundir.RunDirectory(cfg.run.path).prepare(cfg, "auto") == "" and (cfg.run.path / "config.yaml").is_file()
 
 
 def test_a_run_without_its_checkpoints_is_not_overwritten(place: Path) -> None:

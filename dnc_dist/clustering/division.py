@@ -63,7 +63,10 @@ class Division:
         for name, value in state.items():
             if not isinstance(value, Tensor | int | float):
                 raise InputError(f"{source} is damaged: {name} is {shorten(value)}")
-            arrays[name] = value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
+            try:
+                arrays[name] = value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
+            except TypeError as error:  # a dtype that numpy does not have
+                raise InputError(f"{source} is damaged: {name}: {error}") from error
         return cls._of_arrays(arrays, source)
 
     @classmethod

@@ -25,7 +25,7 @@ def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float,
     """Train what CONFIG describes.
 
     Rank 0's output is shown, on the machine that --rdzv names; if a worker fails, the first error of any rank is shown once on
-    every machine, and all end. SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 make the workers of all machines save and stop (exit code
+    every machine, and all end. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 make the workers of all machines save and stop (exit code
     75); `--resume auto` continues.
 
     Several machines prove to each other that they know one secret. The one that --rdzv names writes it, anew for each launch, to a

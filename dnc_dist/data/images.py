@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,7 +15,7 @@ from dnc_dist.data.jpeg import without_metadata
 from dnc_dist.errors import InputError
 
 JPEG_QUALITY = 95
-# What Pillow raises for damaged bytes. TypeError, AttributeError and the like are bugs and are never caught.
+# What damaged bytes raise. TypeError, AttributeError and the like are bugs of ours and are never caught, but for Pillow's own in ``_load``.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 Image.init()
 # No other format is opened, whatever a file is called: some of Pillow's start a program (EPS) or load further files.
@@ -22,15 +23,38 @@ FORMATS = tuple(name for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB pixels; transparent ones are laid on white, grey of more than 8 bits is scaled to 8.
+class _Loaded(NamedTuple):
+    """An upright image, the format that it was in, and whether it lay upright there."""
+
+    image: Image.Image
+    format: str | None
+    was_upright: bool
+
+
+def _load(data: bytes) -> _Loaded:
+    """All that Pillow reads of an encoded image.
+
+    Raises:
+        One of DECODE_ERRORS: the bytes are no complete image.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
+            was_upright = image.getexif().get(0x0112, 1) == 1
+            marked = "exif" in image.info or "xmp" in image.info or image.format != "JPEG"
+            return _Loaded(ImageOps.exif_transpose(image) if marked else image, image.format, was_upright)
+    except DECODE_ERRORS:
+        raise
+    except Exception as error:  # a damaged tag of a TIFF makes Pillow raise anything
+        raise ValueError(f"damaged ({error})") from error
+
+
+def _to_rgb(image: Image.Image, coded: str | None) -> Image.Image:
+    """RGB pixels of an image that was in this format; transparent ones are laid on white, grey of more than 8 bits is scaled to 8.
 
     Raises:
         ValueError: grey values whose range has no meaning.
     """
-    coded = image.format
-    if "exif" in image.info or "xmp" in image.info or image.format != "JPEG":
-        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -69,9 +93,8 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         One of DECODE_ERRORS: the bytes are no complete image.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        image.load()
-        return _to_rgb(image)
+    image, coded, _ = _load(data)
+    return _to_rgb(image, coded)
 
 
 def encode(image: Image.Image, quality: int = JPEG_QUALITY) -> bytes:
@@ -92,10 +115,9 @@ def normalise(data: bytes, max_side: int | None = None, box: tuple[int, int, int
     Raises:
         One of DECODE_ERRORS: the bytes are no complete image, or the box is empty or outside.
     """
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        image.load()
-        kept = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-        pixels = _to_rgb(image)
+    image, coded, was_upright = _load(data)
+    kept = coded == "JPEG" and image.mode == "RGB" and was_upright
+    pixels = _to_rgb(image, coded)
     if box is not None:
         left, top, right, bottom = box
         box = (max(left, 0), max(top, 0), min(right, pixels.width), min(bottom, pixels.height))

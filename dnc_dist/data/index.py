@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dnc_dist.data.manifest import CLASSES, COLUMNS, COPY_AGAIN, INDEX, MANIFEST, SPLITS, Manifest, read_manifest, shard_problems
 from dnc_dist.errors import InputError
-from dnc_dist.foreign import Array, read_column, read_json
+from dnc_dist.foreign import Array, printable, read_column, read_json
 
 # Kinds of the columns' dtypes; all others are text.
 _KINDS = {"label": "i", "split": "u", "query": "b", "gallery": "b", "shard": "i", "offset": "i", "size": "i"}
@@ -116,8 +116,8 @@ def _lists(column: NDArray[np.bytes_]) -> dict[str, NDArray[np.bool_]]:
 
 
 def text(value: bytes) -> str:
-    """A value of a text column; what is no UTF-8 is shown with backslashes."""
-    return value.decode("utf-8", "backslashreplace")
+    """A value of a text column; what is no UTF-8, or would control a terminal, is shown with backslashes."""
+    return printable(value.decode("utf-8", "backslashreplace"))
 
 
 def row_key(row: int) -> str:

@@ -8,7 +8,9 @@ set or none. The next writer removes what a dead one left.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from dnc_dist.data.manifest import INDEX, MANIFEST, STAGING, read_manifest
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import shorten
 
+_log = logging.getLogger(__name__)
 # Inside the staging folder. The last two say whose files lie in the folder when a writer is killed between its renames.
 _LOCK, _COMMITTED, _REPLACED = "lock", "committed.json", "replaced.json"
 # Files of a data set whose manifest is damaged or of another version.
@@ -77,10 +80,11 @@ def commit(out: Path, replace: bool) -> None:
         InputError: other files came into ``out`` meanwhile.
     """
     staging = out / STAGING
-    check_free(out, replace)
     names = sorted(_files(staging) - {_LOCK, MANIFEST})
     for name in (*names, MANIFEST):
         _sync(staging / name)
+    # Only now: what takes long is done, and from here on nothing is awaited.
+    check_free(out, replace)
     os.rename(staging / MANIFEST, staging / _COMMITTED)
     if (out / MANIFEST).is_file():
         old = _files_of_dataset(out)
@@ -109,7 +113,10 @@ def _lock(out: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             raise InputError(f"another `dnc-dist data prepare` is writing into {out}; wait for it, or use another --out") from None
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                _log.warning("%s: this file system has no locks; take care that only one `dnc-dist data prepare` writes there", out)
+                return descriptor
             os.close(descriptor)
             raise
         os.close(descriptor)
@@ -119,9 +126,11 @@ def _clean(out: Path) -> None:
     """Remove what a writer left that did not come to its end; a data set that is complete stays."""
     staging = out / STAGING
     if not (out / MANIFEST).exists():
+        # What is still in the staging folder was never moved: a file of that name in the other folder is somebody else's.
+        unmoved = _files(staging) if staging.exists() else set()
         for name in (_COMMITTED, _REPLACED):
             if (staging / name).is_file():
-                _remove(out, _files_of_dataset(out, f"{STAGING}/{name}"))
+                _remove(out, _files_of_dataset(out, f"{STAGING}/{name}") - (unmoved if name == _COMMITTED else set()))
     _remove(staging, {name for name in _files(staging) if _OURS.fullmatch(name)})
 
 
@@ -151,9 +160,14 @@ def _remove(folder: Path, names: set[str]) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    """Unless something is in it."""
+    try:
         if not any(folder.iterdir()):
             folder.rmdir()
+    except OSError as error:
+        # The next writer's lock may come in between.
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def _sync(path: Path) -> None:

@@ -9,6 +9,7 @@ from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex, RowView
 from dnc_dist.data.manifest import DUPLICATES, MANIFEST, Duplicates
 from dnc_dist.data.rows import ShardReader
+from dnc_dist.foreign import printable
 from dnc_dist.rng import numpy_generator
 
 _CLASSES, _IMAGES, _CELL, _LABEL = 12, 10, 72, 14
@@ -49,14 +50,14 @@ def describe(index: DatasetIndex) -> str:
     if unreadable:
         lines.append(f"{len(unreadable):,} images could not be read and are left out (all in {index.root / MANIFEST}):")
         lines += [f"  {entry.source}: {entry.reason}" for entry in unreadable[:5]]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def told_duplicates(found: Duplicates) -> str:
     """How many images are stored more than once, in words."""
-    parts = [f"{found.images:,} images are the same as another one, in {found.groups:,} groups"]
-    parts += [f"{found.across_splits:,} of them in two splits"] if found.across_splits else []
-    parts += [f"{found.across_classes:,} of them in two classes"] if found.across_classes else []
+    parts = [f"{found.groups:,} groups of equal images ({found.images:,} images)"]
+    parts += [f"{found.across_splits:,} groups lie in more than one split"] if found.across_splits else []
+    parts += [f"{found.across_classes:,} in more than one class"] if found.across_classes else []
     return ", ".join(parts)
 
 

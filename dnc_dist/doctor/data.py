@@ -25,6 +25,7 @@ from dnc_dist.data.summary import told_duplicates
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.engine.dataset import LOCAL_DATA
 from dnc_dist.errors import InputError
+from dnc_dist.foreign import printable
 from dnc_dist.progress import Progress
 from dnc_dist.retrieval.protocols import resolve_protocol
 
@@ -130,7 +131,7 @@ def _contents(index: DatasetIndex, cfg: RunConfig) -> Iterator[Check]:
         named = _listed([f"{entry.source}: {entry.reason}" for entry in lost])
         yield Check("left out", f"{len(lost):,} images", "warning", f"unreadable when it was prepared: {named}; all in {MANIFEST}")
     if skipped := [note for note in index.manifest.notes if note.startswith("skipped")]:
-        yield Check("skipped", "; ".join(skipped), "warning", "convert what should be in the dataset, and prepare it again")
+        yield Check("skipped", printable("; ".join(skipped)), "warning", "convert what should be in the dataset, and prepare it again")
     if (index.root / STAGING).exists():
         cure = f"harmless; the next `dnc-dist data prepare` removes {index.root / STAGING}"
         yield Check("left behind", "files of a prepare that is under way or was interrupted", "warning", cure)
@@ -213,4 +214,4 @@ def _metadata(readings: list[_Reading]) -> Check:
 
 def _listed(parts: list[str]) -> str:
     more = f"; and {len(parts) - _SHOWN:,} more" if len(parts) > _SHOWN else ""
-    return "; ".join(parts[:_SHOWN]) + more
+    return printable("; ".join(parts[:_SHOWN]) + more)

@@ -30,6 +30,7 @@ from dnc_dist.doctor.table import Check, Section
 from dnc_dist.progress import Progress
 
 TIMES, FLOOR, HIGHEST = 10.0, 32 * torch.finfo(torch.float32).eps, 1e-3
+_MOST_SECONDS = 900.0
 # Variables that tell a process of its place among others; the reference has none.
 _OF_THE_LAUNCH = (
     "RANK",
@@ -146,7 +147,11 @@ def _reference() -> Iterator[Callable[[], list[dict[str, Outcome]]]]:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
         def result() -> list[dict[str, Outcome]]:
-            if code := process.wait():
+            try:
+                code = process.wait(_MOST_SECONDS)
+            except subprocess.TimeoutExpired as error:
+                raise RuntimeError(f"the reference on one rank does not end within {_MOST_SECONDS:.0f} s") from error
+            if code:
                 output.seek(0)
                 raise RuntimeError(f"the reference on one rank ended with exit code {code}:\n{output.read()}")
             return [{name: Outcome(*parts) for name, parts in found.items()} for found in torch.load(path)]

@@ -206,8 +206,9 @@ class Checkpoints:
         raise InputError("\n".join([*messages, f"{self.folder}: no usable checkpoint; {cure}"]))
 
     def empty(self) -> bool:
-        """Whether there is no checkpoint, not even one that a crash left aside."""
-        return not any(_TAG.fullmatch(path.name) or _UNFINISHED.fullmatch(path.name) for path in self._entries())
+        """Whether there is no checkpoint, not even one that ``clean_up`` puts back."""
+        names = [path.name for path in self._entries()]
+        return not any(_TAG.fullmatch(name) or ((left := _UNFINISHED.fullmatch(name)) and left[2] == "old") for name in names)
 
     def read(self, tag: str) -> Saved:
         """The weights and the train state of a checkpoint; needs no engine.

@@ -15,7 +15,7 @@ from torch import Tensor
 from dnc_dist import distributed, watchdog
 from dnc_dist.clustering.kmeans import kmeans
 from dnc_dist.config import RunConfig
-from dnc_dist.data.index import RowView
+from dnc_dist.data.index import RowView, text
 from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
@@ -75,7 +75,7 @@ def evaluate_view(
     embeddings = found.values if found.valid.all() else found.values[found.valid]
     recall_at = cfg.evaluation.recall_at
     if chosen == "vehicleid-loo" or chosen == "vehicleid-random10":
-        sources = [source.decode() for source in data.index.columns["source"][view.rows]]
+        sources = [text(source) for source in data.index.columns["source"][view.rows]]
         results = evaluate_lists(embeddings, rows, view.labels, lists, sources, protocol=chosen, recall_at=recall_at)
         main = headline(results)
         inside = torch.from_numpy(lists[main])[rows]

@@ -71,7 +71,7 @@ class FiniteGuard:
             if not finite_gradient:
                 self._stop(step + back, epoch, f"its loss is {loss:.4g}, but the gradient of it is not finite")
         if not _all_finite(self.objective):
-            self._stop(step, epoch, f"its loss is {losses[-1]:.4g}, but the parameters that it leads to are not finite")
+            self._stop(step, epoch, f"its loss is {losses[-1]:.4g}, but the parameters after it are not finite")
 
     def _stop(self, step: int, epoch: int, found: str) -> None:
         number = step - 1 - self.first_step

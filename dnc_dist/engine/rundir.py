@@ -19,6 +19,8 @@ FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
 FREE_KEYS = {("data", "root"), ("data", "workers")}
 _LOCK = ".lock"
+# What a start leaves that ends before config.yaml is written, on a full disk, say.
+_LEFT = {_LOCK, ".config.yaml.tmp"}
 _log = logging.getLogger(__name__)
 
 
@@ -69,7 +71,7 @@ class RunDirectory:
     def _prepare(self, cfg: RunConfig, resume: str) -> str:
         config = self.path / "config.yaml"
         checkpoints = Checkpoints(self.path, cfg.checkpoint.keep)
-        if not config.exists() and self.path.exists() and any(entry.name != _LOCK for entry in self.path.iterdir()):
+        if not config.exists() and self.path.exists() and any(entry.name not in _LEFT for entry in self.path.iterdir()):
             raise InputError(
                 f"{self.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
             )
@@ -92,10 +94,10 @@ class RunDirectory:
                 f"{self.path} holds a run that came to epoch {epoch}, but none of its checkpoints; put them back to resume it, remove "
                 "the folder to start over, or set run.name to start another"
             )
-        checkpoints.folder.mkdir(exist_ok=True)
         if checkpoints.tags():
             return ""
         write_config(cfg)
+        checkpoints.folder.mkdir(exist_ok=True)
         return f"{self.path} holds a run that ended before its first checkpoint; it starts over" if epoch >= 0 else ""
 
     def _take_lock(self) -> None:

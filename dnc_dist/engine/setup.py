@@ -172,10 +172,10 @@ def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
 
 
 def gradient_is_finite(engine: Any) -> Tensor:
-    """0-d bool, equal on all ranks, without waiting for a device: whether all gradients of the last step were finite.
+    """0-d bool, equal on all ranks, without a further wait for a device: whether all gradients of the last step were finite.
 
-    ZeRO 1 and 2 skip a step with others in silence, but remember that they did. Stage 0 lets them into the second moments, which
-    nothing makes finite again.
+    ZeRO 1 and 2 look at the norm that they clip by, for which they wait; they skip such a step in silence, but remember it. Stage 0 lets
+    them into the second moments, which nothing makes finite again.
     """
     if engine.zero_optimization_stage() > 0:
         return torch.tensor(not engine.optimizer.overflow)

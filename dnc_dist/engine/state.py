@@ -13,6 +13,8 @@ from dnc_dist.clustering.division import Division
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import parse_json
 
+MOST_STEPS = 10**8 - 1
+"""The names of checkpoints have eight digits."""
 Metrics = dict[str, float | int | str | None]
 
 
@@ -77,4 +79,6 @@ class TrainState(_Plain):
         if not isinstance(values, dict) or values.keys() != {"json", "division"} or not isinstance(values["json"], str):
             raise InputError(f"{source} is damaged: it holds no train state of this version")
         plain, division = parse_json(values["json"], _Plain, source), values["division"]
+        if min(plain.epoch, plain.step, plain.batches_done, plain.samples_seen) < 0 or plain.step > MOST_STEPS:
+            raise InputError(f"{source} is damaged: it counts {plain.step} steps and {plain.samples_seen} samples in epoch {plain.epoch}")
         return cls(**vars(plain), division=Division.from_state(division, source) if division is not None else None)

@@ -78,7 +78,7 @@ class Trainer:
             _log.info(note)
         self.engine = build_engine(self.objective, cfg)
         self.groups = distributed.rank_groups(cfg.division.learners_per_step)
-        self.state = self._resume(resume)
+        self.state = self._resume(resume, begins)
         # Only now: an attempt that was refused must leave no trace in the run.
         distributed.on_main(write_config, cfg)
         self.tracker = build_tracker(
@@ -255,7 +255,7 @@ class Trainer:
         state.best = Best(epoch=state.epoch, samples_seen=state.samples_seen, metrics=state.metrics)
         return True
 
-    def _resume(self, resume: str) -> TrainState:
+    def _resume(self, resume: str, begins: bool) -> TrainState:
         """Collective. The state of the checkpoint to go on from, or a new one.
 
         Raises:
@@ -269,6 +269,7 @@ class Trainer:
         found = distributed.on_main(self.checkpoints.find, which)
         fresh = TrainState(config_digest=self.cfg.digest(), data_hash=self.data.index.content_hash)
         if found is None:
+            assert begins, "the objective was built without its initial weights"
             return fresh
         tag, messages = found
         for message in messages:
@@ -281,7 +282,8 @@ class Trainer:
                 f"data.root={self.cfg.data.root} holds other images or labels than the run in {self.cfg.run.path} began with; "
                 "give the old data.root, or set run.name to start another run"
             )
-        if state.division is not None and len(state.division.learner_of) != len(self.data.train):
+        division, learners = state.division, self.cfg.division.num_learners
+        if division is not None and (len(division.learner_of) != len(self.data.train) or division.num_learners > learners):
             raise InputError(f"{self.checkpoints.folder / tag} holds a division of another training set; choose another checkpoint")
         self.checkpoints.load(self.engine, tag, saved)
         return state

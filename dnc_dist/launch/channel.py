@@ -88,7 +88,8 @@ class Channel:
 
     def seal(self, message: FromMachine | FromHost) -> bytes:
         """A message as bytes, which must be sent in this order."""
-        payload = json.dumps(asdict(message)).encode()
+        # Names that are no Unicode, as a folder in Latin-1, must not make a message that nobody can read.
+        payload = json.dumps(asdict(message), ensure_ascii=False).encode(errors="replace")
         self.sent += 1
         return HEADER.pack(len(payload), _code(self.sending, self.sent, payload)) + payload
 

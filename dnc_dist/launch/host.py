@@ -94,7 +94,8 @@ class Host:
         self._thread.join(timeout)
 
     async def _serve(self, listener: socket.socket) -> None:
-        server = await asyncio.start_server(self._begin, sock=listener, limit=1 << 10, backlog=1024)
+        # The backlog is also how many connections are taken at once, before the first of them is looked at.
+        server = await asyncio.start_server(self._begin, sock=listener, limit=1 << 10, backlog=_MOST_STRANGERS)
         deadline, beat = time.monotonic() + self._wait, 0.0
         while self._here or not self._over:
             now = time.monotonic()

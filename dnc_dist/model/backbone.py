@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import read_tensors
 from dnc_dist.model.batch_norm import BatchNormKind, replace_batch_norm
-from dnc_dist.model.pretrained import load_pretrained
+from dnc_dist.model.pretrained import hub_address, load_pretrained
 
 Pooling = Literal["avg", "max", "avg+max"]
 
@@ -81,7 +81,7 @@ def _build_timm(name: str, weights: str, pooling: Pooling) -> TimmBackbone:
         raise InputError(f"model.backbone={name} is neither conv4 nor a model of timm {timm.__version__}; {hint}")
     source = timm.get_pretrained_cfg(name)
     hub, address = (source.hf_hub_id, source.url) if source is not None else (None, None)
-    address = f"https://huggingface.co/{hub}" if hub else str(address) if address else None
+    address = hub_address(hub) if hub else str(address) if address else None
     create = partial(timm.create_model, name, pretrained=weights == "pretrained", num_classes=0, global_pool="")
     network: Any = load_pretrained(name, create, address) if weights == "pretrained" else create()
     feature_dim = getattr(network, "head_hidden_size", None) or network.num_features

@@ -7,6 +7,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -16,6 +18,17 @@ from dnc_dist import distributed
 from dnc_dist.errors import InputError
 
 _REACH_SECONDS = 5.0
+
+
+def hub_address(name: str) -> str:
+    """Where the hub's library looks for a model, which HF_ENDPOINT may have moved to a mirror."""
+    return f"{_hub().ENDPOINT}/{name}"
+
+
+def _hub() -> Any:
+    from huggingface_hub import constants
+
+    return constants
 
 
 def load_pretrained(name: str, create: Callable[[], nn.Module], address: str | None) -> nn.Module:
@@ -32,7 +45,7 @@ def load_pretrained(name: str, create: Callable[[], nn.Module], address: str | N
     if address is None:
         raise InputError(f"model.weights=pretrained: nobody published weights of {name}; set model.weights to a file, or to none")
     numbers = torch.get_rng_state()
-    network = _from_cache(create)
+    network = _from_cache(create) if _may_be_cached(address) else None
     if not any(distributed.gather_objects(network is None)):
         assert network is not None
         return network
@@ -47,6 +60,13 @@ def load_pretrained(name: str, create: Callable[[], nn.Module], address: str | N
     return network
 
 
+def _may_be_cached(address: str) -> bool:
+    """Whether there is a point in looking: the hub's library can be kept from the network, the download of any other address cannot."""
+    if address.startswith(_hub().ENDPOINT):
+        return True
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(address).path).name).is_file()
+
+
 def _from_cache(create: Callable[[], nn.Module]) -> nn.Module | None:
     """The network, if its weights are on this machine."""
     with _offline():
@@ -59,8 +79,7 @@ def _from_cache(create: Callable[[], nn.Module]) -> nn.Module | None:
 @contextmanager
 def _offline() -> Iterator[None]:
     """Keep the hub's library from asking the network, which it does for a minute where there is none."""
-    from huggingface_hub import constants
-
+    constants = _hub()
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -88,7 +107,8 @@ def _fetch(name: str, create: Callable[[], nn.Module], address: str) -> str | No
 
 def _unreachable(address: str) -> str | None:
     """Why the network does not lead there; None: it does."""
-    host = f"https://{urlparse(address).hostname}"
+    parts = urlparse(address)
+    host = f"{parts.scheme}://{parts.netloc}"
     try:
         urllib.request.urlopen(urllib.request.Request(host, method="HEAD"), timeout=_REACH_SECONDS).close()
     except urllib.error.HTTPError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,10 +187,12 @@ def build_report(run_dir: Path) -> Path:
     parts = [part(run) for part in (_header, _curves, _divisions, _gallery, _config, _footer)]
     page = element("html", head, element("body", element("main", *parts)), lang="en")
     path = run.path / "report.html"
-    part = path.with_name(path.name + ".part")
-    # A link of this name in a folder from elsewhere must not lead us to write into another file.
-    part.unlink(missing_ok=True)
-    with part.open("x", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(f"<!doctype html>{page}\n")
-    part.replace(path)
+    # A name that nobody else has: a link to another file, planted in a folder from elsewhere, or of a second report at the same time.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with part.open("x", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"<!doctype html>{page}\n")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path

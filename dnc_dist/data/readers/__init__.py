@@ -6,15 +6,15 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dnc_dist.foreign import read_bytes
+from dnc_dist.foreign import printable, read_bytes
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _MOST_BYTES = 1 << 30  # of an image file
 
 
 def plain(name: str | Path) -> str:
-    """A name as text that can be printed and written: bytes that are no UTF-8 are shown with backslashes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A name as text that can be printed and written: what is no UTF-8, or would control a terminal, is shown with backslashes."""
+    return printable(os.fsencode(name).decode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True, slots=True)
