@@ -69,16 +69,20 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff format
 
 # One thread a process: tests start up to four, and torch's thread pools would fight for the cores.
+# On the CPU, on every machine: tests start as many processes as they need, and GPUs serve one each. The last line of test-full is for GPUs.
 test: export OMP_NUM_THREADS ?= 1
+test: export CUDA_VISIBLE_DEVICES :=
 test: lint
 	$(BIN)/python -m pytest -m "$(FAST)" $(PARALLEL) --durations=15
 
 test-full: export OMP_NUM_THREADS ?= 1
 test-full: lint
-	$(BIN)/python -m pytest $(PARALLEL) --durations=30
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu" $(PARALLEL) --durations=30
+	$(BIN)/python -m pytest -m gpu
 
 # An imitated processor after the other, and a table at the end. Interpreters that compute without oneDNN find that in PYTHONPATH.
 test-processors: export OMP_NUM_THREADS ?= 1
+test-processors: export CUDA_VISIBLE_DEVICES :=
 test-processors: $(TEST_STAMP)
 	$(BIN)/python tests/processors.py $(PROCESSORS) -- -m "$(FAST)" $(PARALLEL) $(TESTS)
 

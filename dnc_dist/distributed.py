@@ -21,8 +21,7 @@ from dnc_dist import rendezvous
 from dnc_dist.errors import InputError
 from dnc_dist.foreign import environment_int
 
-# Once the variable LOCAL_RANK means a device.
-_local_rank: int | None = None
+_local_rank: int | None = None  # once the variable LOCAL_RANK means a device
 
 
 def init(timeout_seconds: float = 1800) -> None:
@@ -110,9 +109,7 @@ def is_main() -> bool:
 
 def device() -> torch.device:
     """The device of this rank: its CUDA device, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+    return torch.device("cuda", local_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def group_size(group: ProcessGroup | None = None) -> int:
