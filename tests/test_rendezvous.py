@@ -158,9 +158,13 @@ def test_a_process_that_sees_one_gpu_uses_it_whatever_its_local_rank_is(monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for local, devices, expected in ((3, 1, 0), (3, 4, 3), (0, 1, 0), (5, 4, 1)):
         monkeypatch.setenv("LOCAL_RANK", str(local))
+        monkeypatch.setattr(distributed, "_local_rank", None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
         assert distributed._claim_device() == torch.device("cuda", expected)
         assert environment_int("LOCAL_RANK") == expected and distributed.device() == torch.device("cuda", expected)
+        # Who downloads for this machine, say, is still told apart.
+        assert distributed.local_rank() == local
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed, "_local_rank", None)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert distributed._claim_device() is None and environment_int("LOCAL_RANK") == 3

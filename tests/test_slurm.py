@@ -137,7 +137,9 @@ class Cluster:
         return self.harness("run", self.folder, *command)
 
     def environment(self) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "WANDB"))}
+        # sbatch takes the environment along, and a test in this process may have been a rank that had itself for company.
+        of_others = ("SLURM", "SBATCH", "WANDB", "GLOO_", "NCCL_", "MASTER_", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(of_others)}
         return {**ours, "OMP_NUM_THREADS": "1", "TTL": "7200"}
 
     def submit(self, name: str, *options: str, overrides: Sequence[str] = (), slow: str = "", site: str = "site.sh") -> Job:
