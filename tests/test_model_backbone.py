@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import multiprocessing
+import os
 import pickle
 import shutil
 import subprocess
@@ -183,7 +184,9 @@ assert importlib.reload(torchvision) is torchvision
 
 
 def test_a_user_imports_dnc_dist_and_then_timm() -> None:
-    done = subprocess.run([sys.executable, "-c", USER], capture_output=True, text=True, check=False)
+    # Another folder there may import torch at the start of every interpreter.
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", USER], env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
