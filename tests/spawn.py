@@ -31,6 +31,8 @@ def _worker(
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", "1")))
     try:
         distributed.init(timeout_seconds=60)
+        # A rank whose function ends at once would reset the connections that a slower one is still opening.
+        distributed.barrier()
         torch.save((True, function(*args)), f"{out}/{rank}.part")
     except BaseException:
         torch.save((False, traceback.format_exc()), f"{out}/{rank}.part")
