@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "dnc_kernels"
 LAYERS = [
     {
         *("errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact", "watchdog", "traces"),
-        *("foreign", "output", "yaml_text", "rendezvous", "torchvision_guard"),
+        *("foreign", "output", "yaml_text", "rendezvous", "torchvision_guard", "parts"),
     },
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine"},
@@ -50,7 +50,7 @@ FENCES = {
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
     "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.doctor", "dnc_kernels"},
     "triton": {"dnc_kernels"},
-    "pydantic": {"dnc_dist.config", "dnc_dist.foreign"},
+    "pydantic": {"dnc_dist.config", "dnc_dist.foreign", "dnc_dist.parts", "dnc_dist.loss"},
 }
 # Values that config.py owns are handed down; of the packages below the engine none reads the configuration.
 CONFIG_READERS = {"engine", "report", "launch", "inference", "doctor", "commands", "cli", "worker"}
