@@ -29,7 +29,7 @@ import torch
 import torch.multiprocessing as mp
 
 from benchmarks import record
-from dnc_dist import distributed
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval import RetrievalResult, evaluate
 from dnc_dist.retrieval.protocols import SAMPLE_NEIGHBOURS, sample_of
 

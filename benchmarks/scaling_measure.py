@@ -14,7 +14,6 @@ from PIL import Image
 
 from benchmarks import record
 from benchmarks.scaling_model import Measured, Workload
-from dnc_dist import distributed
 from dnc_dist.clustering.centroids import SAMPLE_ROWS, first_centroids
 from dnc_dist.clustering.division import make_division, match
 from dnc_dist.clustering.kmeans import kmeans
@@ -28,6 +27,7 @@ from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective, parameter_groups
 from dnc_dist.loss import References
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval.search import topk
 
 CLASSES = 1000

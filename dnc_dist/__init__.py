@@ -1,6 +1,6 @@
 """Divide-and-Conquer deep metric learning on one process or many."""
 
-from dnc_dist import torchvision_guard
+from dnc_dist.base import torchvision_guard
 
 __version__ = "0.1.0"
 

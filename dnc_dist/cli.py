@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import click
 
 from dnc_dist import __version__
-from dnc_dist.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
-from dnc_dist.output import end_quietly, open_streams, unheard
+from dnc_dist.base.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
+from dnc_dist.base.output import end_quietly, open_streams, unheard
 
 # Name of the command -> its line in --help. The command is the object of that name in dnc_dist/commands/NAME.py.
 COMMANDS = {

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import shorten
-from dnc_dist.yaml_text import parse_yaml, read_yaml
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import shorten
+from dnc_dist.base.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

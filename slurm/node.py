@@ -39,7 +39,7 @@ def gpus() -> str:
     """The GPUs of this node, in words, after a look at whether they are those that SLURM gave to the job."""
     import torch
 
-    from dnc_dist.foreign import environment_int
+    from dnc_dist.base.foreign import environment_int
 
     given, found = environment_int("SLURM_GPUS_ON_NODE", 0), torch.cuda.device_count()
     if found and not given:
@@ -51,7 +51,7 @@ def gpus() -> str:
 
 def meet(job_dir: Path, text: str) -> None:
     """Wait until every node has left its versions in the job's folder, and compare them with the first node's."""
-    from dnc_dist.foreign import environment_int
+    from dnc_dist.base.foreign import environment_int
 
     me, nodes = environment_int("SLURM_NODEID"), environment_int("SLURM_NNODES", least=1)
     if not job_dir.is_dir():
@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("--resume")
     arguments = parser.parse_args()
     try:
+        from dnc_dist.base.errors import InputError
         from dnc_dist.config import load_config
-        from dnc_dist.errors import InputError
     except ImportError as error:
         fail(f"{sys.executable} cannot import dnc_dist ({error}); load the environment that has it in slurm/site.sh")
     try:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.index import open_index
 from dnc_dist.data.readers import folder
 from dnc_dist.data.shards import write_shards
 from dnc_dist.engine.objective import DncObjective
-from dnc_dist.progress import Progress
 
 SIZE, CLASSES, PER_CLASS = 16, 12, 6
 # Fewer test classes, and so shards, than ranks: one of four ranks has nothing to embed.

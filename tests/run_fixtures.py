@@ -181,7 +181,7 @@ def on_a_smooth_network(before: Callable[[], None], *, neighbour: bool = False) 
 
 def killed_when_writing(name: str, tag: str) -> None:
     """For ``before``: the process group is killed just before the pointer or list of files of this name is written for a checkpoint."""
-    from dnc_dist.engine import checkpoint
+    from dnc_dist.rundir import checkpoints as checkpoint
 
     write = checkpoint.write_atomically
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dnc_dist import distributed
+from dnc_dist.processes import distributed
 from tests.process_server import SERVER
 
 

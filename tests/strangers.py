@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from dnc_dist.launch import channel
+from dnc_dist.processes.launch import channel
 
 # So many connections stay open; more of them would be too many for this process.
 _MOST_OPEN = 300

@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from dnc_dist import __version__, cli
-from dnc_dist.errors import InputError, RunError, Stopped
-from dnc_dist.worker import run_worker
+from dnc_dist.base.errors import InputError, RunError, Stopped
+from dnc_dist.processes.worker import run_worker
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_launch_hands_everything_to_the_workers(config_file: str, monkeypatch: p
     calls = []
     stub(
         monkeypatch,
-        "dnc_dist.launch",
+        "dnc_dist.processes.launch",
         launch_workers=lambda *args, terms, **kwargs: calls.append((args, kwargs, terms)) or 75,
         workers_here=lambda nproc: nproc or 3,
     )

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
 from dnc_dist.clustering import Division, check_num_learners, divide, match, whole
 from dnc_dist.clustering.repair import class_sizes, repair
 from dnc_dist.clustering.rows import spread_rows
-from dnc_dist.errors import InputError
+from dnc_dist.processes import distributed
 from tests.spawn import spawn
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reference_values.npz")

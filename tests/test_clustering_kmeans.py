@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.clustering.kmeans import KMeansResult, kmeans, nearest, sum_by_group
-from dnc_dist.errors import InputError, RunError
+from dnc_dist.processes import distributed
 from tests.rounding import EPS
 from tests.spawn import spawn
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.clustering.device import choose_backend
 from dnc_dist.clustering.divide import divide
 from dnc_dist.clustering.kmeans import KMeansResult, kmeans
-from dnc_dist.errors import InputError, RunError
+from dnc_dist.processes import distributed
 from tests.spawn import spawn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.commands.data import data
-from dnc_dist.errors import InputError
 
 
 def make_folder(root: Path) -> Path:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.index import DatasetIndex, open_index, train_view, validation_view
 from dnc_dist.data.manifest import COLUMNS
 from dnc_dist.data.readers import Reading, Sample
@@ -25,7 +26,6 @@ from dnc_dist.data.shards import write_shards
 from dnc_dist.data.stream import SequentialBatches
 from dnc_dist.data.summary import contact_sheet, describe
 from dnc_dist.data.transforms import Geometry
-from dnc_dist.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.data import place
 from dnc_dist.data.index import open_index
 from dnc_dist.data.manifest import MANIFEST, STAGING
 from dnc_dist.data.readers import Reading, Sample, folder
 from dnc_dist.data.shards import write_shards
-from dnc_dist.errors import InputError
 from tests.mounts import in_own_mounts, mount
 from tests.process_server import SERVER
 from tests.run_fixtures import dnc, draw_folder, with_small_files

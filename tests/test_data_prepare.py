@@ -12,12 +12,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import decode, normalise
 from dnc_dist.data.index import hashed_share, open_index, train_view, validation_view
 from dnc_dist.data.readers import Reading, Sample, csv, folder, glyphs
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import shard_of_class, write_shards
-from dnc_dist.errors import InputError
 
 
 def jpeg(value: int, size: tuple[int, int] = (12, 12), mode: str = "RGB", **options: object) -> bytes:

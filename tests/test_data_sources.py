@@ -19,13 +19,13 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from dnc_dist import cli
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import DECODE_ERRORS, decode, normalise
 from dnc_dist.data.index import open_index
 from dnc_dist.data.jpeg import without_metadata
 from dnc_dist.data.readers import Reading, Sample, csv, folder
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
-from dnc_dist.errors import InputError
 from tests.test_data_prepare import OML, jpeg, make_folder, make_table
 
 LAYOUT = {"train/a": 3, "train/b": 2, "test/c": 2}

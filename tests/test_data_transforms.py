@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dnc_dist.base.rng import uniform
 from dnc_dist.data.transforms import AUGMENT_KINDS, CROP_UNIFORMS, Augment, Geometry, evaluation_box, to_tensor
-from dnc_dist.rng import uniform
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:

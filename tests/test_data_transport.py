@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.data import transport
 from dnc_dist.data.batching import epoch_schedule
 from dnc_dist.data.index import open_index
@@ -19,7 +20,6 @@ from dnc_dist.data.readers import Reading, Sample
 from dnc_dist.data.shards import write_shards
 from dnc_dist.data.stream import SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
-from dnc_dist.errors import InputError
 from tests.mounts import in_own_mounts, mount
 from tests.test_data_prepare import jpeg
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from dnc_dist import cli
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.index import open_index
 from dnc_dist.data.readers import vehicleid
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
-from dnc_dist.errors import InputError
 from tests.vehicleid_fixtures import DISJOINT, NESTED, make_vehicleid
 
 

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from dnc_dist import distributed
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
+from dnc_dist.processes import distributed
 from tests.spawn import spawn
 
 # Rows of each rank: uneven, and some have none.

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import dnc_kernels
-from dnc_dist import distributed
+from dnc_dist.base.progress import Progress
 from dnc_dist.config import parse_tree
 from dnc_dist.data.index import open_index
 from dnc_dist.doctor import env, facts, parity, steps
 from dnc_dist.doctor.table import Check, Section, as_json, render
-from dnc_dist.progress import Progress
+from dnc_dist.processes import distributed
 from tests.engine_fixtures import damage, make_dataset
 from tests.run_fixtures import Done, dnc, draw_folder, start, write_config
 from tests.spawn import _free_port, spawn

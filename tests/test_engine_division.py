@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import open_index
@@ -21,8 +20,9 @@ from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective
-from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import TrainState
+from dnc_dist.processes import distributed
+from dnc_dist.processes.signals import StopRequest
 from tests.engine_fixtures import PER_CLASS, config, damage, division_by_hand, make_dataset, silent
 from tests.spawn import spawn
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.utils import parameters_to_vector
 
-from dnc_dist import distributed
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import open_index
 from dnc_dist.doctor.steps import in_double, smooth
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
+from dnc_dist.processes import distributed
 from tests.engine_fixtures import config, damage, division_by_hand, make_dataset, relative_error, shake
 from tests.rounding import EXACT, NEIGHBOUR, TIMES, move_weights
 from tests.spawn import spawn

@@ -21,10 +21,10 @@ from dnc_dist.config import RunConfig, dump_config
 from dnc_dist.doctor.steps import smooth
 from dnc_dist.engine import plan
 from dnc_dist.engine.optimizer import WaitingAdamW
-from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.trainer import Trainer
-from dnc_dist.tracker import METRICS_FILE, read_metrics
+from dnc_dist.processes.signals import StopRequest
+from dnc_dist.rundir.tracker import METRICS_FILE, read_metrics
 from tests.engine_fixtures import config, make_dataset
 from tests.rounding import move_weights, share_of_course
 from tests.spawn import spawn

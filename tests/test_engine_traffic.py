@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 
-from dnc_dist import distributed
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective
+from dnc_dist.processes import distributed
 from tests.engine_fixtures import config, division_by_hand, make_dataset
 from tests.spawn import spawn
 

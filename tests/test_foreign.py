@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import (
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import (
     JSON_OBJECT,
     Array,
     environment_int,

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dnc_dist import cli
+from dnc_dist.base.errors import InputError
 from dnc_dist.clustering.division import Division, whole
-from dnc_dist.errors import InputError
-from dnc_dist.gallery import Gallery, save_gallery
+from dnc_dist.rundir.gallery import Gallery, save_gallery
 
 SECONDS, SLOW_SECONDS = 1.0, 17.0
 """For each kind of file: 8 seconds in all of ``make test``, two minutes in all of ``make test-full``."""

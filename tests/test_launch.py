@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnc_dist.errors import InputError
-from dnc_dist.launch import launch_workers, verdict, workers, workers_here
-from dnc_dist.launch.verdict import Failure, Report
+from dnc_dist.base.errors import InputError
+from dnc_dist.processes.launch import launch_workers, verdict, workers, workers_here
+from dnc_dist.processes.launch.verdict import Failure, Report
 
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
 from dnc_dist.config import ConfigError
-from dnc_dist.errors import InputError, Stopped
-from dnc_dist.worker import run_worker
+from dnc_dist.base.errors import InputError, Stopped
+from dnc_dist.processes.worker import run_worker
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 """
 
@@ -68,7 +68,7 @@ def launcher(folder: Path, body: str, nproc: int = 2) -> Iterator[tuple[subproce
     """A launcher in a process of its own, once all its workers have written their pids."""
     start = """
 import sys
-from dnc_dist.launch import launch_workers
+from dnc_dist.processes.launch import launch_workers
 sys.exit(launch_workers([sys.executable, "-c", sys.argv[1]], int(sys.argv[2])))
 """
     process = subprocess.Popen(
@@ -219,7 +219,9 @@ def work():
     Path(os.environ["HERE"], "done").touch()
 sys.exit(run_worker(work))
 """
-    start = "import sys; from dnc_dist.launch import launch_workers; sys.exit(launch_workers([sys.executable, '-c', sys.argv[1]], 1))"
+    start = (
+        "import sys; from dnc_dist.processes.launch import launch_workers; sys.exit(launch_workers([sys.executable, '-c', sys.argv[1]], 1))"
+    )
     environment = os.environ | {"HERE": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-c", start, PRELUDE + body], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

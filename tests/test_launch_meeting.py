@@ -18,15 +18,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dnc_dist.errors import InputError
-from dnc_dist.launch import channel, host, meeting
-from dnc_dist.launch.channel import Card, Channel, FromHost, FromMachine
-from dnc_dist.launch.meeting import Meeting, MeetingError
-from dnc_dist.launch.network import interface_settings, is_here, parse_endpoint
-from dnc_dist.launch.peers import Alarm
-from dnc_dist.launch.secret import VARIABLE, Secret
-from dnc_dist.launch.verdict import Failure, Report, verdict
-from dnc_dist.rendezvous import listen
+from dnc_dist.base.errors import InputError
+from dnc_dist.processes.launch import channel, host, meeting
+from dnc_dist.processes.launch.channel import Card, Channel, FromHost, FromMachine
+from dnc_dist.processes.launch.meeting import Meeting, MeetingError
+from dnc_dist.processes.launch.network import interface_settings, is_here, parse_endpoint
+from dnc_dist.processes.launch.peers import Alarm
+from dnc_dist.processes.launch.secret import VARIABLE, Secret
+from dnc_dist.processes.launch.verdict import Failure, Report, verdict
+from dnc_dist.processes.rendezvous import listen
 from tests.strangers import connected, disturb
 
 

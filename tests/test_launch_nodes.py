@@ -35,8 +35,8 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.sta
 SCRIPT = """
 import sys
 from pathlib import Path
-from dnc_dist.launch import launch_workers
-from dnc_dist.errors import InputError
+from dnc_dist.processes.launch import launch_workers
+from dnc_dist.base.errors import InputError
 body, rdzv, nproc, nnodes, wait = sys.argv[1:]
 options = {"nnodes": int(nnodes), "rendezvous": rdzv, "wait": float(wait), "secret_file": Path("secret")}
 try:
@@ -48,9 +48,9 @@ WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from dnc_dist import distributed
-from dnc_dist.errors import InputError, Stopped
-from dnc_dist.worker import run_worker
+from dnc_dist.processes import distributed
+from dnc_dist.base.errors import InputError, Stopped
+from dnc_dist.processes.worker import run_worker
 def work():
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -293,7 +293,7 @@ def test_a_machine_that_does_not_come(hosts: Sequence[Host], tmp_path: Path) -> 
 
 # Beside the launch itself: what its machine sends is kept for others to send it again.
 RECORDING = """
-from dnc_dist.launch import channel, meeting
+from dnc_dist.processes.launch import channel, meeting
 answer, seal = channel.answer, channel.Channel.seal
 def keep(part):
     with open("recorded", "ab") as file:

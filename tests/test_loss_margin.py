@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 import dnc_kernels
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 from dnc_dist.loss import MarginLoss, ProxyAnchorLoss, References, build_loss
 
 

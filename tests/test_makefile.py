@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dnc_dist import cli, launch
+from dnc_dist import cli
+from dnc_dist.processes import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKE = shutil.which("make")

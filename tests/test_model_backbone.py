@@ -17,8 +17,8 @@ from typing import Literal
 import pytest
 import torch
 
-from dnc_dist import torchvision_guard
-from dnc_dist.errors import InputError
+from dnc_dist.base import torchvision_guard
+from dnc_dist.base.errors import InputError
 from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d
 from dnc_dist.model.embedding import EmbeddingHead, inference
@@ -176,7 +176,7 @@ import dnc_dist
 assert importlib.util.find_spec("torchvision").origin.endswith("__init__.py")
 assert not {"torch", "torchvision", "numpy"} & set(sys.modules), "import dnc_dist has to stay quick"
 import timm, torchvision
-from dnc_dist import torchvision_guard
+from dnc_dist.base import torchvision_guard
 assert torchvision_guard._guard not in sys.meta_path
 timm.create_model("test_vit", num_classes=0)
 assert importlib.reload(torchvision) is torchvision

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 from dnc_dist.model.masks import SubspaceMasks
 
 GOLDEN = Path(__file__).parent / "golden" / "reference_values.npz"

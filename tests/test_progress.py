@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from dnc_dist.progress import Progress, format_seconds
+from dnc_dist.base.progress import Progress, format_seconds
 
 
 class Terminal(io.StringIO):

@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from dnc_dist import distributed, rendezvous
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import environment_int
-from dnc_dist.launch.peers import Alone
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import environment_int
+from dnc_dist.processes import distributed, rendezvous
+from dnc_dist.processes.launch.peers import Alone
 from tests.run_fixtures import dnc, make_dataset, start, write_config
 from tests.spawn import spawn
 

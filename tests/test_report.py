@@ -14,12 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.cli import run as run_cli
-from dnc_dist.errors import InputError
-from dnc_dist.gallery import Gallery, load_gallery, save_gallery
 from dnc_dist.report import build_report, gallery_image
 from dnc_dist.report.gallery import confident_mistakes
-from dnc_dist.report.record import POINTS, Thinned, read_run
+from dnc_dist.rundir.gallery import Gallery, load_gallery, save_gallery
+from dnc_dist.rundir.record import POINTS, Thinned, read_run
 from tests.spawn import spawn
 
 EPOCHS, STEPS = 10, 20

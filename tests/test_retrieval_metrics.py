@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dnc_dist import distributed
-from dnc_dist.errors import InputError, RunError
+from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval import RetrievalResult, evaluate, nmi, resolve_protocol
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
 from tests.rounding import EPS

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
-from dnc_dist.exact import squared_distance
+from dnc_dist.base.exact import squared_distance
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval import search
 from dnc_dist.retrieval.search import Neighbours, topk, topk_blocks
 from tests.spawn import spawn

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.exact import squared_distance
+from dnc_dist.base.rng import seed_for
 from dnc_dist.commands.evaluate import evaluate as evaluate_command
 from dnc_dist.config import Data, load_config
-from dnc_dist.errors import InputError, RunError
-from dnc_dist.exact import squared_distance
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval import RetrievalResult, evaluate_lists, place_of_match, resolve_protocol, search, topk
 from dnc_dist.retrieval.vehicleid import TRIALS, headline
-from dnc_dist.rng import seed_for
 from tests.run_fixtures import dnc, make_dataset, metrics, without_report, write_config
 from tests.spawn import spawn
 from tests.vehicleid_fixtures import make_vehicleid

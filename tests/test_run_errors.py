@@ -15,7 +15,7 @@ import torch
 
 from dnc_dist import cli
 from dnc_dist.data.index import open_index
-from dnc_dist.launch.verdict import Failure, Report, verdict
+from dnc_dist.processes.launch.verdict import Failure, Report, verdict
 from tests.run_fixtures import Done, dnc, draw_folder, make_dataset, metrics, without_report, write_config
 
 

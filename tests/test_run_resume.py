@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from dnc_dist.engine.checkpoint import Checkpoints
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
+from dnc_dist.rundir.checkpoints import Checkpoints
 from tests.run_fixtures import (
     Running,
     assert_same_run,

@@ -21,14 +21,14 @@ import torch
 import yaml
 
 import dnc_dist
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import read_tensors
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import load_config
-from dnc_dist.engine import rundir
-from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.state import TrainState
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import read_tensors
 from dnc_dist.model.backbone import Conv4
+from dnc_dist.rundir import folder as rundir
+from dnc_dist.rundir.checkpoints import Checkpoints
 from tests.run_fixtures import Done, Running, assert_same_run, dnc, last_step, make_dataset, metrics, start, without_report, write_config
 
 STEPS_PER_EPOCH = 8
@@ -297,8 +297,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over(place: Path) -
 def removed_in_step(what: str, step: int) -> None:
     """For ``before``: rank 0 removes a folder of the run after so many steps."""
     without_report()
-    from dnc_dist import distributed
     from dnc_dist.engine import trainer
+    from dnc_dist.processes import distributed
 
     log = trainer.StepLog.step
 
@@ -322,8 +322,8 @@ def test_a_run_directory_that_is_removed_ends_the_run(what: str, world: int, pla
 def breaking_gradient(step: int, rank: int) -> None:
     """For ``before``: on one rank a gradient of this step (counted from 1) is infinite; its loss is not."""
     without_report()
-    from dnc_dist import distributed
     from dnc_dist.engine import trainer
+    from dnc_dist.processes import distributed
 
     build, steps = trainer.build_engine, []
 

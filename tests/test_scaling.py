@@ -27,11 +27,11 @@ from benchmarks.scaling_model import (
     step,
     step_bytes,
 )
-from dnc_dist import distributed
 from dnc_dist.clustering.divide import divide
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval import evaluate
 from tests.engine_fixtures import config, division_by_hand, make_dataset
 from tests.spawn import spawn

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from dnc_dist import tracker as tracker_module
-from dnc_dist.errors import InputError, RunError
-from dnc_dist.tracker import Tracker, build_tracker, read_metrics
+from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.rundir import tracker as tracker_module
+from dnc_dist.rundir.tracker import Tracker, build_tracker, read_metrics
 from tests.spawn import spawn
 
 
@@ -33,7 +33,9 @@ def _build(run_dir: Path, kind: Any = "jsonl", run_id: str | None = None, resume
 
 
 def _said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "dnc_dist.tracker" and record.levelno >= logging.WARNING]
+    return [
+        record.getMessage() for record in caplog.records if record.name == "dnc_dist.rundir.tracker" and record.levelno >= logging.WARNING
+    ]
 
 
 def _steps(run_dir: Path) -> list[tuple[str, int]]:
@@ -233,7 +235,7 @@ def test_odd_marks_of_wandb_are_named(content: str, tmp_path: Path) -> None:
 
 
 def _log_to_a_full_disk(run_dir: str) -> list[str]:
-    from dnc_dist.engine.runlog import close_log, open_log
+    from dnc_dist.rundir.log import close_log, open_log
 
     with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()) as out:
         open_log(Path(run_dir))

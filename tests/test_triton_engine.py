@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dnc_dist import distributed
 from dnc_dist.doctor import parity
+from dnc_dist.processes import distributed
 from tests.engine_fixtures import config, make_dataset, relative_error
 from tests.rounding import share_of_course
 from tests.run_fixtures import divisions, dnc, metrics, on_a_smooth_network, without_report, write_config

@@ -19,17 +19,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
 from dnc_dist.config import ConfigError, load_config
-from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.finite import _all_finite
-from dnc_dist.errors import InputError
-from dnc_dist.launch.verdict import Failure, verdict
-from dnc_dist.launch.verdict import Report as LaunchReport
-from dnc_dist.traces import place as trace
-from dnc_dist.traces import remember_sources
-from dnc_dist.watchdog import Report, Watchdog, diagnose, read
+from dnc_dist.processes import distributed
+from dnc_dist.processes.launch.verdict import Failure, verdict
+from dnc_dist.processes.launch.verdict import Report as LaunchReport
+from dnc_dist.processes.traces import place as trace
+from dnc_dist.processes.traces import remember_sources
+from dnc_dist.processes.watchdog import Report, Watchdog, diagnose, read
+from dnc_dist.rundir.checkpoints import Checkpoints
 from tests.run_fixtures import Running, assert_same_run, last_step, make_dataset, start, without_report, write_config
 from tests.spawn import spawn
 from tests.watchdog_hooks import diverging_from, sleeping_in_loader, sleeping_often, waiting_alone
@@ -195,7 +195,7 @@ FIT, STEP = ("dnc_dist.engine.trainer", "fit"), ("dnc_dist.engine.objective", "f
         (
             [
                 STEP,
-                ("dnc_dist.distributed", "any_rank"),
+                ("dnc_dist.processes.distributed", "any_rank"),
                 ("torch.distributed.c10d_logger", "wrapper"),
                 ("torch.distributed.distributed_c10d", "all_reduce"),
             ],

@@ -26,7 +26,8 @@ def sleeping_in_loader(step: int, seconds: float) -> None:
 def sleeping_often(step: int, seconds: float, places: tuple[str, ...], long_seconds: float) -> None:
     """For ``before``: as ``sleeping_in_loader``; and long when these places are first reached: "start", "step", "nmi", "save"."""
     sleeping_in_loader(step, seconds)
-    from dnc_dist.engine import checkpoint, evaluate, trainer
+    from dnc_dist.engine import evaluate, trainer
+    from dnc_dist.rundir import checkpoints as checkpoint
 
     functions = {
         "start": (trainer, "build_engine"),
@@ -41,8 +42,8 @@ def sleeping_often(step: int, seconds: float, places: tuple[str, ...], long_seco
 def waiting_alone(step: int) -> None:
     """For ``before``: before a step this rank enters a collective that no other rank enters."""
     without_report()
-    from dnc_dist import distributed
     from dnc_dist.engine import trainer
+    from dnc_dist.processes import distributed
 
     set_rates, calls = trainer.set_learning_rates, []
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist.exact import squared_distance
-from dnc_dist.rng import numpy_generator, seed_for
+from dnc_dist.base.exact import squared_distance
+from dnc_dist.base.rng import numpy_generator, seed_for
 
 SAMPLE_ROWS = 65_536
 SAMPLE_ROWS_PER_CENTROID = 256

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.clustering.centroids import Collective, KMeansResult, first_centroids, split_empty
-from dnc_dist.errors import InputError, RunError
 from dnc_kernels import implementation, implementation_note, lloyd_step
 
 Backend = Literal["auto", "triton", "faiss"]

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist.base.exact import nmi
+from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.device import Backend, choose_backend
 from dnc_dist.clustering.division import MIN_CLASSES, Division, check_num_learners, make_division, match, whole
 from dnc_dist.clustering.kmeans import REPLICATED_ROWS, kmeans
 from dnc_dist.clustering.repair import class_sizes, repair
 from dnc_dist.clustering.rows import Rows, spread_rows
-from dnc_dist.exact import nmi
-from dnc_dist.rng import seed_for
+from dnc_dist.processes import distributed
 
 TRIALS = 30
 

@@ -13,10 +13,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.exact import contingency
+from dnc_dist.base.foreign import Array, check_arrays, read_arrays, shorten
 from dnc_dist.clustering.repair import class_sizes
-from dnc_dist.errors import InputError
-from dnc_dist.exact import contingency
-from dnc_dist.foreign import Array, check_arrays, read_arrays, shorten
 
 _SHAPES = {"learner_of": Array("i", 1), "centroids": Array("f", 2), "sizes": Array("i", 1)}
 _SHAPES |= dict.fromkeys(("num_learners", "epoch", "left_out", "rejoined", "trials"), Array("i", 0))

@@ -16,10 +16,10 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.exact import gram_error, squared_distance
 from dnc_dist.clustering.centroids import WORK_ELEMENTS, Collective, KMeansResult, first_centroids, split_empty
 from dnc_dist.clustering.device import Backend, choose_backend, lloyd_on_device
-from dnc_dist.errors import InputError, RunError
-from dnc_dist.exact import gram_error, squared_distance
 
 REPLICATED_ROWS = 100_000
 """Up to so many rows every rank gathers all of them and runs the same k-means; its result is then equal bit for bit for any W."""

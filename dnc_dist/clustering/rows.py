@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
 from dnc_dist.clustering.centroids import Collective
 from dnc_dist.clustering.kmeans import SUM_BLOCK, sum_by_group
+from dnc_dist.processes import distributed
 
 VOTE_EVERY = 16
 

@@ -52,12 +52,12 @@ def prepare(
     csv        columns path, label, split (an open-metric-learning table as it is)
     vehicleid  the archive's own layout: image/*.jpg and train_test_split/*.txt
     """
+    from dnc_dist.base.errors import InputError
+    from dnc_dist.base.progress import Progress
     from dnc_dist.data.index import open_index
     from dnc_dist.data.readers import csv, folder, glyphs, vehicleid
     from dnc_dist.data.shards import write_shards
     from dnc_dist.data.summary import describe
-    from dnc_dist.errors import InputError
-    from dnc_dist.progress import Progress
 
     progress = Progress(True)
     started = time.monotonic()
@@ -89,10 +89,10 @@ def prepare(
 @click.option("--seed", default=0, show_default=True, help="Which classes and images the contact sheet shows.")
 def inspect(dst: Path, out: Path | None, seed: int) -> None:
     """Print counts of a prepared data set and draw a contact sheet: a class a row, every split."""
+    from dnc_dist.base.errors import InputError
     from dnc_dist.data.index import open_index
     from dnc_dist.data.manifest import CONTACT_SHEET
     from dnc_dist.data.summary import contact_sheet, describe
-    from dnc_dist.errors import InputError
 
     index = open_index(dst)
     click.echo(describe(index))

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
+from dnc_dist.base.errors import RunError
+from dnc_dist.base.foreign import environment_int
 from dnc_dist.commands.train import overrides_option
 from dnc_dist.config import RunConfig, load_config, parse_tree
-from dnc_dist.errors import RunError
-from dnc_dist.foreign import environment_int
-from dnc_dist.worker import run_worker
+from dnc_dist.processes.worker import run_worker
 
 CHECKS = ("env", "data", "network", "parity")
 
@@ -43,7 +43,7 @@ def doctor(words: tuple[str, ...], nproc: int | None, decode: str, as_json: bool
         return run_worker(lambda: _work(names, config, overrides, decode == "all", as_json))
     _load(config, overrides)
 
-    from dnc_dist.launch import launch_workers, workers_here
+    from dnc_dist.processes.launch import launch_workers, workers_here
 
     command = [sys.executable, "-m", "dnc_dist", "doctor", *words, "--decode", decode, *(["--json"] if as_json else [])]
     command += [part for override in overrides for part in ("--set", override)]
@@ -53,8 +53,8 @@ def doctor(words: tuple[str, ...], nproc: int | None, decode: str, as_json: bool
 def _work(names: tuple[str, ...], config: Path | None, overrides: tuple[str, ...], decode_all: bool, as_json: bool) -> None:
     cfg = _load(config, overrides)
 
-    from dnc_dist import distributed
     from dnc_dist.doctor.run import run_checks
+    from dnc_dist.processes import distributed
 
     distributed.init(cfg.engine.timeout)
     failed = run_checks(names, cfg, decode_all=decode_all, json=as_json)

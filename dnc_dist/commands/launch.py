@@ -40,7 +40,7 @@ def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float,
 
     # Before torch is imported: its store warns about every address that no name belongs to.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from dnc_dist.launch import launch_workers, workers_here
+    from dnc_dist.processes.launch import launch_workers, workers_here
 
     command = [sys.executable, "-m", "dnc_dist", "train", str(config), "--resume", resume]
     command += [part for override in overrides for part in ("--set", override)]

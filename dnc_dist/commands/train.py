@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from dnc_dist.errors import RunError, Stopped
-from dnc_dist.worker import end_process, run_worker
+from dnc_dist.base.errors import RunError, Stopped
+from dnc_dist.processes.worker import end_process, run_worker
 
 
 def overrides_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,8 +50,8 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     cfg = load_config(config, overrides)
 
-    from dnc_dist import distributed, watchdog
     from dnc_dist.engine.trainer import train as train_run
+    from dnc_dist.processes import distributed, watchdog
 
     distributed.init(cfg.engine.timeout)
     watchdog.start(cfg.engine.timeout, cfg.engine.stall_timeout, end_process)

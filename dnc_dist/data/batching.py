@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dnc_dist.rng import numpy_generator
+from dnc_dist.base.rng import numpy_generator
 
 EpochLength = Literal["dataset", "over", "under"]
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.jpeg import without_metadata
-from dnc_dist.errors import InputError
 
 JPEG_QUALITY = 95
 # What damaged bytes raise. TypeError, AttributeError and the like are bugs of ours and are never caught, but for Pillow's own in ``_load``.

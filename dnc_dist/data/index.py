@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import Array, printable, read_column, read_json
 from dnc_dist.data.manifest import CLASSES, COLUMNS, COPY_AGAIN, INDEX, MANIFEST, SPLITS, Manifest, read_manifest, shard_problems
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import Array, printable, read_column, read_json
 
 # Kinds of the columns' dtypes; all others are text.
 _KINDS = {"label": "i", "split": "u", "query": "b", "gallery": "b", "shard": "i", "offset": "i", "size": "i"}

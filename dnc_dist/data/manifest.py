@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import parse_json, read_bytes, shorten
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import parse_json, read_bytes, shorten
 
 MANIFEST, CLASSES, DUPLICATES, CONTACT_SHEET, INDEX = "manifest.json", "classes.json", "duplicates.json", "contact_sheet.png", "index"
 STAGING = ".prepare"  # where a data set is collected before it is moved into the folder around

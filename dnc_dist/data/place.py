@@ -16,9 +16,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import shorten
 from dnc_dist.data.manifest import INDEX, MANIFEST, STAGING, read_manifest
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import shorten
 
 _log = logging.getLogger(__name__)
 # Inside the staging folder. The last two say whose files lie in the folder when a writer is killed between its renames.

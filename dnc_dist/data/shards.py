@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.rng import numpy_generator
 from dnc_dist.data.duplicates import find_groups
 from dnc_dist.data.images import DECODE_ERRORS, normalise, why_not
 from dnc_dist.data.index import row_key, save_index
@@ -34,8 +36,6 @@ from dnc_dist.data.manifest import (
 )
 from dnc_dist.data.place import check_free, claimed, commit
 from dnc_dist.data.readers import Reading, Sample, plain
-from dnc_dist.errors import InputError
-from dnc_dist.rng import numpy_generator
 
 SHARD_BYTES = 256 * 2**20
 MIN_SHARDS = 64

@@ -12,6 +12,9 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import shorten
+from dnc_dist.base.rng import uniform
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.index import DatasetIndex, RowView, row_key
 from dnc_dist.data.loading import Batch, Request, assemble, dummy, load_image
@@ -19,9 +22,6 @@ from dnc_dist.data.manifest import COPY_AGAIN
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
 from dnc_dist.data.transport import batches_of, loader
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import shorten
-from dnc_dist.rng import uniform
 
 _log = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dnc_dist.base.foreign import printable
+from dnc_dist.base.rng import numpy_generator
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex, RowView
 from dnc_dist.data.manifest import DUPLICATES, MANIFEST, Duplicates
 from dnc_dist.data.rows import ShardReader
-from dnc_dist.foreign import printable
-from dnc_dist.rng import numpy_generator
 
 _CLASSES, _IMAGES, _CELL, _LABEL = 12, 10, 72, 14
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.loading import Batch
 from dnc_dist.data.workers import worker_context, worker_start
-from dnc_dist.errors import InputError
 
 _log = logging.getLogger(__name__)
 _SHARED_MEMORY = "/dev/shm"

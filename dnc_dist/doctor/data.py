@@ -13,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import printable
+from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import check_num_learners
 from dnc_dist.config import RunConfig
 from dnc_dist.data.images import DECODE_ERRORS, decode, why_not
@@ -24,9 +26,7 @@ from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.summary import told_duplicates
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.engine.dataset import LOCAL_DATA
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import printable
-from dnc_dist.progress import Progress
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval.protocols import resolve_protocol
 
 # Rows of each shard that a sample decodes, its first and its last among them.

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
 from dnc_dist.config import RunConfig
 from dnc_dist.doctor.facts import ABSENT, Facts, clock_offsets, existing_parent, gather_facts
 from dnc_dist.doctor.table import Check, Section
-from dnc_dist.errors import InputError
-from dnc_dist.tracker import wandb_route
+from dnc_dist.processes import distributed
+from dnc_dist.rundir.tracker import wandb_route
 
 _GB = 2**30
 # Below these the hint is given; a training may still work.

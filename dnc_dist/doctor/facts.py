@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import dnc_dist
-from dnc_dist import distributed
+from dnc_dist.processes import distributed
 from dnc_kernels import toolchain
 
 # What is compared between ranks, and the names that its distributions have.

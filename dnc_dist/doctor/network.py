@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from dnc_dist import distributed
+from dnc_dist.base.progress import Progress
 from dnc_dist.doctor.table import Check, Section
-from dnc_dist.progress import Progress
+from dnc_dist.processes import distributed
 
 # Bytes of the whole result, and how often each is measured. gloo, which serves CPUs, stops earlier.
 _SIZES = {1 << 10: 50, 1 << 15: 50, 1 << 20: 20, 1 << 24: 7, 1 << 26: 7}

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
+from dnc_dist.base.progress import Progress
 from dnc_dist.doctor.steps import DEEPSPEED, DEEPSPEED_CASE, DEEPSPEED_STEPS, SETTINGS, Outcome, outcomes
 from dnc_dist.doctor.table import Check, Section
-from dnc_dist.progress import Progress
+from dnc_dist.processes import distributed
 
 TIMES, FLOOR, HIGHEST = 10.0, 32 * torch.finfo(torch.float32).eps, 1e-3
 _MOST_SECONDS = 900.0

@@ -10,9 +10,9 @@ import sys
 
 import torch
 
-from dnc_dist import distributed
+from dnc_dist.base.progress import Progress
 from dnc_dist.doctor.steps import outcomes
-from dnc_dist.progress import Progress
+from dnc_dist.processes import distributed
 
 if __name__ == "__main__":
     distributed.init()

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
 from dnc_dist.config import RunConfig
 from dnc_dist.doctor.table import Check, Section, as_json, failures, render
-from dnc_dist.errors import InputError
+from dnc_dist.processes import distributed
 
 # What compares ranks with each other.
 OF_SEVERAL = ("network", "parity")

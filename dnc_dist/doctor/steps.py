@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.utils import parameters_to_vector
 
-from dnc_dist import distributed
+from dnc_dist.base.progress import Progress
+from dnc_dist.base.rng import generator
 from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.loading import Batch, dummy
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective, quiet_third_parties, set_learning_rates
-from dnc_dist.progress import Progress
-from dnc_dist.rng import generator
+from dnc_dist.processes import distributed
 
 Layout = Literal["even", "uneven", "a rank without rows"]
 BatchNorm = Literal["frozen", "global"]

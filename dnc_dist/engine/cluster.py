@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import Stopped
+from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.divide import divide
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
-from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import TrainState
-from dnc_dist.errors import Stopped
-from dnc_dist.progress import Progress
+from dnc_dist.processes import distributed
+from dnc_dist.processes.signals import StopRequest
 
 
 def cluster(

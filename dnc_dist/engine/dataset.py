@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig
 from dnc_dist.data.batching import EpochSchedule, epoch_schedule
@@ -20,9 +21,8 @@ from dnc_dist.data.manifest import read_manifest
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
-from dnc_dist.errors import InputError
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval.protocols import resolve_protocol
-from dnc_dist.rng import seed_for
 
 # A folder on this machine's own disk with a copy of data.root; not a key, since the run is the same with and without it.
 LOCAL_DATA = "DNC_LOCAL_DATA"

@@ -12,25 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed, watchdog
+from dnc_dist.base.errors import InputError, Stopped
+from dnc_dist.base.exact import nmi
+from dnc_dist.base.progress import Progress
+from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.kmeans import kmeans
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView, text
-from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
-from dnc_dist.engine.restore import load_weights
-from dnc_dist.engine.rundir import load_run_config
 from dnc_dist.engine.setup import build_objective
-from dnc_dist.engine.signals import StopRequest
-from dnc_dist.errors import InputError, Stopped
-from dnc_dist.exact import nmi
-from dnc_dist.gallery import Gallery, save_gallery
-from dnc_dist.progress import Progress
+from dnc_dist.engine.zero import load_weights
+from dnc_dist.processes import distributed, watchdog
+from dnc_dist.processes.signals import StopRequest
 from dnc_dist.retrieval.protocols import RetrievalResult, evaluate, resolve_protocol
 from dnc_dist.retrieval.vehicleid import evaluate_lists, headline
-from dnc_dist.rng import seed_for
+from dnc_dist.rundir.checkpoints import Checkpoints
+from dnc_dist.rundir.folder import load_run_config
+from dnc_dist.rundir.gallery import Gallery, save_gallery
 
 THUMBNAIL_SIDE = 64
 GATHERED_ROWS = 1 << 14

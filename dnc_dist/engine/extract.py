@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed, watchdog
+from dnc_dist.base.errors import Stopped
+from dnc_dist.base.progress import Progress
 from dnc_dist.data.stream import SequentialBatches
 from dnc_dist.engine.objective import DncObjective
-from dnc_dist.engine.signals import StopRequest
-from dnc_dist.errors import Stopped
-from dnc_dist.progress import Progress
+from dnc_dist.processes import distributed, watchdog
+from dnc_dist.processes.signals import StopRequest
 
 VOTE_EVERY_BLOCKS = 8
 

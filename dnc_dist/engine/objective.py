@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 import dnc_kernels
-from dnc_dist import distributed
+from dnc_dist.base.rng import uniform
 from dnc_dist.data.stream import Batch
 from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.plan import Phase
@@ -27,7 +27,7 @@ from dnc_dist.loss import References
 from dnc_dist.model.batch_norm import set_valid_rows
 from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32, inference
 from dnc_dist.model.masks import SubspaceMasks
-from dnc_dist.rng import uniform
+from dnc_dist.processes import distributed
 
 
 class Rows(NamedTuple):

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import dnc_kernels
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.device import Backend, choose_backend
 from dnc_dist.config import Model, RunConfig
 from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
-from dnc_dist.engine.restore import PlainFiles
-from dnc_dist.errors import InputError
+from dnc_dist.engine.zero import PlainFiles
 from dnc_dist.loss import build_loss
 from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.batch_norm import BatchNormKind
 from dnc_dist.model.embedding import EmbeddingHead
 from dnc_dist.model.masks import SubspaceMasks
-from dnc_dist.rng import seed_for
+from dnc_dist.processes import distributed
 
 
 def batch_norm_kind(model: Model) -> BatchNormKind:

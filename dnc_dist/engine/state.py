@@ -9,9 +9,9 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import parse_json
 from dnc_dist.clustering.division import Division
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import parse_json
 
 MOST_STEPS = 10**8 - 1
 """The names of checkpoints have eight digits."""

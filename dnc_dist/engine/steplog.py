@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed, watchdog
 from dnc_dist.data.stream import Batch
 from dnc_dist.engine.finite import FiniteGuard
-from dnc_dist.tracker import Tracker
+from dnc_dist.processes import distributed, watchdog
+from dnc_dist.rundir.tracker import Tracker
 
 _SUMS = {"positive_distance": ("positive_distance_sum", "positive_pairs"), "negative_distance": ("negative_distance_sum", "negative_pairs")}
 """Shown as a quotient of two sums over the logged steps."""

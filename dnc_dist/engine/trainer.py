@@ -10,24 +10,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dnc_dist import distributed, watchdog
+from dnc_dist.base.errors import InputError, Stopped
+from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
 from dnc_dist.engine import plan
-from dnc_dist.engine.checkpoint import Checkpoints
 from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.finite import FiniteGuard
-from dnc_dist.engine.rundir import RunDirectory, write_config
-from dnc_dist.engine.runlog import announce, close_log, open_log
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
-from dnc_dist.engine.signals import StopRequest
 from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
-from dnc_dist.errors import InputError, Stopped
-from dnc_dist.progress import Progress
-from dnc_dist.tracker import build_tracker
+from dnc_dist.processes import distributed, watchdog
+from dnc_dist.processes.signals import StopRequest
+from dnc_dist.rundir.checkpoints import Checkpoints
+from dnc_dist.rundir.folder import RunDirectory, write_config
+from dnc_dist.rundir.log import announce, close_log, open_log
+from dnc_dist.rundir.tracker import build_tracker
 
 _log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 from dnc_dist.loss.margin import MarginLoss
 from dnc_dist.loss.proxy_anchor import ProxyAnchorLoss
 from dnc_dist.loss.references import References

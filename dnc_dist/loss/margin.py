@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dnc_kernels
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 from dnc_dist.loss.references import References
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import read_tensors
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import read_tensors
 from dnc_dist.model.batch_norm import BatchNormKind, replace_batch_norm
 from dnc_dist.model.pretrained import hub_address, load_pretrained
 

@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnc_dist import distributed
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
+from dnc_dist.processes import distributed
 
 BatchNormKind = Literal["frozen", "global"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 
 MaskKind = Literal["learned", "fixed", "sliced"]
 

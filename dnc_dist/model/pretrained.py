@@ -14,8 +14,8 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from dnc_dist import distributed
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
+from dnc_dist.processes import distributed
 
 _REACH_SECONDS = 5.0
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dnc_dist.report.markup import Html
-from dnc_dist.report.record import RunRecord, Series, number
+from dnc_dist.rundir.record import RunRecord, Series, number
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 MOST_DIVISIONS = 200

@@ -8,7 +8,7 @@ from matplotlib.ticker import PercentFormatter
 
 from dnc_dist.report.charts import INK, MOST_DIVISIONS, MUTED, Chart, draw, learner_colour
 from dnc_dist.report.markup import Html, element
-from dnc_dist.report.record import Line, RunRecord, number
+from dnc_dist.rundir.record import Line, RunRecord, number
 
 LEFT_OUT = "#d5dae0"
 _BAR = 0.56

@@ -10,8 +10,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dnc_dist.gallery import Gallery
 from dnc_dist.report.markup import Html, element
+from dnc_dist.rundir.gallery import Gallery
 
 RIGHT, WRONG = "#16a34a", "#dc2626"
 _MOST_NEIGHBOURS = 20

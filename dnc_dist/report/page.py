@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from dnc_dist import __version__
-from dnc_dist.gallery import Gallery
 from dnc_dist.report.charts import Chart, all_curves
 from dnc_dist.report.divisions import division_chart, division_table
 from dnc_dist.report.gallery import confident_mistakes, query_html
 from dnc_dist.report.markup import Html, element, join
-from dnc_dist.report.record import RunRecord, number, read_run
 from dnc_dist.report.style import CSS
+from dnc_dist.rundir.gallery import Gallery
+from dnc_dist.rundir.record import RunRecord, number, read_run
 
 NUM_QUERIES = 12
 # Whatever the page holds, a browser runs and loads nothing.

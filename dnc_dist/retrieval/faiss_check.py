@@ -12,7 +12,7 @@ import sys
 import faiss
 import numpy as np
 
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 
 _ROWS, _DIM, _NEAREST = 256, 32, 8
 _MOST_SECONDS = 120.0

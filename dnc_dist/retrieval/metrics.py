@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dnc_dist.exact import nmi
+from dnc_dist.base.exact import nmi
 
 __all__ = ["average_precision_at_r", "first_match", "nmi", "r_precision"]
 

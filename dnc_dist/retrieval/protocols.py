@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
-from dnc_dist.errors import InputError, RunError
+from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.rng import numpy_generator
+from dnc_dist.processes import distributed
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
 from dnc_dist.retrieval.search import topk_blocks
-from dnc_dist.rng import numpy_generator
 
 SAMPLE_NEIGHBOURS = 10
 CHECKED_ROWS = 1 << 15

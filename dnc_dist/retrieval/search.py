@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist import distributed
-from dnc_dist.exact import gram_error, squared_distance
+from dnc_dist.base.exact import gram_error, squared_distance
+from dnc_dist.processes import distributed
 
 MARGIN = 32
 """More candidates than neighbours asked for, so that few queries have to ask twice."""

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.rng import seed_for
 from dnc_dist.retrieval.protocols import (
     SAMPLE_NEIGHBOURS,
     RetrievalResult,
@@ -26,7 +27,6 @@ from dnc_dist.retrieval.protocols import (
     sample_of,
 )
 from dnc_dist.retrieval.search import place_of_match, topk
-from dnc_dist.rng import seed_for
 
 TRIALS = 10
 RECALL_AT = (1, 5)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dnc_dist.foreign import printable, read_bytes
+from dnc_dist.base.foreign import printable, read_bytes
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _MOST_BYTES = 1 << 30  # of an image file

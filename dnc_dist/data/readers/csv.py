@@ -7,10 +7,10 @@ import io
 import os
 from pathlib import Path
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import read_text, shorten
 from dnc_dist.data.readers import TEST, VALIDATION, Reading, Sample, plain
 from dnc_dist.data.readers.folder import SPLIT_NAMES
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import read_text, shorten
 
 _LABEL = ("label", "class", "class_name")
 _ROLES = {"query": ("is_query", "query"), "gallery": ("is_gallery", "gallery")}

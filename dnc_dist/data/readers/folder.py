@@ -6,10 +6,10 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import hashed_share
 from dnc_dist.data.readers import TEST, TRAIN, VALIDATION, Reading, Sample, plain
-from dnc_dist.errors import InputError
 
 # Folder name (lower case) -> split, asked as a query, searched as gallery.
 SPLIT_NAMES = {

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.rng import numpy_generator
 from dnc_dist.data.images import encode
 from dnc_dist.data.index import hashed_share
 from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample, plain
-from dnc_dist.errors import InputError
-from dnc_dist.rng import numpy_generator
 
 MIN_FACES = 10  # a code point is a candidate if this many typefaces have it
 MIN_DRAWINGS = 5  # and a class if this many of them draw it differently

@@ -8,10 +8,10 @@ import re
 from itertools import combinations
 from pathlib import Path
 
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import read_text, shorten
 from dnc_dist.data.index import LISTS
 from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample, plain
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import read_text, shorten
 
 FILES = {"train": "train_list.txt", "small": "test_list_800.txt", "medium": "test_list_1600.txt", "large": "test_list_2400.txt"}
 # (images, ids). The paper counts otherwise: vehicles with fake plates were found after it, and every list was made anew.

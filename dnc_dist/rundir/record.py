@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dnc_dist.errors import InputError
-from dnc_dist.gallery import Gallery, load_gallery
-from dnc_dist.tracker import METRICS_FILE, metric_lines
-from dnc_dist.yaml_text import read_yaml
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.yaml_text import read_yaml
+from dnc_dist.rundir.gallery import Gallery, load_gallery
+from dnc_dist.rundir.tracker import METRICS_FILE, metric_lines
 
 Line = dict[str, Any]
 POINTS = 2048

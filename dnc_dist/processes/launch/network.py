@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 
 # How to tell each library which interface to use; without, gloo takes the one of the machine's own host name, often the loopback.
 _INTERFACE_VARIABLES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}

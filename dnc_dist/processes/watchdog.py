@@ -20,10 +20,10 @@ from typing import NamedTuple, TypeVar
 
 from torch.distributed import DistError
 
-from dnc_dist import distributed
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import parse_json, shorten
-from dnc_dist.traces import main_thread, remember_sources
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import parse_json, shorten
+from dnc_dist.processes import distributed
+from dnc_dist.processes.traces import main_thread, remember_sources
 
 T = TypeVar("T")
 _VERDICT = "verdict"

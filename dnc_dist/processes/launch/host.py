@@ -19,14 +19,26 @@ from dataclasses import dataclass
 
 from torch.distributed import TCPStore
 
-from dnc_dist.errors import InputError
-from dnc_dist.launch.channel import ANSWER_BYTES, HEADER, MAGIC, Card, Channel, Forged, FromHost, FromMachine, Roster, admit, nonce
-from dnc_dist.launch.console import say
-from dnc_dist.launch.network import plain
-from dnc_dist.launch.peers import Alarm
-from dnc_dist.launch.secret import Secret
-from dnc_dist.launch.verdict import Report
-from dnc_dist.rendezvous import open_store
+from dnc_dist.base.errors import InputError
+from dnc_dist.processes.launch.channel import (
+    ANSWER_BYTES,
+    HEADER,
+    MAGIC,
+    Card,
+    Channel,
+    Forged,
+    FromHost,
+    FromMachine,
+    Roster,
+    admit,
+    nonce,
+)
+from dnc_dist.processes.launch.console import say
+from dnc_dist.processes.launch.network import plain
+from dnc_dist.processes.launch.peers import Alarm
+from dnc_dist.processes.launch.secret import Secret
+from dnc_dist.processes.launch.verdict import Report
+from dnc_dist.processes.rendezvous import open_store
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0

@@ -43,7 +43,7 @@ def place(innermost: FrameType, on_gpu: bool) -> tuple[str, bool]:
     collective = next((frame.f_code.co_name for frame in frames if _module(frame) == "torch.distributed.distributed_c10d"), "")
     if any(_inside(_module(frame), _COLLECTIVES) for frame in frames):
         # Whoever wants a collective calls ``distributed``, so that frame says nothing.
-        caller = next((frame for frame in ours if _module(frame) != "dnc_dist.distributed"), ours[0])
+        caller = next((frame for frame in ours if _module(frame) != "dnc_dist.processes.distributed"), ours[0])
         return f"{_name(caller)} ({collective or 'a collective'})", True
     if on_gpu and _waits_for_device(innermost):
         return f"{_name(ours[0])} (waiting for the GPU)", True

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
-from dnc_dist import rendezvous
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import environment_int
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import environment_int
+from dnc_dist.processes import rendezvous
 
 _local_rank: int | None = None  # once the variable LOCAL_RANK means a device
 

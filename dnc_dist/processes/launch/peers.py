@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from dnc_dist.launch.verdict import Report
-from dnc_dist.rendezvous import LOOPBACK, open_store
+from dnc_dist.processes.launch.verdict import Report
+from dnc_dist.processes.rendezvous import LOOPBACK, open_store
 
 
 @dataclass(frozen=True)

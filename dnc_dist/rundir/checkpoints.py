@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dnc_dist import distributed
-from dnc_dist.engine.restore import Saved, load_optimizer, load_weights, read_model
+from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.foreign import parse_json, read_bytes, read_text, shorten
 from dnc_dist.engine.state import TrainState
-from dnc_dist.errors import InputError, RunError
-from dnc_dist.foreign import parse_json, read_bytes, read_text, shorten
+from dnc_dist.engine.zero import Saved, load_optimizer, load_weights, read_model
+from dnc_dist.processes import distributed
 
 _TAG = re.compile(r"step-\d{8}")
 # What a crash leaves behind of a checkpoint that was being written or replaced.

@@ -8,8 +8,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import read_bytes
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import read_bytes
 
 VARIABLE = "DNC_LAUNCH_SECRET"
 _LEAST_CHARACTERS = 16

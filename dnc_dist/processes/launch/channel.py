@@ -15,9 +15,9 @@ import struct
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from dnc_dist.foreign import parse_json
-from dnc_dist.launch.peers import Alarm
-from dnc_dist.launch.verdict import Report
+from dnc_dist.base.foreign import parse_json
+from dnc_dist.processes.launch.peers import Alarm
+from dnc_dist.processes.launch.verdict import Report
 
 T = TypeVar("T")
 MAGIC = b"dnc-dist launch 2\n"

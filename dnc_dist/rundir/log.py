@@ -7,11 +7,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView
 from dnc_dist.engine.state import TrainState
-from dnc_dist.errors import InputError
+from dnc_dist.processes import distributed
 
 _log = logging.getLogger(__name__)
 _ROOT = logging.getLogger("dnc_dist")

@@ -6,7 +6,7 @@ they who speak; network.py knows addresses and interfaces; verdict.py names the 
 that of torch.
 """
 
-from dnc_dist.launch.verdict import verdict
-from dnc_dist.launch.workers import launch_workers, workers_here
+from dnc_dist.processes.launch.verdict import verdict
+from dnc_dist.processes.launch.workers import launch_workers, workers_here
 
 __all__ = ["launch_workers", "verdict", "workers_here"]

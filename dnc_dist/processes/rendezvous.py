@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from torch.distributed import DistError, Store, TCPStore
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import environment_int, shorten
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import environment_int, shorten
 
 LOOPBACK = "127.0.0.1"
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from dnc_dist.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED
+from dnc_dist.base.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from dnc_dist.errors import EXIT_INPUT, InputError
-from dnc_dist.launch.channel import (
+from dnc_dist.base.errors import EXIT_INPUT, InputError
+from dnc_dist.processes.launch.channel import (
     CODE_BYTES,
     HEADER,
     MAGIC,
@@ -28,13 +28,13 @@ from dnc_dist.launch.channel import (
     nonce,
     trust,
 )
-from dnc_dist.launch.console import say
-from dnc_dist.launch.host import ORPHAN_SECONDS, SILENCE_SECONDS, Host, why_lost
-from dnc_dist.launch.network import is_here, parse_endpoint, plain
-from dnc_dist.launch.peers import Alarm
-from dnc_dist.launch.secret import NoSecretError, Secret
-from dnc_dist.launch.verdict import Report
-from dnc_dist.rendezvous import listen
+from dnc_dist.processes.launch.console import say
+from dnc_dist.processes.launch.host import ORPHAN_SECONDS, SILENCE_SECONDS, Host, why_lost
+from dnc_dist.processes.launch.network import is_here, parse_endpoint, plain
+from dnc_dist.processes.launch.peers import Alarm
+from dnc_dist.processes.launch.secret import NoSecretError, Secret
+from dnc_dist.processes.launch.verdict import Report
+from dnc_dist.processes.rendezvous import listen
 
 _HELLO_SECONDS = 10.0
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
+from dnc_dist.base.foreign import environment_int
+from dnc_dist.base.output import end_quietly, unheard
 from dnc_dist.config import ConfigError
-from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
-from dnc_dist.foreign import environment_int
-from dnc_dist.output import end_quietly, unheard
 
 # Set by the launcher for each worker: where its error goes, and whom to follow.
 ERROR_FILE = "DNC_ERROR_FILE"

@@ -20,9 +20,9 @@ from urllib.parse import urlparse
 import numpy as np
 from torch import Tensor
 
-from dnc_dist import distributed
-from dnc_dist.errors import InputError, RunError
-from dnc_dist.foreign import JSON_OBJECT, parse_json, read_json, read_lines
+from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.foreign import JSON_OBJECT, parse_json, read_json, read_lines
+from dnc_dist.processes import distributed
 
 Kind = Literal["train", "division", "evaluation", "epoch"]
 

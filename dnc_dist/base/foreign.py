@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from dnc_dist.errors import InputError
+from dnc_dist.base.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np

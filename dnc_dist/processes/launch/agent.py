@@ -18,10 +18,10 @@ from torch.distributed.elastic.multiprocessing import LogsSpecs
 from torch.distributed.elastic.multiprocessing.api import LogsDest
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from dnc_dist.errors import EXIT_STOPPED
-from dnc_dist.launch.console import say
-from dnc_dist.launch.peers import Alarm, Peers
-from dnc_dist.worker import ERROR_FILE
+from dnc_dist.base.errors import EXIT_STOPPED
+from dnc_dist.processes.launch.console import say
+from dnc_dist.processes.launch.peers import Alarm, Peers
+from dnc_dist.processes.worker import ERROR_FILE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 

@@ -20,16 +20,16 @@ from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
 
 from dnc_dist import __version__
-from dnc_dist.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
-from dnc_dist.foreign import read_json
-from dnc_dist.launch.agent import STOP_SIGNALS, Agent, Known, WorkerOutput
-from dnc_dist.launch.console import say
-from dnc_dist.launch.meeting import MeetingError, meet
-from dnc_dist.launch.network import interface_settings
-from dnc_dist.launch.peers import Alone, Peers
-from dnc_dist.launch.secret import Secret
-from dnc_dist.launch.verdict import Failure, Report, verdict
-from dnc_dist.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
+from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
+from dnc_dist.base.foreign import read_json
+from dnc_dist.processes.launch.agent import STOP_SIGNALS, Agent, Known, WorkerOutput
+from dnc_dist.processes.launch.console import say
+from dnc_dist.processes.launch.meeting import MeetingError, meet
+from dnc_dist.processes.launch.network import interface_settings
+from dnc_dist.processes.launch.peers import Alone, Peers
+from dnc_dist.processes.launch.secret import Secret
+from dnc_dist.processes.launch.verdict import Failure, Report, verdict
+from dnc_dist.processes.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
 
 WORKERS_WITHOUT_GPU = 2
 # What a machine may take to report, once its workers should have ended.

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import Array, read_arrays
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import Array, read_arrays
 
 GALLERY_FILE = "gallery.npz"
 _MOST_BYTES = 1 << 28

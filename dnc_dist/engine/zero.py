@@ -21,10 +21,10 @@ from deepspeed.checkpoint import BASE_OPTIMIZER_STATE, OPTIMIZER_STATE_DICT, SIN
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from torch import Tensor, nn
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import read_tensors, shorten
 from dnc_dist.engine.state import TrainState
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import read_tensors, shorten
+from dnc_dist.processes import distributed
 
 _MODEL = "mp_rank_00_model_states.pt"
 _CURE = "choose another checkpoint, or train the run again with this version"

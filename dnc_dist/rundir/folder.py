@@ -9,11 +9,11 @@ import os
 from pathlib import Path
 from typing import TextIO
 
-from dnc_dist import distributed
+from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.config import RunConfig, dump_config, load_config
-from dnc_dist.engine.checkpoint import CHECKPOINTS, Checkpoints, write_atomically
-from dnc_dist.errors import InputError, RunError
-from dnc_dist.tracker import METRICS_FILE, read_metrics
+from dnc_dist.processes import distributed
+from dnc_dist.rundir.checkpoints import CHECKPOINTS, Checkpoints, write_atomically
+from dnc_dist.rundir.tracker import METRICS_FILE, read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""

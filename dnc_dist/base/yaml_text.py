@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from dnc_dist.errors import InputError
-from dnc_dist.foreign import read_text, shorten
+from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import read_text, shorten
 
 MOST_BYTES = 1 << 18
 """A configuration is a few thousand bytes."""
