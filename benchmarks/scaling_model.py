@@ -1,6 +1,6 @@
 """Seconds and bytes of a step, a division and an evaluation on W GPUs: arithmetic alone, from measured times and a stated network.
 
-Bytes are those that one rank receives, as `dnc_dist.processes.distributed.traffic` counts them (tests compare the two); gradients and optimizer
+Bytes are those that one rank receives, as `distributed.traffic` counts them (tests compare the two); gradients and optimizer
 follow what DeepSpeed's ZeRO stages send. Times of collectives are a model: latency plus bytes over bandwidth.
 """
 

@@ -123,6 +123,8 @@ def _main(arguments: list[str], folder: str, out: str, err: str, environment: di
         os.close(target)
     # The server's own were opened before; the console of a user is line-buffered or better.
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    # Not that of the tests, which somebody may have started under `nohup`.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if before is not None:
         before()
     from dnc_dist.cli import main
@@ -183,14 +185,14 @@ def killed_when_writing(name: str, tag: str) -> None:
     """For ``before``: the process group is killed just before the pointer or list of files of this name is written for a checkpoint."""
     from dnc_dist.rundir import checkpoints as checkpoint
 
-    write = checkpoint.write_atomically
+    write = checkpoint.write_text
 
     def writing(path: Path, text: str) -> None:
         if path.name == name and tag in f"{path.parent.name} {text}":
             os.killpg(0, signal.SIGKILL)
         write(path, text)
 
-    checkpoint.write_atomically = writing
+    checkpoint.write_text = writing
 
 
 def with_small_files(limit: int) -> None:

@@ -26,8 +26,9 @@ from dnc_dist.base.foreign import read_tensors
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import load_config
 from dnc_dist.engine.state import TrainState
+from dnc_dist.engine.zero import read_model
 from dnc_dist.model.backbone import Conv4
-from dnc_dist.rundir import folder as rundir
+from dnc_dist.rundir import folder as run_folder
 from dnc_dist.rundir.checkpoints import Checkpoints
 from tests.run_fixtures import Done, Running, assert_same_run, dnc, last_step, make_dataset, metrics, start, without_report, write_config
 
@@ -160,7 +161,7 @@ def test_tensors_that_are_not_what_they_should_be(place: Path, tmp_path: Path) -
         shutil.copytree(whole, folder, dirs_exist_ok=True)
         torch.save(content | changes, folder / MODEL)
         with pytest.raises(InputError, match=message) as caught:
-            Checkpoints(tmp_path, 1).read("step-00000016")
+            read_model(tmp_path / "checkpoints" / "step-00000016")
         assert MODEL in str(caught.value)
     (tmp_path / "zeros").write_bytes(bytes(100))
     with pytest.raises(InputError, match="zeros holds something else than tensors"):
@@ -264,14 +265,14 @@ def test_a_full_disk_at_the_start_does_not_take_the_name(place: Path, monkeypatc
     cfg = load_config(place / "run.yaml", ["run.name=unlucky", f"run.dir={place / 'runs'}", f"data.root={place / 'data'}"])
 
     def full(path: Path, text: str) -> None:
-        path.with_name(f".{path.name}.tmp").touch()
+        path.with_name(f".{path.name}.0123456789abcdef.part").touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(rundir, "write_atomically", full)
+        patch.setattr(run_folder, "write_text", full)
         with pytest.raises(InputError, match="cannot be written"):
-            rundir.RunDirectory(cfg.run.path).prepare(cfg, "auto")
-    assert rundir.RunDirectory(cfg.run.path).prepare(cfg, "auto") == "" and (cfg.run.path / "config.yaml").is_file()
+            run_folder.RunDirectory(cfg.run.path).prepare(cfg, "auto")
+    assert run_folder.RunDirectory(cfg.run.path).prepare(cfg, "auto") == "" and (cfg.run.path / "config.yaml").is_file()
 
 
 def test_a_run_without_its_checkpoints_is_not_overwritten(place: Path) -> None:

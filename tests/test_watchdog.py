@@ -23,13 +23,13 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.config import ConfigError, load_config
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.finite import _all_finite
+from dnc_dist.engine.zero import read_model
 from dnc_dist.processes import distributed
 from dnc_dist.processes.launch.verdict import Failure, verdict
 from dnc_dist.processes.launch.verdict import Report as LaunchReport
 from dnc_dist.processes.traces import place as trace
 from dnc_dist.processes.traces import remember_sources
 from dnc_dist.processes.watchdog import Report, Watchdog, diagnose, read
-from dnc_dist.rundir.checkpoints import Checkpoints
 from tests.run_fixtures import Running, assert_same_run, last_step, make_dataset, start, without_report, write_config
 from tests.spawn import spawn
 from tests.watchdog_hooks import diverging_from, sleeping_in_loader, sleeping_often, waiting_alone
@@ -321,7 +321,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(workers: int, place: Path) -
     ), said
 
     data = RunData(load_config(place / "run.yaml", [f"data.root={place / 'data'}", *changes]))
-    weights, state, *_ = Checkpoints(run, 2).read((run / "checkpoints" / "latest").read_text())
+    weights, state, *_ = read_model(run / "checkpoints" / (run / "checkpoints" / "latest").read_text())
     assert state.step == 4 and all(bool(value.isfinite().all()) for value in weights.values())
     schedule = data.schedule(state.division, 0, conquer=False)
     for rank in range(2):

@@ -97,6 +97,6 @@ def explain(error: Exception) -> Exception:
 
 def _place(error: Exception) -> str:
     """Where in our own code an error came up, so that a bug that looks like the machine's fault can be found."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).is_relative_to(package)]
     return f"{Path(ours[-1].filename).relative_to(package.parent)}, line {ours[-1].lineno}" if ours else "outside of dnc_dist"

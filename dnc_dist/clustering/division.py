@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.exact import contingency
+from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import Array, check_arrays, read_arrays, shorten
 from dnc_dist.clustering.repair import class_sizes
 
@@ -81,12 +81,8 @@ class Division:
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file that is either complete or not there."""
-        part = Path(f"{path}.part")
-        with part.open("wb") as file:
+        with replacing(Path(path)) as file:
             np.savez(file, **dataclasses.asdict(self))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Division:

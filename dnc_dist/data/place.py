@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.files import sync
 from dnc_dist.base.foreign import shorten
 from dnc_dist.data.manifest import INDEX, MANIFEST, STAGING, read_manifest
 
@@ -82,7 +83,7 @@ def commit(out: Path, replace: bool) -> None:
     staging = out / STAGING
     names = sorted(_files(staging) - {_LOCK, MANIFEST})
     for name in (*names, MANIFEST):
-        _sync(staging / name)
+        sync(staging / name)
     # Only now: what takes long is done, and from here on nothing is awaited.
     check_free(out, replace)
     os.rename(staging / MANIFEST, staging / _COMMITTED)
@@ -95,7 +96,7 @@ def commit(out: Path, replace: bool) -> None:
             raise InputError(f"{out / name} came into being meanwhile; move it away and prepare again")
         os.rename(staging / name, out / name)
     os.rename(staging / _COMMITTED, out / MANIFEST)
-    _sync(out)
+    sync(out)
 
 
 def _lock(out: Path) -> int:
@@ -168,12 +169,3 @@ def _remove_folder(folder: Path) -> None:
         # The next writer's lock may come in between.
         if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
             raise
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

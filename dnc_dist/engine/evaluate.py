@@ -23,7 +23,7 @@ from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.setup import build_objective
-from dnc_dist.engine.zero import load_weights
+from dnc_dist.engine.zero import load_weights, read_model
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.retrieval.protocols import RetrievalResult, evaluate, resolve_protocol
@@ -192,7 +192,7 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
     if data.test is None:
         raise InputError(f"data.root={cfg.data.root} has no test split to evaluate on")
     objective = build_objective(cfg, data.train.num_classes, initial_weights=False)
-    saved = checkpoints.read(tag)
+    saved = read_model(checkpoints.folder / tag)
     load_weights(objective, saved.weights, checkpoints.folder / tag)
     with_nmi = cfg.evaluation.nmi != "never"
     evaluation = evaluate_view(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
 from dnc_dist.engine import plan
+from dnc_dist.engine.announce import announce, result
 from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
@@ -22,11 +24,12 @@ from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
 from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
+from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import RunDirectory, write_config
-from dnc_dist.rundir.log import announce, close_log, open_log
+from dnc_dist.rundir.log import close_log, open_log
 from dnc_dist.rundir.tracker import build_tracker
 
 _log = logging.getLogger(__name__)
@@ -115,7 +118,7 @@ class Trainer:
             self.state.finish_epoch()
             self.save(best=self._is_best())
         watchdog.stop()
-        return self.result()
+        return result(self.cfg, self.state, self.selected_on)
 
     def divide(self) -> None:
         """Collective. A new division of the training set, from features of all its rows; saved in the run directory."""
@@ -222,20 +225,7 @@ class Trainer:
         """
         self.run_dir.check()
         watchdog.phase(f"epoch {self.state.epoch}, checkpoint of step {self.state.step}")
-        return self.checkpoints.save(self.engine, self.state, best=best)
-
-    def result(self) -> dict[str, Any]:
-        """The values of the RESULT line: of the selected epoch, or of the last one."""
-        state = self.state
-        chosen = state.best or Best(epoch=state.epoch, samples_seen=state.samples_seen, metrics=state.metrics)
-        metrics = {name: chosen["metrics"].get(name) for name in ("recall@1", "map@r", "nmi", "protocol")}
-        # Only some protocols have these.
-        metrics |= {name: chosen["metrics"][name] for name in ("list", "map", "recall@1_std", "map_std") if name in chosen["metrics"]}
-        values = {"run": str(self.cfg.run.path), "epoch": chosen["epoch"], "samples_seen": chosen["samples_seen"], **metrics}
-        values["selected_on"] = self.selected_on
-        if state.baseline:
-            values["untrained_recall@1"] = state.baseline.get("recall@1")
-        return values
+        return self.checkpoints.save(self.state.step, partial(write_checkpoint, self.engine, self.state), best=best)
 
     def close(self) -> None:
         """Stop workers and tracker."""
@@ -274,7 +264,8 @@ class Trainer:
         tag, messages = found
         for message in messages:
             _log.info(message)
-        saved = self.checkpoints.read(tag)
+        folder = self.checkpoints.folder / tag
+        saved = read_model(folder)
         state = saved.state
         # Before the weights: other data may have another number of classes, and so other shapes.
         if state.data_hash != fresh.data_hash:
@@ -284,8 +275,8 @@ class Trainer:
             )
         division, learners = state.division, self.cfg.division.num_learners
         if division is not None and (len(division.learner_of) != len(self.data.train) or division.num_learners > learners):
-            raise InputError(f"{self.checkpoints.folder / tag} holds a division of another training set; choose another checkpoint")
-        self.checkpoints.load(self.engine, tag, saved)
+            raise InputError(f"{folder} holds a division of another training set; choose another checkpoint")
+        load_checkpoint(self.engine, folder, saved)
         return state
 
     def _report_failed(self) -> int:

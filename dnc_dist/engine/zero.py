@@ -12,6 +12,7 @@ running statistics and writes files for every parameter first.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
 
 _MODEL = "mp_rank_00_model_states.pt"
+_log = logging.getLogger(__name__)
 _CURE = "choose another checkpoint, or train the run again with this version"
 
 
@@ -51,6 +53,25 @@ class Saved(NamedTuple):
     state: TrainState
     world_size: int
     optimizer: dict[int, dict[str, Tensor]]
+
+
+def write_checkpoint(engine: Any, state: TrainState, folder: Path, tag: str) -> None:
+    """Collective. Write the files of a checkpoint of the engine and the train state into ``folder / tag``."""
+    client_state = {"train_state": state.state_dict(), "world_size": distributed.world_size()}
+    engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+
+
+def load_checkpoint(engine: Any, folder: Path, saved: Saved) -> None:
+    """Collective. Restore parameters and optimizer of the engine, whatever number of processes wrote them.
+
+    Raises:
+        InputError: the files hold something else than this engine's state.
+    """
+    world = distributed.world_size()
+    if saved.world_size != world:
+        _log.info(f"checkpoint {folder} was written by {saved.world_size} process(es) and goes on with {world}")
+    load_weights(engine.module, saved.weights, folder)
+    load_optimizer(engine, folder, saved)
 
 
 def read_model(folder: Path) -> Saved:

@@ -12,9 +12,11 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
+from dnc_dist.base.files import write_text
 from dnc_dist.base.foreign import environment_int
 from dnc_dist.base.output import end_quietly, unheard
 from dnc_dist.config import ConfigError
@@ -104,10 +106,7 @@ def _recorded(error: Exception, code: int, rank: int | None = None) -> bool:
         "traceback": "" if isinstance(error, RunError) else traceback.format_exc(),
     }
     try:
-        # By rename, so that the launcher never reads half a file.
-        with open(f"{path}.part", "w", encoding="utf-8", errors="replace") as file:
-            json.dump(record, file, ensure_ascii=False)
-        os.replace(f"{path}.part", path)
+        write_text(Path(path), json.dumps(record, ensure_ascii=False))
     except OSError:
         return False
     return True

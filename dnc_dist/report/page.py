@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dnc_dist import __version__
+from dnc_dist.base.files import write_text
 from dnc_dist.report.charts import Chart, all_curves
 from dnc_dist.report.divisions import division_chart, division_table
 from dnc_dist.report.gallery import confident_mistakes, query_html
@@ -187,12 +187,5 @@ def build_report(run_dir: Path) -> Path:
     parts = [part(run) for part in (_header, _curves, _divisions, _gallery, _config, _footer)]
     page = element("html", head, element("body", element("main", *parts)), lang="en")
     path = run.path / "report.html"
-    # A name that nobody else has: a link to another file, planted in a folder from elsewhere, or of a second report at the same time.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with part.open("x", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"<!doctype html>{page}\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_text(path, f"<!doctype html>{page}\n")
     return path

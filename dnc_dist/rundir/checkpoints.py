@@ -1,25 +1,23 @@
 """The checkpoints of a run: written whole or not at all, verified before they are read, pruned.
 
-DeepSpeed writes into a temporary tag; when every rank is done, rank 0 lists the files with sizes and checksums, forces them to
-disk, renames the tag and moves the pointer ``latest`` by rename. A crash at any moment leaves the previous checkpoint untouched.
+All ranks write into a temporary folder; what its files hold is the engine's matter. When every rank is done, rank 0 lists the files
+with sizes and checksums, forces them to disk, renames the folder and moves the pointer ``latest`` by rename. A crash at any moment
+leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import re
 import shutil
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.files import sync, write_text
 from dnc_dist.base.foreign import parse_json, read_bytes, read_text, shorten
-from dnc_dist.engine.state import TrainState
-from dnc_dist.engine.zero import Saved, load_optimizer, load_weights, read_model
 from dnc_dist.processes import distributed
 
 _TAG = re.compile(r"step-\d{8}")
@@ -28,15 +26,6 @@ _UNFINISHED = re.compile(r"\.(step-\d{8})\.(tmp|old)")
 CHECKPOINTS = "checkpoints"
 _MANIFEST = "files.json"
 _BLOCK = 1 << 20
-_log = logging.getLogger(__name__)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _crc32(path: Path) -> int:
@@ -48,37 +37,32 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file: readers see the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    temporary.rename(path)
-    _fsync(path.parent)
-
-
 class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.folder, self.keep = run_dir / CHECKPOINTS, keep
 
-    def save(self, engine: Any, state: TrainState, *, best: bool = False) -> Path:
-        """Collective. Write a checkpoint of the engine and the state, move ``latest`` (and ``best``) to it, prune others.
+    def save(self, step: int, write: Callable[[Path, str], None], *, best: bool = False) -> Path:
+        """Collective. Write a checkpoint, move ``latest`` (and ``best``) to it, prune others.
+
+        Args:
+            step: optimizer updates done, which name it.
+            write: collective; writes the files into the folder of this name below that one.
+            best: whether it is the best so far.
 
         The newest ``keep`` up to this one stay, and the best. What is newer than this one was abandoned by a resume before it.
 
         Raises:
             RunError: it cannot be written; the checkpoints before it are untouched.
         """
-        tag, temporary = f"step-{state.step:08d}", f".step-{state.step:08d}.tmp"
+        tag, temporary = f"step-{step:08d}", f".step-{step:08d}.tmp"
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / temporary, ignore_errors=True)
         distributed.barrier()
-        client_state = {"train_state": state.state_dict(), "world_size": distributed.world_size()}
         try:
-            engine.save_checkpoint(str(self.folder), tag=temporary, client_state=client_state, save_latest=False)
+            write(self.folder, temporary)
         except (OSError, RuntimeError) as error:
             # On a full disk torch's writer only speaks of positions; other RuntimeErrors come from lost peers.
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
@@ -103,11 +87,11 @@ class Checkpoints:
         folder = self.folder / temporary
         files = sorted(folder.iterdir())
         for file in files:
-            _fsync(file)
+            sync(file)
         # Checksums of several files at a time; they release the interpreter's lock.
         with ThreadPoolExecutor() as pool:
             entries = {file.name: [file.stat().st_size, checksum] for file, checksum in zip(files, pool.map(_crc32, files), strict=True)}
-        write_atomically(folder / _MANIFEST, json.dumps(entries, indent=1))
+        write_text(folder / _MANIFEST, json.dumps(entries, indent=1))
         final = self.folder / tag
         if final.exists():
             # The same step again, for example stopped right after a save: only the train state can have moved on.
@@ -118,10 +102,10 @@ class Checkpoints:
             shutil.rmtree(replaced)
         else:
             folder.rename(final)
-        _fsync(self.folder)
-        write_atomically(self.folder / "latest", tag)
+        sync(self.folder)
+        write_text(self.folder / "latest", tag)
         if best:
-            write_atomically(self.folder / "best", tag)
+            write_text(self.folder / "best", tag)
         if (self._pointer("best") or "") > tag:
             (self.folder / "best").unlink()
         past = [old for old in self.tags() if old <= tag]
@@ -209,26 +193,6 @@ class Checkpoints:
         """Whether there is no checkpoint, not even one that ``clean_up`` puts back."""
         names = [path.name for path in self._entries()]
         return not any(_TAG.fullmatch(name) or ((left := _UNFINISHED.fullmatch(name)) and left[2] == "old") for name in names)
-
-    def read(self, tag: str) -> Saved:
-        """The weights and the train state of a checkpoint; needs no engine.
-
-        Raises:
-            InputError: the file holds something else.
-        """
-        return read_model(self.folder / tag)
-
-    def load(self, engine: Any, tag: str, saved: Saved) -> None:
-        """Collective. Restore parameters and optimizer of the engine, whatever number of processes wrote them.
-
-        Raises:
-            InputError: the files hold something else than this engine's state.
-        """
-        folder, world = self.folder / tag, distributed.world_size()
-        if saved.world_size != world:
-            _log.info(f"checkpoint {folder} was written by {saved.world_size} process(es) and goes on with {world}")
-        load_weights(engine.module, saved.weights, folder)
-        load_optimizer(engine, folder, saved)
 
     def has_best(self) -> bool:
         """Whether a checkpoint was marked as the best."""

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TextIO
 
 from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.files import is_part_of, write_text
 from dnc_dist.config import RunConfig, dump_config, load_config
 from dnc_dist.processes import distributed
-from dnc_dist.rundir.checkpoints import CHECKPOINTS, Checkpoints, write_atomically
+from dnc_dist.rundir.checkpoints import CHECKPOINTS, Checkpoints
 from dnc_dist.rundir.tracker import METRICS_FILE, read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
 FREE_KEYS = {("data", "root"), ("data", "workers")}
+CONFIG_FILE = "config.yaml"
 _LOCK = ".lock"
-# What a start leaves that ends before config.yaml is written, on a full disk, say.
-_LEFT = {_LOCK, ".config.yaml.tmp"}
 _log = logging.getLogger(__name__)
 
 
@@ -69,9 +69,9 @@ class RunDirectory:
         return not same or not (self.path / CHECKPOINTS).is_dir()
 
     def _prepare(self, cfg: RunConfig, resume: str) -> str:
-        config = self.path / "config.yaml"
+        config = self.path / CONFIG_FILE
         checkpoints = Checkpoints(self.path, cfg.checkpoint.keep)
-        if not config.exists() and self.path.exists() and any(entry.name not in _LEFT for entry in self.path.iterdir()):
+        if not config.exists() and self.path.exists() and any(not _left_by_a_start(entry) for entry in self.path.iterdir()):
             raise InputError(
                 f"{self.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
             )
@@ -116,6 +116,11 @@ class RunDirectory:
         self._lock = file
 
 
+def _left_by_a_start(entry: Path) -> bool:
+    """Whether a start leaves this that ends before ``config.yaml`` is written, as on a full disk."""
+    return entry.name == _LOCK or is_part_of(entry, CONFIG_FILE)
+
+
 def _last_epoch(metrics: Path) -> int:
     """The last epoch with a training line; -1 without any."""
     if not metrics.exists():
@@ -127,7 +132,7 @@ def write_config(cfg: RunConfig) -> None:
     """Write ``config.yaml`` into the run directory; its folders are absolute, so that the run can be read from anywhere."""
     run = cfg.run.model_copy(update={"dir": cfg.run.dir.absolute()})
     data = cfg.data.model_copy(update={"root": cfg.data.root.absolute()})
-    write_atomically(cfg.run.path / "config.yaml", dump_config(cfg.model_copy(update={"run": run, "data": data})))
+    write_text(cfg.run.path / CONFIG_FILE, dump_config(cfg.model_copy(update={"run": run, "data": data})))
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
@@ -136,7 +141,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
     Raises:
         InputError: this is no run directory, or its ``config.yaml`` was damaged.
     """
-    path = run_dir / "config.yaml"
+    path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{run_dir} is no run directory: it has no config.yaml; give the folder that `dnc-dist launch` printed")
     return load_config(path)

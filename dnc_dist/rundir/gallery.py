@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import Array, read_arrays
 
 GALLERY_FILE = "gallery.npz"
@@ -53,17 +53,13 @@ class Gallery:
 def save_gallery(run_dir: Path, gallery: Gallery) -> Path:
     """Write ``gallery.npz`` into a run directory: either the whole file is there or the one before."""
     path = run_dir / GALLERY_FILE
-    part = path.with_name(path.name + ".part")
     labels = np.union1d(gallery.query_labels, gallery.neighbour_labels)
     labels = labels[labels >= 0]  # of a hundred thousand classes only those that are shown
-    with part.open("wb") as file:
+    with replacing(path) as file:
         arrays: dict[str, Any] = {name: getattr(gallery, name) for name in _ARRAYS}
         np.savez_compressed(
             file, **arrays, name_labels=labels, names=np.array([gallery.name(int(label)) for label in labels], dtype=np.str_)
         )
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
     return path
 
 

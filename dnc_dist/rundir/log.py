@@ -8,12 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.config import RunConfig
-from dnc_dist.data.index import RowView
-from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
 
-_log = logging.getLogger(__name__)
 _ROOT = logging.getLogger("dnc_dist")
 _DEAF = logging.CRITICAL + 1
 
@@ -68,21 +64,3 @@ def close_log() -> None:
         _ROOT.removeHandler(handler)
         handler.close()
     _ROOT.propagate = True
-
-
-def announce(cfg: RunConfig, view: RowView, state: TrainState, kernels: str, libraries: str | None) -> None:
-    """Say what a run begins with."""
-    per_class = cfg.schedule.samples_per_class
-    negatives = cfg.schedule.batch_size // cfg.division.learners_per_step - per_class
-    _log.info(
-        f"{cfg.run.path}: {len(view)} training images of {view.num_classes} classes, {distributed.world_size()} process(es), "
-        f"ZeRO {cfg.engine.zero}"
-    )
-    _log.info(
-        f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class, so {negatives} of other classes for "
-        f"every anchor; {cfg.loss.name} loss, {kernels}"
-    )
-    if libraries:
-        _log.info(libraries)
-    if state.step:
-        _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")

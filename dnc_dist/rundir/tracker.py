@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.files import replacing, write_text
 from dnc_dist.base.foreign import JSON_OBJECT, parse_json, read_json, read_lines
 from dnc_dist.processes import distributed
 
@@ -69,15 +70,6 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     return (line for _, line in metric_lines(path) if line is not None)
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 class Tracker:
     """What rank 0 logs to, and (this class itself) what every other rank logs to: nothing."""
 
@@ -121,16 +113,12 @@ class JsonlTracker(Tracker):
 def _cut(path: Path, step: int) -> set[tuple[str, int]]:
     """Take the lines after a step from ``metrics.jsonl``; kind and step of those that stand right at it."""
     at_step = set()
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with replacing(path) as file:
         for text, line in metric_lines(path) if path.exists() else ():
             if line is not None and line["step"] <= step:
                 file.write(text)
                 if line["step"] == step:
                     at_step.add((line["kind"], step))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
     return at_step
 
 
@@ -183,7 +171,7 @@ class WandbTracker(Tracker):
             if (run_dir / METRICS_FILE).exists():
                 for line in read_metrics(run_dir / METRICS_FILE):
                     self._marks[line["kind"]] = max(line["step"], self._marks.get(line["kind"], -1))
-            _write_atomically(marks_path, json.dumps(self._marks) + "\n")
+            write_text(marks_path, json.dumps(self._marks) + "\n")
         elif marks_path.exists():
             marks_path.unlink()
         super().__init__(run_id)
