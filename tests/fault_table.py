@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 import torch
 
+from dnc_dist.rundir.tracker import INIT_SECONDS
 from tests.run_fixtures import Done, make_dataset, metrics, timeless, wait_until, write_config
 
 STEP = 23
@@ -143,27 +144,32 @@ class Trial:
 
 
 class Fault(NamedTuple):
-    """A way to break a run: ``inject`` leaves the trial ended, and returns how its last start ended."""
+    """A way to break a run: ``inject`` leaves the trial ended, and returns how its last start ended.
+
+    ``waits``: seconds for which the run waits on purpose before it says anything, or for which the fault lasts.
+    """
 
     name: str
     code: int
     sees: str
     inject: Callable[[Trial], Done]
+    waits: float
 
 
 FAULTS: list[Fault] = []
 
 
-def fault(name: str, code: int, sees: str) -> Callable[[Callable[[Trial], Done]], Callable[[Trial], Done]]:
+def fault(name: str, code: int, sees: str, waits: float = 0.0) -> Callable[[Callable[[Trial], Done]], Callable[[Trial], Done]]:
     """Add a function to the table.
 
     Args:
         code: exit code of the broken start.
         sees: a pattern of the line that tells the user.
+        waits: see ``Fault``.
     """
 
     def add(inject: Callable[[Trial], Done]) -> Callable[[Trial], Done]:
-        FAULTS.append(Fault(name, code, sees, inject))
+        FAULTS.append(Fault(name, code, sees, inject, waits))
         return inject
 
     return add
@@ -361,7 +367,7 @@ def corrupt_checkpoint(trial: Trial) -> Done:
     return done
 
 
-@fault("W&B cannot be reached", 0, "W&B")
+@fault("W&B cannot be reached", 0, "W&B", waits=INIT_SECONDS)
 def wandb_unreachable(trial: Trial) -> Done:
     trial.changes.append("tracker.kind=wandb")
     # A port where nobody listens, and a key of the right length.
@@ -371,7 +377,7 @@ def wandb_unreachable(trial: Trial) -> Done:
     return trial.end()
 
 
-@fault(f"a rank is delayed by {DELAY_SECONDS:.0f} s", 0, "")
+@fault(f"a rank is delayed by {DELAY_SECONDS:.0f} s", 0, "", waits=DELAY_SECONDS)
 def delayed(trial: Trial) -> Done:
     trial.start()
     trial.reach()

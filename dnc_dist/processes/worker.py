@@ -94,7 +94,7 @@ def end_process(message: str, speak: bool, after_seconds: float) -> NoReturn:
 
 
 def _recorded(error: Exception, code: int, rank: int | None = None) -> bool:
-    """Write the error for the launcher, and the rank whose it is; False if there is no launcher, or no disk to write it to."""
+    """Write the error for the launcher, and the rank that raised it; False if there is no launcher, or if it cannot be written."""
     path = os.environ.get(ERROR_FILE)
     if not path:
         return False

@@ -27,6 +27,8 @@ from dnc_dist.processes import distributed
 
 Kind = Literal["train", "division", "evaluation", "epoch"]
 
+INIT_SECONDS = 30.0
+"""W&B's server has so long to answer when a run begins."""
 METRICS_FILE = "metrics.jsonl"
 _WANDB_MARKS_FILE = "wandb_steps.json"
 
@@ -185,7 +187,7 @@ class WandbTracker(Tracker):
     def _start(self, run_dir: Path, project: str, run_name: str, config: Mapping[str, Any]) -> Any:
         import wandb
 
-        wanted = {"init_timeout": 30.0, "finish_timeout": 60.0, "quiet": True, "silent": True, "console": "off"}
+        wanted = {"init_timeout": INIT_SECONDS, "finish_timeout": 60.0, "quiet": True, "silent": True, "console": "off"}
         settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
         mode = _wandb_mode(settings.base_url)
         common: dict[str, Any] = {"project": project, "name": run_name, "id": self.run_id, "resume": "allow", "dir": str(run_dir)}

@@ -1,4 +1,4 @@
-"""torchrun's elastic agent, which starts the workers with ranks and environment, with patience and with ears for other machines."""
+"""torchrun's elastic agent: it starts the workers, gives them time to end by themselves, and hears of failures on other machines."""
 
 from __future__ import annotations
 

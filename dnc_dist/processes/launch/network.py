@@ -1,4 +1,4 @@
-"""Addresses: whose one is, and through which interface the machines reach each other."""
+"""Network addresses: whether one belongs to this machine, and through which interface the machines reach each other."""
 
 from __future__ import annotations
 
