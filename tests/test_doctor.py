@@ -401,13 +401,15 @@ def test_a_wrong_gradient_is_found(place: Path) -> None:
 CLOSE = 1e-5
 
 
-def _undecided(z: Tensor, labels: Tensor, *, masks: Tensor, beta: Tensor, margin: float, num_learners: int, **sampling: Any) -> bool:
+def _undecided(
+    rows: dnc_kernels.Rows, *, masks: Tensor, beta: Tensor, margin: float, num_learners: int, sampling: dnc_kernels.Sampling
+) -> bool:
     """Whether rounding could draw another negative or make another pair active: both are jumps of the gradient."""
-    z = dnc_kernels.project(z, sampling["learner"], masks).detach()
+    z = dnc_kernels.project(rows.z, rows.learner, masks).detach()
 
     def decided(z: Tensor) -> list[Any]:
-        pairs = dnc_kernels.sample_pairs(z, labels, **sampling)
-        out = dnc_kernels.margin_loss_on_pairs(z, labels, pairs, beta=beta, margin=margin)
+        pairs = dnc_kernels.sample_pairs(rows._replace(z=z), sampling=sampling)
+        out = dnc_kernels.margin_loss_on_pairs(dnc_kernels.Rows(z, rows.labels), pairs, beta=beta, margin=margin)
         return [pairs.other.tolist(), int(out.stats["active_positive_pairs"]), int(out.stats["active_negative_pairs"])]
 
     numbers = torch.Generator().manual_seed(0)
@@ -421,10 +423,10 @@ def _outcomes_of_seeds(seeds: Sequence[int]) -> dict[int, Any]:
     found: dict[int, Any] = {}
     loss, undecided = dnc_kernels.margin_loss, []
 
-    def watched(z: Tensor, labels: Tensor, **options: Any) -> Any:
-        if z.dtype == torch.float64:
-            undecided.append(_undecided(z, labels, **options))
-        return loss(z, labels, **options)
+    def watched(rows: dnc_kernels.Rows, **options: Any) -> Any:
+        if rows.z.dtype == torch.float64:
+            undecided.append(_undecided(rows, **options))
+        return loss(rows, **options)
 
     dnc_kernels.margin_loss = watched
     for seed in seeds:

@@ -65,7 +65,9 @@ def test_pairwise_loss_is_the_mean_over_learners_plus_penalty(root: Path, level:
         rows = batch.learner == a
         z = functional.normalize(embeddings[rows] * masks[a].relu(), dim=1)
         out = dnc_kernels.margin_loss(
-            z, batch.labels[rows], beta=objective.loss.beta, row_ids=batch.rows[rows], seed=objective.seed, step=STEP
+            dnc_kernels.Rows(z, batch.labels[rows], row_ids=batch.rows[rows]),
+            beta=objective.loss.beta,
+            sampling=dnc_kernels.Sampling(seed=objective.seed, step=STEP),
         )
         assert out.num_active > 0
         terms.append(out.loss_sum / out.num_active)
@@ -159,7 +161,11 @@ def test_conquer_trains_the_whole_embedding_without_masks(root: Path, kind: str)
     assert "mask_orthogonality" not in stats
     # Training sees the unit vectors that retrieval compares.
     z = inference(raw_embeddings(objective, batch), objective.masks.kind, 4)
-    out = dnc_kernels.margin_loss(z, batch.labels, beta=objective.loss.beta, row_ids=batch.rows, seed=objective.seed, step=STEP)
+    out = dnc_kernels.margin_loss(
+        dnc_kernels.Rows(z, batch.labels, row_ids=batch.rows),
+        beta=objective.loss.beta,
+        sampling=dnc_kernels.Sampling(seed=objective.seed, step=STEP),
+    )
     torch.testing.assert_close(loss, out.loss_sum / out.num_active, rtol=EXACT, atol=0)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -87,10 +88,10 @@ def test_the_baseline_draws_what_the_reference_draws():
     """The same positives, and negatives from the same distribution: each candidate as often as by the reference, over many draws."""
     inputs = margin_bench.Inputs(margin_bench.Case(32, 2, 16, "sliced"), torch.device("cpu"))
     z = reference.project(inputs.embeddings, inputs.learner, inputs.masks).detach()
-    given = inputs.sampling()
+    sampling = inputs.sampling()
     expected = torch.zeros(32, 32)
     for step in range(200):
-        others = reference.sample_pairs(z, inputs.labels, **given | {"step": step}).other.view(32, -1)
+        others = reference.sample_pairs(inputs.rows(z), sampling=replace(sampling, step=step)).other.view(32, -1)
         expected.scatter_add_(1, others[:, 3:].clamp_min(0), (others[:, 3:] >= 0).float())
     torch.manual_seed(0)
     for blocks in (1, 2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dnc_kernels
-from dnc_kernels import Pairs
+from dnc_kernels import Pairs, Rows, Sampling
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "reference_values.npz")
 
@@ -37,7 +37,7 @@ def test_loss_and_gradients_on_the_published_triplets(case, dtype):
         torch.cat([given["positive"], given["negative"]]),
         torch.arange(2 * len(given["anchor"])) < len(given["anchor"]),
     )
-    out = dnc_kernels.margin_loss_on_pairs(z, given["labels"], pairs, beta=beta, margin=0.2)
+    out = dnc_kernels.margin_loss_on_pairs(Rows(z, given["labels"]), pairs, beta=beta, margin=0.2)
     loss = out.loss_sum / out.num_active
     loss.backward()
     assert relative_error(loss, given["loss"]) < 1e-5
@@ -50,7 +50,7 @@ def test_loss_and_gradients_on_the_published_triplets(case, dtype):
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 def test_reference_mode_has_the_published_weights(case):
     given = golden(case)
-    weights = dnc_kernels.negative_weights(given["embedding"], given["labels"], mode="reference")
+    weights = dnc_kernels.negative_weights(Rows(given["embedding"], given["labels"]), sampling=Sampling(mode="reference"))
     different = given["labels"][:, None] != given["labels"]
     expected = torch.where(different, given["weights"], 0).double()
     largest = expected.amax(1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import dnc_kernels
-from dnc_kernels import Pairs
+from dnc_kernels import Pairs, Rows, Sampling
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -57,16 +58,17 @@ def test_projection_computes_half_precision_in_float32_and_keeps_nan_visible():
 @pytest.mark.parametrize("rectangular", [False, True])
 def test_loss_equals_the_loops(per_class, rectangular):
     num_references = 15 if rectangular else 10
-    z, ref_z = normalize(random(10, 5)), normalize(random(15, 5, seed=1)) if rectangular else None
+    z, ref_z = normalize(random(10, 5)), normalize(random(num_references, 5, seed=1))
     labels, learner = torch.arange(10) % 4, torch.arange(10) % 3 - 1
     beta = 1.2 + 0.1 * torch.arange(4, dtype=torch.float64) if per_class else 1.15
     pairs = random_pairs(10, num_references, 80)
-    out = dnc_kernels.margin_loss_on_pairs(z, labels, pairs, beta=beta, learner=learner, num_learners=2, ref_z=ref_z)
+    references = Rows(ref_z, torch.arange(15)) if rectangular else None
+    out = dnc_kernels.margin_loss_on_pairs(Rows(z, labels, learner), pairs, references, beta=beta, num_learners=2)
     sums, active, kinds = [0.0, 0.0], [0, 0], {True: [0, 0, 0.0], False: [0, 0, 0.0]}
     for anchor, other, positive in zip(*(column.tolist() for column in pairs[:3]), strict=True):
         if other < 0 or learner[anchor] < 0:
             continue
-        distance = float((z[anchor] - (z if ref_z is None else ref_z)[other]).norm())
+        distance = float((z[anchor] - (ref_z if rectangular else z)[other]).norm())
         boundary = float(beta[labels[anchor]]) if isinstance(beta, Tensor) else beta
         term = max(0.0, (distance - boundary if positive else boundary - distance) + 0.2)
         sums[learner[anchor]] += term
@@ -88,8 +90,8 @@ def test_gradcheck(rectangular):
     pairs = random_pairs(6, 7 if rectangular else 6, 30)
 
     def losses(z: Tensor, ref_z: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        references = ref_z if rectangular else None
-        out = dnc_kernels.margin_loss_on_pairs(z, labels, pairs, beta=beta, learner=learner, num_learners=2, ref_z=references)
+        references = Rows(ref_z, torch.arange(7)) if rectangular else None
+        out = dnc_kernels.margin_loss_on_pairs(Rows(z, labels, learner), pairs, references, beta=beta, num_learners=2)
         return out.loss_sum, out.learner_loss_sum
 
     assert torch.autograd.gradcheck(losses, tuple(value.requires_grad_() for value in (z, ref_z, beta)))
@@ -99,7 +101,7 @@ def test_gradcheck(rectangular):
 def test_equals_pytorch_metric_learning_on_the_same_pairs(learn_beta):
     raw, labels = random(24, 16), torch.arange(24) // 4
     with torch.no_grad():
-        pairs = dnc_kernels.sample_pairs(normalize(raw), labels, nonzero_loss_cutoff=1.9)
+        pairs = dnc_kernels.sample_pairs(Rows(normalize(raw), labels), sampling=Sampling(nonzero_loss_cutoff=1.9))
     used = pairs.other >= 0
     positives, negatives = used & pairs.positive, used & ~pairs.positive
     assert int(positives.sum()) == int(negatives.sum()) == 72
@@ -111,7 +113,7 @@ def test_equals_pytorch_metric_learning_on_the_same_pairs(learn_beta):
     expected.backward()
 
     y, beta = raw.clone().requires_grad_(), torch.full((6,), 1.25, dtype=torch.float64, requires_grad=True)
-    out = dnc_kernels.margin_loss_on_pairs(normalize(y), labels, pairs, beta=beta)
+    out = dnc_kernels.margin_loss_on_pairs(Rows(normalize(y), labels), pairs, beta=beta)
     (out.loss_sum / out.num_active).backward()
     assert float((out.loss_sum / out.num_active).detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     assert torch.allclose(y.grad, x.grad, rtol=1e-12, atol=1e-14)
@@ -123,16 +125,16 @@ def test_equals_pytorch_metric_learning_on_the_same_pairs(learn_beta):
 def test_fused_equals_its_parts():
     embeddings, masks, labels = random(30, 8), random(2, 8, seed=1).abs(), torch.arange(30) // 3
     learner = (torch.arange(30) // 15) % 2
-    common = {"learner": learner, "seed": 4, "step": 5}
+    sampling = Sampling(seed=4, step=5)
     gradients = []
     for fused in (True, False):
         e, m = embeddings.clone().requires_grad_(), masks.clone().requires_grad_()
         if fused:
-            out = dnc_kernels.margin_loss(e, labels, beta=1.2, masks=m, num_learners=2, **common)
+            out = dnc_kernels.margin_loss(Rows(e, labels, learner), beta=1.2, masks=m, num_learners=2, sampling=sampling)
         else:
-            z = dnc_kernels.project(e, learner, m)
-            pairs = dnc_kernels.sample_pairs(z, labels, **common)
-            out = dnc_kernels.margin_loss_on_pairs(z, labels, pairs, beta=1.2, learner=learner, num_learners=2)
+            rows = Rows(dnc_kernels.project(e, learner, m), labels, learner)
+            pairs = dnc_kernels.sample_pairs(rows, sampling=sampling)
+            out = dnc_kernels.margin_loss_on_pairs(rows, pairs, beta=1.2, num_learners=2)
         out.loss_sum.backward()
         gradients.append((out.loss_sum.detach(), e.grad, m.grad))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -143,27 +145,25 @@ def test_rank_slices_add_up_to_the_whole():
     raw, row_ids = random(24, 8), torch.arange(24) * 5
     labels, learner = torch.arange(24) // 3, torch.arange(24) // 12
     beta = torch.full((8,), 1.2, dtype=torch.float64)
-    common = {"num_learners": 2, "nonzero_loss_cutoff": 1.9, "seed": 8, "step": 9}
+    sampling = Sampling(nonzero_loss_cutoff=1.9, seed=8, step=9)
     results = []
     for bounds in ([0, 24], [0, 3, 3, 17, 24]):
         x, b = raw.clone().requires_grad_(), beta.clone().requires_grad_()
-        z = normalize(x)
+        whole = Rows(normalize(x), labels, learner, row_ids)
         sums, active = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
         for start, stop in itertools.pairwise(bounds):
-            own = slice(start, stop)
-            columns = {"learner": learner[own], "row_ids": row_ids[own]}
-            refs = {"ref_z": z, "ref_labels": labels, "ref_learner": learner, "ref_row_ids": row_ids}
-            out = dnc_kernels.margin_loss(z[own], labels[own], beta=b, **columns, **refs, **common)
+            own = Rows(*(column[start:stop] for column in whole))
+            out = dnc_kernels.margin_loss(own, whole, beta=b, num_learners=2, sampling=sampling)
             sums, active = sums + out.learner_loss_sum, active + out.learner_num_active
         (sums / active).sum().backward()
         results.append((sums.detach(), active, x.grad, b.grad))
-    for whole, sliced in zip(*results, strict=True):
-        assert torch.allclose(whole, sliced, rtol=1e-12, atol=1e-14)
+    for at_once, in_slices in zip(*results, strict=True):
+        assert torch.allclose(at_once, in_slices, rtol=1e-12, atol=1e-14)
 
 
 def test_gradient_is_zero_at_distance_zero_and_never_nan():
     z = normalize(random(1, 4)).repeat(4, 1).requires_grad_()
-    out = dnc_kernels.margin_loss(z, torch.tensor([0, 0, 1, 1]), beta=1.2)
+    out = dnc_kernels.margin_loss(Rows(z, torch.tensor([0, 0, 1, 1])), beta=1.2)
     assert int(out.num_active) == int(out.stats["active_negative_pairs"]) == 4
     out.loss_sum.backward()
     assert not z.grad.any()
@@ -171,7 +171,7 @@ def test_gradient_is_zero_at_distance_zero_and_never_nan():
 
 def test_antipodal_rows_have_finite_gradients():
     z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], requires_grad=True)
-    out = dnc_kernels.margin_loss(z, torch.tensor([0, 0, 1, 1]), beta=1.2, nonzero_loss_cutoff=2.0)
+    out = dnc_kernels.margin_loss(Rows(z, torch.tensor([0, 0, 1, 1])), beta=1.2, sampling=Sampling(nonzero_loss_cutoff=2.0))
     out.loss_sum.backward()
     assert int(out.stats["negative_pairs"]) == 4 and bool(torch.isfinite(z.grad).all()) and bool(z.grad.any())
 
@@ -182,7 +182,7 @@ def test_steps_without_pairs_stay_connected_to_the_graph(case):
     z, beta = normalize(random(num_rows, 4)).requires_grad_(), torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
     labels = torch.zeros(num_rows, dtype=torch.int64)
     learner = torch.full((num_rows,), -1 if case == "left out" else 0)
-    out = dnc_kernels.margin_loss(z, labels, beta=beta, learner=learner, num_learners=3, max_positives=3)
+    out = dnc_kernels.margin_loss(Rows(z, labels, learner), beta=beta, num_learners=3, sampling=Sampling(max_positives=3))
     out.loss_sum.backward()
     assert z.grad is not None and bool(torch.isfinite(z.grad).all()) and beta.grad is not None
     if case != "one class":
@@ -193,7 +193,7 @@ def test_a_nan_row_is_counted_and_does_not_reach_other_rows():
     z = normalize(random(8, 4)).clone()
     z[0] = torch.nan
     z.requires_grad_()
-    out = dnc_kernels.margin_loss(z, torch.arange(8) // 4, beta=1.2, nonzero_loss_cutoff=1.99)
+    out = dnc_kernels.margin_loss(Rows(z, torch.arange(8) // 4), beta=1.2, sampling=Sampling(nonzero_loss_cutoff=1.99))
     out.loss_sum.backward()
     assert int(out.stats["non_finite_rows"]) == 1
     assert bool(torch.isfinite(z.grad).all()) and not z.grad[0].any() and bool(z.grad[1:].any())
@@ -202,9 +202,9 @@ def test_a_nan_row_is_counted_and_does_not_reach_other_rows():
 def test_half_precision_is_computed_in_float32_even_under_autocast():
     z = normalize(random(12, 16, dtype=torch.float32)).to(torch.bfloat16)
     labels = torch.arange(12) // 3
-    expected = dnc_kernels.margin_loss(z.float(), labels, beta=1.2)
+    expected = dnc_kernels.margin_loss(Rows(z.float(), labels), beta=1.2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = dnc_kernels.margin_loss(z, labels, beta=1.2)
+        out = dnc_kernels.margin_loss(Rows(z, labels), beta=1.2)
     assert out.loss_sum.dtype == torch.float32 and float(out.loss_sum) == float(expected.loss_sum)
 
 
@@ -216,19 +216,20 @@ def test_half_precision_is_computed_in_float32_even_under_autocast():
         ({"beta": torch.ones(2, 2)}, "beta must be a number or one number per class"),
         ({"learner": torch.arange(6), "num_learners": 5}, "learner contains 5"),
         ({"pairs": Pairs(torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(2))}, "equal length"),
-        ({"ref_z": torch.zeros(6, 3)}, "must be 4 wide"),
+        ({"references": Rows(torch.zeros(6, 3), torch.arange(6))}, "references.z must be 4 wide"),
     ],
 )
 def test_wrong_input_is_refused(change, message):
-    given = {"labels": torch.arange(6) // 2, "pairs": random_pairs(6, 6, 4), "beta": 1.2} | change
+    given = {"labels": torch.arange(6) // 2, "learner": None, "pairs": random_pairs(6, 6, 4), "beta": 1.2} | change
+    anchors = Rows(random(6, 4), given.pop("labels"), given.pop("learner"))
     with pytest.raises(ValueError, match=message):
-        dnc_kernels.margin_loss_on_pairs(random(6, 4), given.pop("labels"), given.pop("pairs"), **given)
+        dnc_kernels.margin_loss_on_pairs(anchors, **given)
 
 
 def test_masks_and_references_exclude_each_other():
-    z, ids = random(4, 4), torch.arange(4)
+    rows = Rows(random(4, 4), torch.arange(4), row_ids=torch.arange(4))
     with pytest.raises(ValueError, match="project the embeddings first"):
-        dnc_kernels.margin_loss(z, ids, beta=1.2, masks=torch.ones(1, 4), ref_z=z, ref_labels=ids, row_ids=ids, ref_row_ids=ids)
+        dnc_kernels.margin_loss(rows, rows, beta=1.2, masks=torch.ones(1, 4))
 
 
 def test_learner_without_mask_is_refused():
@@ -243,11 +244,11 @@ def test_no_value_is_read_off_the_cpu(mode, rectangular):
     z, masks, beta = (torch.empty(*shape, device="meta", requires_grad=True) for shape in ((20, 8), (2, 8), (5,)))
     column = torch.empty(20, dtype=torch.int64, device="meta")
     number = torch.empty((), dtype=torch.int64, device="meta")
-    references = {"ref_z": z, "ref_labels": column, "ref_learner": column, "ref_row_ids": column} if rectangular else {"masks": masks}
-    common = {"learner": column, "row_ids": column, "num_learners": 2, "seed": number, "step": number, "mode": mode}
-    out = dnc_kernels.margin_loss(z, column, beta=beta, max_positives=3, **references, **common)
+    rows, sampling = Rows(z, column, column, column), Sampling(mode=mode, max_positives=3, seed=number, step=number)
+    options = {"references": rows if rectangular else None, "masks": None if rectangular else masks, "num_learners": 2}
+    out = dnc_kernels.margin_loss(rows, beta=beta, sampling=sampling, **options)
     out.loss_sum.backward()
     assert out.learner_loss_sum.shape == (2,) and z.grad.shape == z.shape and all(value.is_meta for value in out.stats.values())
     assert all(value.is_meta for value in dnc_kernels.lloyd_step(z, masks, restrict=column))
     with pytest.raises(RuntimeError, match="meta"):  # counting the positives does read
-        dnc_kernels.margin_loss(z, column, beta=beta, **references, **common)
+        dnc_kernels.margin_loss(rows, beta=beta, sampling=replace(sampling, max_positives=None), **options)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import dnc_kernels
+from dnc_kernels import Rows, Sampling
 
 SIGNIFICANCE = 1e-4
 
@@ -40,7 +41,7 @@ def brute_force_weight(a: Tensor, b: Tensor, n: float, cutoff: float = 0.5, nonz
 @pytest.mark.parametrize("effective_dim", [None, 3, 2])
 def test_weights_equal_the_loops(mode, effective_dim):
     z, labels, learner = unit_rows(18, 6), torch.arange(18) % 5, torch.tensor([0, 1, -1]).repeat(6)
-    weights = dnc_kernels.negative_weights(z, labels, learner=learner, mode=mode, effective_dim=effective_dim)
+    weights = dnc_kernels.negative_weights(Rows(z, labels, learner), sampling=Sampling(mode=mode, effective_dim=effective_dim))
     for i in range(18):
         different = [int(learner[i]) == int(learner[j]) >= 0 and bool(labels[i] != labels[j]) for j in range(18)]
         row = [brute_force_weight(z[i], z[j], effective_dim or 6) if ok else 0.0 for j, ok in enumerate(different)]
@@ -55,7 +56,7 @@ def test_weights_equal_the_loops(mode, effective_dim):
 def test_pairs_equal_the_loops(max_positives):
     z, row_ids = unit_rows(40, 5), torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:40]
     labels, learner = torch.arange(40) % 7, torch.tensor([0, 0, 1, -1, 1]).repeat(8)
-    pairs = dnc_kernels.sample_pairs(z, labels, learner=learner, row_ids=row_ids, max_positives=max_positives, seed=3, step=4)
+    pairs = dnc_kernels.sample_pairs(Rows(z, labels, learner, row_ids), sampling=Sampling(max_positives=max_positives, seed=3, step=4))
     assert pairs.stats is not None
     counts = dict.fromkeys(("anchors", "anchors_without_positives", "anchors_without_negatives", "negative_shortfall"), 0)
     for i in range(40):
@@ -79,41 +80,33 @@ def test_pairs_equal_the_loops(max_positives):
 def test_draws_do_not_depend_on_row_order_or_rank_slices():
     z, row_ids = unit_rows(90, 16), torch.randperm(10**6, generator=torch.Generator().manual_seed(2))[:90] + 2**33
     labels, learner = torch.arange(90) // 3 % 12, torch.arange(90) // 36
-    whole = dnc_kernels.sample_pairs(z, labels, learner=learner, row_ids=row_ids, seed=1, step=2)
+    whole = dnc_kernels.sample_pairs(Rows(z, labels, learner, row_ids), sampling=Sampling(seed=1, step=2))
     expected = as_set(whole, row_ids, row_ids)
     assert any(not positive for _, _, positive in expected)
 
     order = torch.randperm(90, generator=torch.Generator().manual_seed(3))
-    shuffled = dnc_kernels.sample_pairs(z[order], labels[order], learner=learner[order], row_ids=row_ids[order], seed=1, step=2)
+    shuffled = dnc_kernels.sample_pairs(Rows(z[order], labels[order], learner[order], row_ids[order]), sampling=Sampling(seed=1, step=2))
     assert as_set(shuffled, row_ids[order], row_ids[order]) == expected
 
     pieces = set()
     for start, stop in itertools.pairwise([0, 1, 40, 40, 73, 90]):
         own = slice(start, stop)
         part = dnc_kernels.sample_pairs(
-            z[own],
-            labels[own],
-            learner=learner[own],
-            row_ids=row_ids[own],
-            ref_z=z[order],
-            ref_labels=labels[order],
-            ref_learner=learner[order],
-            ref_row_ids=row_ids[order],
-            seed=torch.tensor(1),
-            step=torch.tensor(2),
-            max_positives=20,
+            Rows(z[own], labels[own], learner[own], row_ids[own]),
+            Rows(z[order], labels[order], learner[order], row_ids[order]),
+            sampling=Sampling(max_positives=20, seed=torch.tensor(1), step=torch.tensor(2)),
         )
         pieces |= as_set(part, row_ids[own], row_ids[order])
     assert pieces == expected
-    other_step = dnc_kernels.sample_pairs(z, labels, learner=learner, row_ids=row_ids, seed=1, step=3)
+    other_step = dnc_kernels.sample_pairs(Rows(z, labels, learner, row_ids), sampling=Sampling(seed=1, step=3))
     assert as_set(other_step, row_ids, row_ids) != expected
 
 
 def test_a_learner_alone_draws_what_it_draws_among_others():
     z, labels, row_ids, learner = unit_rows(60, 8), torch.arange(60) % 9, torch.arange(60) * 7, torch.arange(60) % 2
-    both = dnc_kernels.sample_pairs(z, labels, learner=learner, row_ids=row_ids, seed=5)
+    both = dnc_kernels.sample_pairs(Rows(z, labels, learner, row_ids), sampling=Sampling(seed=5))
     second = learner == 1
-    alone = dnc_kernels.sample_pairs(z[second], labels[second], row_ids=row_ids[second], seed=5)
+    alone = dnc_kernels.sample_pairs(Rows(z[second], labels[second], row_ids=row_ids[second]), sampling=Sampling(seed=5))
     ids = set(row_ids[second].tolist())
     expected = {pair for pair in as_set(both, row_ids, row_ids) if pair[0] in ids}
     assert as_set(alone, row_ids[second], row_ids[second]) == expected
@@ -132,17 +125,12 @@ def one_anchor_many_times(num_positives: int, mode: str, repeats: int = 30000) -
     references = unit_rows(num_positives + num_negatives, dim, seed=4)
     ref_labels = torch.cat([torch.zeros(num_positives, dtype=torch.int64), 1 + torch.arange(num_negatives)])
     anchor = unit_rows(1, dim, seed=9)
-    common = {
-        "row_ids": 1000 + torch.arange(repeats),
-        "ref_z": references,
-        "ref_labels": ref_labels,
-        "ref_row_ids": torch.arange(len(references)),
-        "nonzero_loss_cutoff": 1.6,
-        "mode": mode,
-    }
-    z, labels = anchor.expand(repeats, dim), torch.zeros(repeats, dtype=torch.int64)
-    pairs = dnc_kernels.sample_pairs(z, labels, seed=11, step=12, **common)
-    weights = dnc_kernels.negative_weights(z[:1], labels[:1], **{**common, "row_ids": torch.tensor([1000])})[0]
+    anchors = Rows(anchor.expand(repeats, dim), torch.zeros(repeats, dtype=torch.int64), row_ids=1000 + torch.arange(repeats))
+    others = Rows(references, ref_labels, row_ids=torch.arange(len(references)))
+    sampling = Sampling(nonzero_loss_cutoff=1.6, mode=mode, seed=11, step=12)
+    pairs = dnc_kernels.sample_pairs(anchors, others, sampling=sampling)
+    first = Rows(anchor, anchors.labels[:1], row_ids=anchors.row_ids[:1])
+    weights = dnc_kernels.negative_weights(first, others, sampling=sampling)[0]
     drawn = pairs.other.view(repeats, 2 * num_positives)[:, num_positives:]
     return drawn, weights / weights.sum()
 
@@ -183,9 +171,9 @@ def test_draws_of_different_steps_are_independent():
     z, labels = unit_rows(12, 4, seed=6), torch.arange(12) // 2
     chosen = []
     for step in range(600):
-        pairs = dnc_kernels.sample_pairs(z, labels, step=step, nonzero_loss_cutoff=1.9, max_positives=1)
+        pairs = dnc_kernels.sample_pairs(Rows(z, labels), sampling=Sampling(nonzero_loss_cutoff=1.9, max_positives=1, step=step))
         chosen.append(pairs.other.view(12, 2)[0, 1])
-    weights = dnc_kernels.negative_weights(z, labels, nonzero_loss_cutoff=1.9)[0]
+    weights = dnc_kernels.negative_weights(Rows(z, labels), sampling=Sampling(nonzero_loss_cutoff=1.9))[0]
     probability = weights / weights.sum()
     observed = torch.bincount(torch.stack(chosen), minlength=12)
     likely = probability * 600 > 5
@@ -204,7 +192,7 @@ def test_no_anchor_is_lost(dim):
     angle = 2 * math.asin(0.25)
     z[4] = math.cos(angle) * z[0] + math.sin(angle) * other
     assert float((z[4] - z[0]).norm()) == pytest.approx(0.5, abs=1e-5)
-    pairs = dnc_kernels.sample_pairs(z, labels, nonzero_loss_cutoff=1.99)
+    pairs = dnc_kernels.sample_pairs(Rows(z, labels), sampling=Sampling(nonzero_loss_cutoff=1.99))
     negatives = torch.bincount(pairs.anchor[~pairs.positive & (pairs.other >= 0)], minlength=112)
     assert negatives.tolist() == [3] * 112
     assert pairs.stats is not None and int(pairs.stats["anchors_without_negatives"]) == int(pairs.stats["negative_shortfall"]) == 0
@@ -220,35 +208,41 @@ def stats_of(pairs: dnc_kernels.Pairs) -> dict[str, int]:
 
 @pytest.mark.parametrize("num_rows", [0, 1])
 def test_too_few_rows(num_rows):
-    pairs = dnc_kernels.sample_pairs(unit_rows(num_rows, 4), torch.zeros(num_rows, dtype=torch.int64), max_positives=3)
+    pairs = dnc_kernels.sample_pairs(
+        Rows(unit_rows(num_rows, 4), torch.zeros(num_rows, dtype=torch.int64)), sampling=Sampling(max_positives=3)
+    )
     assert not (pairs.other >= 0).any()
     assert stats_of(pairs)["anchors_without_positives"] == num_rows
 
 
 def test_one_class_has_no_negatives():
-    stats = stats_of(dnc_kernels.sample_pairs(unit_rows(6, 4), torch.zeros(6, dtype=torch.int64)))
+    stats = stats_of(dnc_kernels.sample_pairs(Rows(unit_rows(6, 4), torch.zeros(6, dtype=torch.int64))))
     assert (stats["anchors_without_positives"], stats["anchors_without_negatives"], stats["negative_shortfall"]) == (0, 6, 30)
 
 
 def test_no_positives():
-    pairs = dnc_kernels.sample_pairs(unit_rows(6, 4), torch.arange(6))
+    pairs = dnc_kernels.sample_pairs(Rows(unit_rows(6, 4), torch.arange(6)))
     assert stats_of(pairs)["anchors_without_positives"] == 6 and not (pairs.other >= 0).any()
 
 
 def test_positives_over_the_limit_are_counted():
-    stats = stats_of(dnc_kernels.sample_pairs(unit_rows(8, 4), torch.arange(8) // 4, max_positives=2, nonzero_loss_cutoff=2.0))
+    stats = stats_of(
+        dnc_kernels.sample_pairs(Rows(unit_rows(8, 4), torch.arange(8) // 4), sampling=Sampling(nonzero_loss_cutoff=2.0, max_positives=2))
+    )
     assert stats["positives_over_limit"] == 8
 
 
 def test_nobody_in_a_learner():
-    pairs = dnc_kernels.sample_pairs(unit_rows(5, 4), torch.zeros(5, dtype=torch.int64), learner=torch.full((5,), -1), max_positives=2)
+    pairs = dnc_kernels.sample_pairs(
+        Rows(unit_rows(5, 4), torch.zeros(5, dtype=torch.int64), torch.full((5,), -1)), sampling=Sampling(max_positives=2)
+    )
     assert not (pairs.other >= 0).any() and not any(stats_of(pairs).values())
 
 
 def test_rows_without_finite_values_and_zero_rows_are_counted_and_in_no_pair():
     z = unit_rows(12, 4).clone()
     z[3, 1], z[5, 0], z[7] = torch.nan, torch.inf, 0.0
-    pairs = dnc_kernels.sample_pairs(z, torch.arange(12) // 4, nonzero_loss_cutoff=2.0)
+    pairs = dnc_kernels.sample_pairs(Rows(z, torch.arange(12) // 4), sampling=Sampling(nonzero_loss_cutoff=2.0))
     stats = stats_of(pairs)
     assert (stats["non_finite_rows"], stats["zero_rows"], stats["anchors"]) == (2, 1, 9)
     used = pairs.other >= 0
@@ -261,16 +255,21 @@ def test_duplicates_and_antipodes_have_finite_weights(mode, dim):
     z = unit_rows(2, dim).repeat(3, 1)
     z = torch.cat([z, -z])
     labels = torch.arange(12) % 3
-    weights = dnc_kernels.negative_weights(z, labels, nonzero_loss_cutoff=2.0 + 1e-6, mode=mode)
+    weights = dnc_kernels.negative_weights(Rows(z, labels), sampling=Sampling(nonzero_loss_cutoff=2.0 + 1e-6, mode=mode))
     assert bool(torch.isfinite(weights).all()) and bool((weights >= 0).all())
-    assert stats_of(dnc_kernels.sample_pairs(z, labels, nonzero_loss_cutoff=2.0 + 1e-6, mode=mode))["negative_shortfall"] == 0
+    assert (
+        stats_of(dnc_kernels.sample_pairs(Rows(z, labels), sampling=Sampling(nonzero_loss_cutoff=2.0 + 1e-6, mode=mode)))[
+            "negative_shortfall"
+        ]
+        == 0
+    )
 
 
 def test_large_batches_are_worked_off_in_blocks(monkeypatch):
     z, labels = unit_rows(50, 8), torch.arange(50) // 4
-    whole = dnc_kernels.sample_pairs(z, labels)
+    whole = dnc_kernels.sample_pairs(Rows(z, labels))
     monkeypatch.setattr("dnc_kernels.reference_sampling.BLOCK_ELEMENTS", 350)
-    blocked = dnc_kernels.sample_pairs(z, labels)
+    blocked = dnc_kernels.sample_pairs(Rows(z, labels))
     assert torch.equal(whole.other, blocked.other) and torch.equal(whole.anchor, blocked.anchor)
     assert stats_of(whole) == stats_of(blocked)
 
@@ -281,18 +280,40 @@ def test_large_batches_are_worked_off_in_blocks(monkeypatch):
         ({"labels": torch.zeros(5, dtype=torch.int64)}, "labels must hold 6 integers"),
         ({"labels": torch.zeros(6)}, "labels must hold 6 integers"),
         ({"z": torch.zeros(6, dtype=torch.int64)}, "z must be a floating-point matrix"),
-        ({"ref_labels": torch.zeros(6, dtype=torch.int64)}, "ref_z, which is missing"),
-        ({"ref_z": torch.zeros(6, 4)}, "ref_z needs"),
-        ({"ref_z": torch.zeros(6, 3)}, "must be 4 wide"),
+        ({"learner": torch.zeros(2, dtype=torch.int64)}, "learner must hold 6 integers"),
+    ],
+)
+def test_wrong_rows_are_refused(change, message):
+    rows = Rows(unit_rows(6, 4), torch.arange(6) // 2)._replace(**change)
+    with pytest.raises(ValueError, match=message):
+        dnc_kernels.sample_pairs(rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_ids": None}, "need row_ids"),
+        ({"z": torch.zeros(6, 3)}, "references.z must be 4 wide"),
+        ({"labels": torch.zeros(6)}, "references.labels must hold 6 integers"),
+        ({"learner": torch.zeros(6, dtype=torch.int64)}, "both have a learner, or neither"),
+    ],
+)
+def test_wrong_references_are_refused(change, message):
+    rows = Rows(unit_rows(6, 4), torch.arange(6) // 2, row_ids=torch.arange(6))
+    with pytest.raises(ValueError, match=message):
+        dnc_kernels.sample_pairs(rows, rows._replace(**change))
+
+
+@pytest.mark.parametrize(
+    ("constant", "message"),
+    [
         ({"mode": "papre"}, "allowed are paper, reference"),
         ({"cutoff": 0.0}, "between 0 and 2"),
         ({"nonzero_loss_cutoff": 0.4}, "must lie above cutoff"),
         ({"effective_dim": 0}, "1 or more"),
         ({"max_positives": -1}, "0 or more"),
-        ({"learner": torch.zeros(2, dtype=torch.int64)}, "learner must hold 6 integers"),
     ],
 )
-def test_wrong_input_is_refused(change, message):
-    given = {"z": unit_rows(6, 4), "labels": torch.arange(6) // 2} | change
+def test_wrong_constants_are_refused(constant, message):
     with pytest.raises(ValueError, match=message):
-        dnc_kernels.sample_pairs(given.pop("z"), given.pop("labels"), **given)
+        Sampling(**constant)

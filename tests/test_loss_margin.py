@@ -26,7 +26,9 @@ def test_beta(learn_beta, shape):
     assert list(parameters) == ([] if shape is None else ["beta"]) and "beta" in loss.state_dict()
     z, labels, learner, row_ids = batch()
     out = loss(z, labels, learner, row_ids, 2, 1, 2)
-    expected = dnc_kernels.margin_loss(z, labels, beta=1.1, learner=learner, row_ids=row_ids, num_learners=2, seed=1, step=2)
+    expected = dnc_kernels.margin_loss(
+        dnc_kernels.Rows(z, labels, learner, row_ids), beta=1.1, num_learners=2, sampling=dnc_kernels.Sampling(seed=1, step=2)
+    )
     assert float(out.loss_sum.detach()) == pytest.approx(float(expected.loss_sum)) and out.learner_loss_sum.shape == (2,)
     if shape is not None:
         out.loss_sum.backward()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import dnc_kernels
-from dnc_kernels import reference
+from dnc_kernels import Rows, Sampling, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,19 +45,11 @@ def batch(rows: int, dim: int, learners: int, masks: str = "soft", *, per_class:
 
 def step(given: dict, *, number: Tensor | int = 3, positives: int = 3, mode: str = "paper", n: float | None = None):
     return dnc_kernels.margin_loss(
-        given["embeddings"],
-        given["labels"],
+        Rows(given["embeddings"], given["labels"], given["learner"], given["row_ids"]),
         beta=given["beta"],
         masks=given["masks"],
-        learner=given["learner"],
-        row_ids=given["row_ids"],
         num_learners=given["masks"].shape[0],
-        nonzero_loss_cutoff=1.4,
-        mode=mode,
-        effective_dim=n,
-        seed=7,
-        step=number,
-        max_positives=positives,
+        sampling=Sampling(nonzero_loss_cutoff=1.4, mode=mode, effective_dim=n, max_positives=positives, seed=7, step=number),
     )
 
 
@@ -79,16 +71,17 @@ def test_equals_the_float64_reference(rows, dim, learners, masks):
     given = batch(rows, dim, learners, masks)
     n = dim // learners if masks == "sliced" else None
     z = reference.project(given["embeddings"].double(), given["learner"], given["masks"].double())
-    common = {"learner": given["learner"], "row_ids": given["row_ids"], "effective_dim": n, "seed": 7, "step": 3, "max_positives": 3}
-    expected = reference.sample_pairs(z, given["labels"], **common)
-    pairs = dnc_kernels.sample_pairs(z.float(), given["labels"], **common)
+    rows = Rows(z, given["labels"], given["learner"], given["row_ids"])
+    sampling = Sampling(effective_dim=n, max_positives=3, seed=7, step=3)
+    expected = reference.sample_pairs(rows, sampling=sampling)
+    pairs = dnc_kernels.sample_pairs(rows._replace(z=z.float()), sampling=sampling)
     assert torch.equal(pairs.other[pairs.positive], expected.other[expected.positive])
     assert {name: int(value) for name, value in pairs.stats.items()} == {name: int(value) for name, value in expected.stats.items()}
     assert float((pairs.other != expected.other).float().mean()) < 2e-3  # near ties only; the interpreter tests judge each
 
     double = {name: given[name].detach().double().requires_grad_(given[name].requires_grad) for name in ("embeddings", "masks", "beta")}
     z = reference.project(double["embeddings"], given["learner"], double["masks"])
-    judge = reference.margin_loss_on_pairs(z, given["labels"], pairs, beta=double["beta"], learner=given["learner"], num_learners=learners)
+    judge = reference.margin_loss_on_pairs(Rows(z, given["labels"], given["learner"]), pairs, beta=double["beta"], num_learners=learners)
     leaves = [value for value in double.values() if value.requires_grad]
     wanted = torch.autograd.grad((judge.learner_loss_sum / judge.learner_num_active.clamp(min=1)).sum(), leaves)
     loss, *found = gradients(given, n=n)

@@ -11,15 +11,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import normalize
 
 import dnc_kernels
-from dnc_kernels import Pairs, reference
+from dnc_kernels import Pairs, Rows, Sampling, reference
 from dnc_kernels import margin as kernels
 from dnc_kernels import margin_operators as operators
 from dnc_kernels.contract import MarginLossOutput
 from dnc_kernels.grouping import group
 from dnc_kernels.masked_gradient import masked_pair_gradient
 from dnc_kernels.pair_gradient import pair_gradient
-from dnc_kernels.pair_loss import Tile, pair_loss
-from dnc_kernels.projection import project_backward
+from dnc_kernels.pair_loss import PairList, Tile, pair_loss
+from dnc_kernels.projection import Projected, project_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-5
@@ -129,7 +129,7 @@ def test_the_gradient_of_masks_for_several_chunks():
     embeddings, masks, dz, learner = random(41, 20), random(3, 20, seed=1), random(41, 20, seed=2), integers(-1, 3, 41)
     z, inverse_norm = operators.project_op(embeddings, learner, masks)
     for rows in (1, 3, 64):
-        found = project_backward(dz, z, inverse_norm, embeddings, learner, masks, rows=rows)
+        found = project_backward(dz, Projected(z, inverse_norm, embeddings, learner, masks), per_chunk=rows)
         e, m = leaf(embeddings, torch.float64), leaf(masks, torch.float64)
         (reference.project(e, learner, m) * dz).sum().backward()
         assert_close(found[0], e.grad)
@@ -153,9 +153,8 @@ def test_loss_and_gradients_on_given_pairs(rows, references, dim, count, learner
         beta = {"number": 1.15, "scalar": torch.tensor(1.2), "class": 1.2 + 0.1 * torch.arange(4)}[boundary]
         if isinstance(beta, Tensor):
             leaves.append(beta := leaf(beta.to(DEVICE), dtype))
-        out = module.margin_loss_on_pairs(
-            leaves[0], labels, pairs, beta=beta, learner=learner, num_learners=learners, ref_z=None if ref_z is None else leaves[1]
-        )
+        others = None if references is None else Rows(leaves[1], integers(0, 4, references))
+        out = module.margin_loss_on_pairs(Rows(leaves[0], labels, learner), pairs, others, beta=beta, num_learners=learners)
         found.append((out, torch.autograd.grad(weighted(out), leaves)))
     (actual, gradients), (expected, expected_gradients) = found
     assert_same_output(actual, expected)
@@ -170,7 +169,7 @@ def test_only_the_wanted_gradient(wanted):
     found = []
     for module, dtype in ((kernels, torch.float32), (reference, torch.float64)):
         given = [value.detach().clone().to(dtype).requires_grad_(i == wanted) for i, value in enumerate(values)]
-        out = module.margin_loss_on_pairs(given[0], labels, pairs, beta=given[2], ref_z=given[1])
+        out = module.margin_loss_on_pairs(Rows(given[0], labels), pairs, Rows(given[1], integers(0, 3, 12)), beta=given[2])
         out.loss_sum.backward()
         assert all((value.grad is not None) == (i == wanted) for i, value in enumerate(given))
         found.append(given[wanted].grad)
@@ -180,7 +179,9 @@ def test_only_the_wanted_gradient(wanted):
 def test_the_gradient_is_zero_at_distance_zero():
     z = leaf(normalize(random(1, 4)).repeat(4, 1))
     pairs = Pairs(*(torch.tensor(x, device=DEVICE) for x in ([0, 0, 1], [1, 2, 3], [True, False, False])))
-    out = kernels.margin_loss_on_pairs(z, torch.zeros(4, dtype=torch.int64, device=DEVICE), pairs, beta=torch.tensor([1.2], device=DEVICE))
+    out = kernels.margin_loss_on_pairs(
+        Rows(z, torch.zeros(4, dtype=torch.int64, device=DEVICE)), pairs, beta=torch.tensor([1.2], device=DEVICE)
+    )
     out.loss_sum.backward()
     assert int(out.num_active) == 2 and not z.grad.any()
 
@@ -191,7 +192,7 @@ def test_a_row_that_is_nan_reaches_only_the_rows_paired_with_it():
     for others, poisoned in (([1, 2, -1], []), ([1, 2, 0], [0, 5])):
         x = leaf(z)
         pairs = Pairs(torch.tensor([3, 4, 5], device=DEVICE), torch.tensor(others, device=DEVICE), torch.tensor([True] * 3, device=DEVICE))
-        out = kernels.margin_loss_on_pairs(x, torch.zeros(6, dtype=torch.int64, device=DEVICE), pairs, beta=0.5)
+        out = kernels.margin_loss_on_pairs(Rows(x, torch.zeros(6, dtype=torch.int64, device=DEVICE)), pairs, beta=0.5)
         out.loss_sum.backward()
         assert bool(out.loss_sum.isnan()) == bool(poisoned) and int(out.num_active) == 2
         assert x.grad.isnan().any(1).nonzero().flatten().tolist() == poisoned
@@ -201,9 +202,9 @@ def test_a_row_that_is_nan_reaches_only_the_rows_paired_with_it():
 def test_half_precision_is_computed_in_float32_even_under_autocast(dtype):
     z, labels, pairs = leaf(normalize(random(14, 24)), dtype), integers(0, 3, 14), random_pairs(14, 14, 60)
     expected_z = leaf(z, torch.float64)
-    expected = reference.margin_loss_on_pairs(expected_z, labels, pairs, beta=1.2)
+    expected = reference.margin_loss_on_pairs(Rows(expected_z, labels), pairs, beta=1.2)
     with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        out = kernels.margin_loss_on_pairs(z, labels, pairs, beta=1.2)
+        out = kernels.margin_loss_on_pairs(Rows(z, labels), pairs, beta=1.2)
     assert_same_output(out, expected)
     out.loss_sum.backward(), expected.loss_sum.backward()
     assert z.grad.dtype == dtype
@@ -215,7 +216,7 @@ def test_labels_beyond_beta_make_the_loss_nan_and_are_counted():
     z, beta, pairs = normalize(random(5, 8)), torch.full((2,), 1.2, device=DEVICE), random_pairs(5, 5, 40)
     # The operator itself: the public function checks values on CPU.
     out = operators.pair_loss_op(
-        z, None, None, None, None, pairs.anchor, pairs.other, pairs.positive, None, None, labels, learner, beta, 0.2, 1
+        z, None, None, None, beta, None, labels, learner, pairs.other, pairs.anchor, pairs.positive, None, None, 0.2, 1
     )
     assert bool(out[0].isnan().all()) and int(out[2][5]) == 2
 
@@ -225,22 +226,20 @@ def test_a_learner_beyond_the_masks_makes_its_rows_nan():
     embeddings, masks, learner = random(6, 8), random(2, 8, seed=1), torch.tensor([0, 1, 2, -1, 0, 7], device=DEVICE)
     z, inverse_norm = operators.project_op(embeddings, learner, masks)
     assert z.isnan().any(1).tolist() == [False, False, True, False, False, True]
-    gradient, _ = project_backward(z, z, inverse_norm, embeddings, learner, masks)
+    gradient, _ = project_backward(z, Projected(z, inverse_norm, embeddings, learner, masks))
     assert gradient.isnan().any(1).tolist() == [False, False, True, False, False, True]
 
 
 # --- sampling, loss and projection in one ---
 
 
-def step(rows: int, dim: int, learners: int, per_class: int = 4) -> tuple[dict, Tensor, Tensor, Tensor]:
-    """Columns, raw embeddings, masks and beta of a step in random row order."""
+def step(rows: int, dim: int, learners: int, per_class: int = 4) -> tuple[Rows, Tensor, Tensor]:
+    """Raw embeddings in random row order, masks and beta of a step."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     labels = order // per_class
-    columns = {"labels": labels, "learner": labels % learners, "row_ids": order * 3}
     centres = random(rows // per_class + 1, dim, seed=1)
     return (
-        columns,
-        centres[labels] + random(rows, dim),
+        Rows(centres[labels] + random(rows, dim), labels, labels % learners, order * 3),
         random(learners, dim, seed=2) + 1.0,
         1.2 + 0.1 * random(rows // per_class + 1, seed=3),
     )
@@ -251,19 +250,17 @@ def step(rows: int, dim: int, learners: int, per_class: int = 4) -> tuple[dict, 
     [(24, 8, 2, None, True), (29, 33, 3, 5, True), (29, 33, 3, 5, False), (7, 5, 1, 3, True), (10, 64, 4, 0, True)],
 )
 def test_the_whole_step_equals_the_reference_on_the_same_pairs(rows, dim, learners, positives, masks_gradient):
-    columns, embeddings, masks, beta = step(rows, dim, learners)
-    columns["learner"][0] = -1
-    options = {"nonzero_loss_cutoff": 1.9, "seed": 3, "step": 4, "max_positives": positives}
-    e, m, b = leaf(embeddings), masks.clone().requires_grad_(masks_gradient), leaf(beta)
-    actual = kernels.margin_loss(e, beta=b, masks=m, num_learners=learners, **columns, **options)
+    rows, masks, beta = step(rows, dim, learners)
+    rows.learner[0] = -1
+    sampling = Sampling(nonzero_loss_cutoff=1.9, seed=3, step=4, max_positives=positives)
+    e, m, b = leaf(rows.z), masks.clone().requires_grad_(masks_gradient), leaf(beta)
+    actual = kernels.margin_loss(rows._replace(z=e), beta=b, masks=m, num_learners=learners, sampling=sampling)
     weighted(actual).backward()
     with torch.no_grad():
-        pairs = kernels.sample_pairs(kernels.project(embeddings, columns["learner"], masks), **columns, **options)
-    expected_e, expected_m, expected_b = (leaf(value, torch.float64) for value in (embeddings, masks, beta))
-    z = reference.project(expected_e, columns["learner"], expected_m)
-    expected = reference.margin_loss_on_pairs(
-        z, columns["labels"], pairs, beta=expected_b, learner=columns["learner"], num_learners=learners
-    )
+        pairs = kernels.sample_pairs(rows._replace(z=kernels.project(rows.z, rows.learner, masks)), sampling=sampling)
+    expected_e, expected_m, expected_b = (leaf(value, torch.float64) for value in (rows.z, masks, beta))
+    expected_rows = rows._replace(z=reference.project(expected_e, rows.learner, expected_m))
+    expected = reference.margin_loss_on_pairs(expected_rows, pairs, beta=expected_b, num_learners=learners)
     weighted(expected).backward()
     assert_same_output(actual, expected)
     assert positives == 0 or int(actual.num_active) > 0
@@ -276,25 +273,25 @@ def test_the_whole_step_equals_the_reference_on_the_same_pairs(rows, dim, learne
 
 
 def test_without_masks_and_with_gathered_references():
-    columns, raw, _, beta = step(20, 12, 2)
-    learner, options = columns["learner"], {"nonzero_loss_cutoff": 1.9, "num_learners": 2}
+    rows, _, beta = step(20, 12, 2)
+    sampling = Sampling(nonzero_loss_cutoff=1.9)
     results = []
     for bounds in ([0, 20], [0, 7, 7, 20]):
-        x, b = leaf(raw), leaf(beta)
-        z, sums, active = normalize(x), torch.zeros(2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        x, b = leaf(rows.z), leaf(beta)
+        whole = rows._replace(z=normalize(x))
+        sums, active = torch.zeros(2, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE)
         for start, stop in itertools.pairwise(bounds):
-            own = {name: value[start:stop] for name, value in columns.items()}
-            refs = {"ref_z": z, **{f"ref_{name}": value for name, value in columns.items()}} if len(bounds) > 2 else {}
-            out = kernels.margin_loss(z[start:stop], beta=b, **own, **refs, **options)
+            own = Rows(*(column[start:stop] for column in whole))
+            out = kernels.margin_loss(own, whole if len(bounds) > 2 else None, beta=b, num_learners=2, sampling=sampling)
             sums, active = sums + out.learner_loss_sum, active + out.learner_num_active
         (sums / active).sum().backward()
         results.append((sums.detach(), x.grad, b.grad, active))
     assert torch.equal(results[0][3], results[1][3]) and bool((results[0][3] > 0).all())
-    for whole, sliced in zip(results[0][:3], results[1][:3], strict=True):
-        assert_close(whole, sliced)
-    z = leaf(normalize(raw), torch.float64)
-    pairs = kernels.sample_pairs(normalize(raw), **columns, nonzero_loss_cutoff=1.9)
-    expected = reference.margin_loss_on_pairs(z, columns["labels"], pairs, beta=beta.double(), learner=learner, num_learners=2)
+    for at_once, in_slices in zip(results[0][:3], results[1][:3], strict=True):
+        assert_close(at_once, in_slices)
+    unit = rows._replace(z=normalize(rows.z))
+    pairs = kernels.sample_pairs(unit, sampling=sampling)
+    expected = reference.margin_loss_on_pairs(unit._replace(z=unit.z.double()), pairs, beta=beta.double(), num_learners=2)
     assert_close(results[0][0], expected.learner_loss_sum)
 
 
@@ -306,8 +303,8 @@ def test_steps_without_pairs_stay_connected_to_the_graph(case, masked):
     beta, masks = leaf(torch.tensor(1.2, device=DEVICE)), leaf(torch.ones(3, 4, device=DEVICE))
     labels = torch.arange(rows, device=DEVICE) // 2 if case == "duplicates" else torch.zeros(rows, dtype=torch.int64, device=DEVICE)
     learner = torch.full((rows,), -1 if case == "left out" else 0, device=DEVICE)
-    chosen = {"masks": masks} if masked else {}
-    out = kernels.margin_loss(z, labels, beta=beta, learner=learner, num_learners=3, max_positives=3, **chosen)
+    rows, sampling = Rows(z, labels, learner), Sampling(max_positives=3)
+    out = kernels.margin_loss(rows, beta=beta, masks=masks if masked else None, num_learners=3, sampling=sampling)
     out.loss_sum.backward()
     leaves = [z, beta, *([masks] if masked else [])]
     assert all(value.grad is not None and bool(torch.isfinite(value.grad).all()) for value in leaves)
@@ -320,28 +317,27 @@ def test_steps_without_pairs_stay_connected_to_the_graph(case, masked):
 # --- live columns ---
 
 
-def sliced_step(rows: int, dim: int, learners: int) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+def sliced_step(rows: int, dim: int, learners: int) -> tuple[Rows, Tensor, Tensor]:
     """A step whose masks leave every learner dim / learners columns of its own."""
-    columns, embeddings, _, beta = step(rows, dim, learners)
+    embeddings, _, beta = step(rows, dim, learners)
     blocks = torch.arange(dim, device=DEVICE) * learners // dim
-    return columns, embeddings, (blocks == torch.arange(learners, device=DEVICE)[:, None]).float(), beta
+    return embeddings, (blocks == torch.arange(learners, device=DEVICE)[:, None]).float(), beta
 
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_sliced_masks_equal_the_reference(gathered):
-    columns, embeddings, masks, beta = sliced_step(24, 132, 3)
-    learner, sampling = columns["learner"], {"nonzero_loss_cutoff": 1.9, "effective_dim": 44.0}
-    e, b = leaf(embeddings), leaf(beta)
-    z = kernels.project(e, learner, masks)
-    pairs = kernels.sample_pairs(z.detach(), **columns, **sampling)
+    rows, masks, beta = sliced_step(24, 132, 3)
+    sampling = Sampling(nonzero_loss_cutoff=1.9, effective_dim=44.0)
+    e, b = leaf(rows.z), leaf(beta)
+    projected = rows._replace(z=kernels.project(e, rows.learner, masks))
+    pairs = kernels.sample_pairs(projected._replace(z=projected.z.detach()), sampling=sampling)
     if gathered:
-        refs = {"ref_z": z, **{f"ref_{name}": value for name, value in columns.items()}}
-        out = kernels.margin_loss(z, beta=b, num_learners=3, **columns, **refs, **sampling)
+        out = kernels.margin_loss(projected, projected, beta=b, num_learners=3, sampling=sampling)
     else:
-        out = kernels.margin_loss(e, beta=b, num_learners=3, masks=masks, **columns, **sampling)
-    exact_e, exact_b = leaf(embeddings, torch.float64), leaf(beta, torch.float64)
-    exact_z = reference.project(exact_e, learner, masks.double())
-    exact = reference.margin_loss_on_pairs(exact_z, columns["labels"], pairs, beta=exact_b, learner=learner, num_learners=3)
+        out = kernels.margin_loss(rows._replace(z=e), beta=b, num_learners=3, masks=masks, sampling=sampling)
+    exact_e, exact_b = leaf(rows.z, torch.float64), leaf(beta, torch.float64)
+    exact_rows = rows._replace(z=reference.project(exact_e, rows.learner, masks.double()))
+    exact = reference.margin_loss_on_pairs(exact_rows, pairs, beta=exact_b, num_learners=3)
     assert int(exact.num_active) > 20
     assert_same_output(out, exact)
     for found, expected in zip(
@@ -351,21 +347,19 @@ def test_sliced_masks_equal_the_reference(gathered):
 
 
 def test_columns_that_no_row_uses_are_not_read():
-    columns, embeddings, masks, beta = sliced_step(18, 96, 3)
-    learner, labels = columns["learner"], columns["labels"]
+    (embeddings, labels, learner, row_ids), masks, beta = sliced_step(18, 96, 3)
     z, inverse_norm = operators.project_op(embeddings, learner, masks)
-    slots = kernels.sample_slots(z, **columns, nonzero_loss_cutoff=1.9)
-    live = {"live": slots.live, "ref_live": slots.live}
+    slots = kernels.sample_slots(Rows(z, labels, learner, row_ids), sampling=Sampling(nonzero_loss_cutoff=1.9))
+    listed = PairList(slots.others, live=slots.live, ref_live=slots.live)
     poisoned = torch.where(masks[learner.clamp_min(0)] > 0, z, torch.nan)
     poisoned_embeddings = torch.where(masks[learner.clamp_min(0)] > 0, embeddings, torch.nan)
     upstream = torch.ones(3, device=DEVICE)
     found = []
     for rows, raw in ((z, embeddings), (poisoned, poisoned_embeddings)):
-        out = pair_loss(rows, rows, None, slots.others, None, labels, learner, beta, 0.2, 3, **live)
-        of_embeddings, of_masks, _ = masked_pair_gradient(
-            upstream, out.coefficient, rows, inverse_norm, raw, masks, slots.others, learner, live=slots.live
-        )
-        of_z, _, of_boundary = pair_gradient(upstream, out.coefficient, rows, None, None, slots.others, learner, **live)
+        out = pair_loss(Rows(rows, labels, learner), rows, listed, beta=beta, margin=0.2, num_learners=3)
+        projected = Projected(rows, inverse_norm, raw, learner, masks)
+        of_embeddings, of_masks, _ = masked_pair_gradient(upstream, out.coefficient, projected, listed)
+        of_z, _, of_boundary = pair_gradient(upstream, out.coefficient, rows, None, learner, listed)
         found.append([*out, of_embeddings, of_masks, of_z, of_boundary])
     assert int(found[0][2][-1]) > 20
     assert all(torch.equal(clean, other) for clean, other in zip(*found, strict=True))
@@ -375,21 +369,21 @@ def test_columns_that_no_row_uses_are_not_read():
 
 
 def test_tile_shapes_agree_and_runs_repeat_bit_by_bit():
-    columns, embeddings, masks, beta = step(13, 20, 2)
-    learner, labels = columns["learner"], columns["labels"]
+    (embeddings, labels, learner, _), masks, beta = step(13, 20, 2)
     z, inverse_norm = operators.project_op(embeddings, learner, masks)
-    other, upstream = integers(-1, 13, 78).view(13, 6), torch.tensor([1.0, 2.0], device=DEVICE)
+    listed, upstream = PairList(integers(-1, 13, 78).view(13, 6)), torch.tensor([1.0, 2.0], device=DEVICE)
+    rows, projected = Rows(z, labels, learner), Projected(z, inverse_norm, embeddings, learner, masks)
     losses = [
-        pair_loss(z, z, None, other, None, labels, learner, beta, 0.2, 2, tile=tile)
+        pair_loss(rows, z, listed, beta=beta, margin=0.2, num_learners=2, tile=tile)
         for tile in (None, None, Tile(8, 16, 4), Tile(64, 64, 4))
     ]
     coefficient = losses[0].coefficient
     gradients = [
         (
-            *masked_pair_gradient(upstream, coefficient, z, inverse_norm, embeddings, masks, other, learner, pairs=at_once, rows=rows),
-            *pair_gradient(upstream, coefficient, z, None, None, other, learner, pairs=at_once),
+            *masked_pair_gradient(upstream, coefficient, projected, listed, at_once=at_once, per_chunk=per_chunk),
+            *pair_gradient(upstream, coefficient, z, None, learner, listed, at_once=at_once),
         )
-        for at_once, rows in ((None, None), (None, None), (1, 1), (4, 7))
+        for at_once, per_chunk in ((None, None), (None, None), (1, 1), (4, 7))
     ]
     for found in (losses, gradients):
         assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
@@ -401,11 +395,12 @@ def test_tile_shapes_agree_and_runs_repeat_bit_by_bit():
 def test_torch_compile_gives_the_same_and_compiles_once(monkeypatch):
     monkeypatch.setenv("DNC_KERNELS", "triton")
 
-    def loss(e: Tensor, m: Tensor, b: Tensor, columns: dict, seed: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-        out = dnc_kernels.margin_loss(e, beta=b, masks=m, num_learners=2, seed=seed, step=number, max_positives=3, **columns)
+    def loss(e: Tensor, m: Tensor, b: Tensor, rows: Rows, seed: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        sampling = Sampling(max_positives=3, seed=seed, step=number)
+        out = dnc_kernels.margin_loss(rows._replace(z=e), beta=b, masks=m, num_learners=2, sampling=sampling)
         return out.learner_loss_sum, out.num_active
 
-    columns, embeddings, masks, beta = step(8, 16, 1)
+    rows, masks, beta = step(8, 16, 1)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
@@ -413,24 +408,22 @@ def test_torch_compile_gives_the_same_and_compiles_once(monkeypatch):
         words = [torch.full((), value, dtype=torch.int64, device=DEVICE) for value in (seed, number)]
         found = []
         for function in (loss, compiled):
-            leaves = [leaf(value) for value in (embeddings, masks, beta)]
-            sums, active = function(*leaves, columns, *words)
+            leaves = [leaf(value) for value in (rows.z, masks, beta)]
+            sums, active = function(*leaves, rows, *words)
             found.append([sums, active, *torch.autograd.grad(sums.sum(), leaves)])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert counter.frame_count == 1
 
 
 def test_the_operators_keep_their_promises():
-    columns, embeddings, masks, beta = step(10, 8, 2)
-    learner, pairs, e, m = columns["learner"], random_pairs(10, 10, 20), leaf(embeddings), leaf(masks)
+    (embeddings, labels, learner, _), masks, beta = step(10, 8, 2)
+    pairs, e, m = random_pairs(10, 10, 20), leaf(embeddings), leaf(masks)
     torch.library.opcheck(operators.project_op, (e, learner, m))
     z, inverse_norm = (value.detach() for value in operators.project_op(e, learner, m))
-    flat = (z.clone().requires_grad_(), None, None, None, None, *pairs[:3], None, None, columns["labels"], learner, leaf(beta), 0.2, 2)
+    flat = (leaf(z), None, None, None, leaf(beta), None, labels, learner, pairs.other, pairs.anchor, pairs.positive, None, None, 0.2, 2)
     torch.library.opcheck(operators.pair_loss_op, flat)
-    slots = pairs.other.view(10, 2)
-    torch.library.opcheck(
-        operators.pair_loss_op, (z, None, e, m, inverse_norm, None, slots, None, None, None, columns["labels"], learner, leaf(beta), 0.2, 2)
-    )
+    padded = (z, None, e, m, leaf(beta), inverse_norm, labels, learner, pairs.other.view(10, 2), None, None, None, None, 0.2, 2)
+    torch.library.opcheck(operators.pair_loss_op, padded)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +434,7 @@ def test_the_operators_keep_their_promises():
         ({"beta": torch.ones(2, 2)}, "beta must be a number or one number per class"),
         ({"beta": torch.ones(2, dtype=torch.float64)}, "beta is torch.float64"),
         ({"pairs": Pairs(torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(2))}, "equal length"),
-        ({"ref_z": torch.zeros(6, 3)}, "must be 4 wide"),
+        ({"references": Rows(torch.zeros(6, 3, device=DEVICE), integers(0, 3, 6))}, "references.z must be 4 wide"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, "labels must hold 6 integers"),
     ],
 )
@@ -449,7 +442,7 @@ def test_wrong_input_is_refused(change, message):
     given = {"z": torch.zeros(6, 4), "labels": torch.arange(6) // 2, "pairs": random_pairs(6, 6, 4), "beta": 1.2} | change
     given = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in given.items()}
     with pytest.raises(ValueError, match=message):
-        kernels.margin_loss_on_pairs(given.pop("z"), given.pop("labels"), given.pop("pairs"), **given)
+        kernels.margin_loss_on_pairs(Rows(given.pop("z"), given.pop("labels")), **given)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="values are checked on CPU tensors only")
@@ -464,14 +457,15 @@ def test_wrong_input_is_refused(change, message):
     ],
 )
 def test_wrong_values_are_refused_on_cpu(change, message):
-    given = {"labels": torch.arange(6) // 2, "pairs": random_pairs(6, 6, 4), "beta": 1.2} | change
+    given = {"labels": torch.arange(6) // 2, "learner": None, "pairs": random_pairs(6, 6, 4), "beta": 1.2} | change
+    anchors = Rows(random(6, 4), given.pop("labels"), given.pop("learner"))
     with pytest.raises(ValueError, match=message):
-        kernels.margin_loss_on_pairs(random(6, 4), given.pop("labels"), given.pop("pairs"), **given)
+        kernels.margin_loss_on_pairs(anchors, **given)
     with pytest.raises(ValueError, match="learner contains 2; allowed are -1"):
         kernels.project(random(3, 4), torch.arange(3), torch.ones(2, 4))
 
 
 def test_masks_and_references_exclude_each_other():
-    z, ids = random(4, 4), torch.arange(4, device=DEVICE)
+    rows = Rows(random(4, 4), integers(0, 4, 4), row_ids=torch.arange(4, device=DEVICE))
     with pytest.raises(ValueError, match="project the embeddings first"):
-        kernels.margin_loss(z, ids, beta=1.2, masks=z, ref_z=z, ref_labels=ids, row_ids=ids, ref_row_ids=ids)
+        kernels.margin_loss(rows, rows, beta=1.2, masks=rows.z)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dnc_kernels import philox, race, race_keys, reference_sampling, sampling
-from dnc_kernels.contract import Pairs
+from dnc_kernels.contract import Pairs, Rows, Sampling, anchors_and_references
 from dnc_kernels.ordering import COUNTED_ROWS, canonical_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,31 +32,24 @@ def shuffled_ids(num_rows: int, start: int = 0) -> Tensor:
     return start + torch.randperm(10 * num_rows, generator=torch.Generator().manual_seed(num_rows))[:num_rows]
 
 
-def on_device(given: dict) -> dict:
-    return {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in given.items()}
+def on_device(rows: Rows | None) -> Rows | None:
+    return None if rows is None else Rows(*(None if column is None else column.to(DEVICE) for column in rows))
 
 
-def keys(z: Tensor, labels: Tensor, given: dict) -> Tensor:
+def keys(anchors: Rows, references: Rows | None, sampling: Sampling) -> Tensor:
     """Race keys (B, G) in float64, columns in the order of the references as given."""
-    given = dict(given)
-    seed, step, mode = given.pop("seed", 0), given.pop("step", 0), given.pop("mode", "paper")
-    given.pop("max_positives", None)
-    weights = {name: given.pop(name) for name in ("cutoff", "nonzero_loss_cutoff", "effective_dim") if name in given}
-    anchors, references = reference_sampling.anchors_and_references(
-        z,
-        labels,
-        *(given.get(name) for name in ("learner", "row_ids", "ref_z", "ref_labels", "ref_learner", "ref_row_ids")),
-    )
-    _, order, position = reference_sampling._canonical_order(references)
-    draws = philox.exponentials(philox.draw_words(anchors.row_ids, int(position.max()) + 1, seed, step)).log()
-    log_weight = reference_sampling.negative_weights(z, labels, mode=mode, **weights, **given).log()
-    return log_weight - torch.empty_like(log_weight).index_copy_(1, order, draws[:, position])
+    own, others = anchors_and_references(anchors, references)
+    _, order, position = reference_sampling._canonical_order(others)
+    words = philox.draw_words(own.row_ids, int(position.max()) + 1, sampling.seed, sampling.step)
+    log_weight = reference_sampling.negative_weights(anchors, references, sampling=sampling).log()
+    return log_weight - torch.empty_like(log_weight).index_copy_(1, order, philox.exponentials(words).log()[:, position])
 
 
-def assert_same(z: Tensor, labels: Tensor, **given) -> Pairs:
+def assert_same(anchors: Rows, references: Rows | None = None, **options) -> Pairs:
     """The kernels find what the reference finds; the rare draw that differs is a near tie. Returns the kernels' pairs."""
-    expected = reference_sampling.sample_pairs(z, labels, **given)
-    pairs = sampling.sample_pairs(z.to(DEVICE), labels.to(DEVICE), **on_device(given))
+    drawn = Sampling(**options)
+    expected = reference_sampling.sample_pairs(anchors, references, sampling=drawn)
+    pairs = sampling.sample_pairs(on_device(anchors), on_device(references), sampling=drawn)
     found = Pairs(*(column.cpu() for column in pairs[:3]), {name: value.cpu() for name, value in pairs.stats.items()})
     assert {name: int(value) for name, value in found.stats.items()} == {name: int(value) for name, value in expected.stats.items()}
     assert torch.equal(found.anchor, expected.anchor) and torch.equal(found.positive, expected.positive)
@@ -66,7 +59,7 @@ def assert_same(z: Tensor, labels: Tensor, **given) -> Pairs:
     if different.any():
         print(f"{int(different.sum())} of {int((found.other >= 0).sum())} draws differ")
         assert int(different.sum()) <= 2
-        key = keys(z, labels, given)
+        key = keys(anchors, references, drawn)
         anchor = found.anchor[different]
         assert bool(((key[anchor, found.other[different]] - key[anchor, expected.other[different]]).abs() < NEAR_TIE).all())
     return found
@@ -76,20 +69,19 @@ def assert_same(z: Tensor, labels: Tensor, **given) -> Pairs:
 @pytest.mark.parametrize("dim", [1, 5, 17, 64, 130])
 def test_square(mode, dim):
     labels, learner = torch.arange(53) % 11, torch.arange(53) // 2 % 4 - 1
-    given = {"learner": learner, "row_ids": shuffled_ids(53, 2**33), "mode": mode, "seed": (5 << 32) + 7, "step": 9}
-    found = assert_same(unit_rows(53, dim), labels, nonzero_loss_cutoff=1.5, **given)
+    rows = Rows(unit_rows(53, dim), labels, learner, shuffled_ids(53, 2**33))
+    found = assert_same(rows, nonzero_loss_cutoff=1.5, mode=mode, seed=(5 << 32) + 7, step=9)
     assert int(found.stats["anchors"]) == int((learner >= 0).sum())
 
 
 @pytest.mark.parametrize("mode", ["paper", "reference"])
 def test_rectangular(mode):
-    z, labels, learner, row_ids = unit_rows(75, 12), torch.arange(75) % 11, torch.arange(75) // 5 % 3, shuffled_ids(75)
+    rows = Rows(unit_rows(75, 12), torch.arange(75) % 11, torch.arange(75) // 5 % 3, shuffled_ids(75))
     own, order = slice(31, 48), torch.randperm(75, generator=torch.Generator().manual_seed(1))
-    references = {"ref_z": z[order], "ref_labels": labels[order], "ref_learner": learner[order], "ref_row_ids": row_ids[order]}
-    given = {"learner": learner, "row_ids": row_ids, "mode": mode, "seed": torch.tensor(-3), "step": torch.tensor(2**40 + 1)}
-    whole = assert_same(z, labels, max_positives=9, **given)
-    given |= {"learner": learner[own], "row_ids": row_ids[own]}
-    part = assert_same(z[own], labels[own], max_positives=9, **given, **references)
+    options = {"mode": mode, "max_positives": 9, "seed": torch.tensor(-3), "step": torch.tensor(2**40 + 1)}
+    whole = assert_same(rows, **options)
+    anchors, references = (Rows(*(column[chosen] for column in rows)) for chosen in (own, order))
+    part = assert_same(anchors, references, **options)
     # A slice of the anchors draws what the whole batch draws for them, whatever the order of the references.
     chosen = order[part.other.clamp_min(0)].where(part.other >= 0, part.other).view(17, 18)
     assert torch.equal(chosen, whole.other.view(75, 18)[own])
@@ -101,7 +93,7 @@ def test_draws_do_not_depend_on_the_tile(mode, monkeypatch):
     drawn = []
     for tile in [race.Tile(16, 64, 4, 3), race.Tile(64, 32, 4, 1), race.Tile(32, 256, 4, 1)]:
         monkeypatch.setattr(race, "default_tile", lambda *_, tile=tile: tile)
-        drawn.append(assert_same(z, labels, learner=learner, mode=mode, seed=11).other)
+        drawn.append(assert_same(Rows(z, labels, learner), mode=mode, seed=11).other)
     # Each is judged above; a near tie may go one way in one tile and another way in the next.
     assert all(int((drawn[0] != other).sum()) <= 2 for other in drawn)
 
@@ -146,8 +138,8 @@ def test_words_and_exponentials_are_those_of_the_contract(tile):
 def test_more_than_a_philox_block_and_more_draws_than_are_kept_at_once(mode):
     z = unit_rows(300, 8)
     labels = torch.cat([torch.full((12,), 7), torch.arange(288) + 10])
-    given = {"row_ids": torch.arange(14), "ref_z": z, "ref_labels": labels, "ref_row_ids": torch.arange(300), "max_positives": 40}
-    found = assert_same(z[:14], labels[:14], nonzero_loss_cutoff=1.9, mode=mode, **given)
+    anchors, references = (Rows(z[:n], labels[:n], row_ids=torch.arange(n)) for n in (14, 300))
+    found = assert_same(anchors, references, nonzero_loss_cutoff=1.9, mode=mode, max_positives=40)
     drawn = found.other.view(14, 80)[:12, 40:]
     assert (drawn[:, :11] >= 0).all() and (drawn[:, 11:] == -1).all() and int(drawn.max()) > 256
 
@@ -156,15 +148,15 @@ def test_sliced_rows_of_several_learners_meet_in_a_tile():
     z, learner = torch.zeros(60, 200), torch.arange(60) % 3
     for k in range(3):
         z[learner == k, 70 * k : 70 * k + 40] = unit_rows(20, 40, seed=k)
-    assert_same(z, torch.arange(60) % 7, learner=learner, effective_dim=40, nonzero_loss_cutoff=1.6)
+    assert_same(Rows(z, torch.arange(60) % 7, learner), effective_dim=40, nonzero_loss_cutoff=1.6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     z, labels = unit_rows(50, 40).to(dtype), torch.arange(50) % 8
-    assert_same(z, labels, nonzero_loss_cutoff=1.6)
-    references = {"ref_z": unit_rows(50, 40), "ref_labels": labels, "ref_row_ids": torch.arange(50)}
-    assert_same(z[:9], labels[:9], row_ids=torch.arange(9), nonzero_loss_cutoff=1.6, **references)
+    assert_same(Rows(z, labels), nonzero_loss_cutoff=1.6)
+    references = Rows(unit_rows(50, 40), labels, row_ids=torch.arange(50))
+    assert_same(Rows(z[:9], labels[:9], row_ids=torch.arange(9)), references, nonzero_loss_cutoff=1.6)
 
 
 @pytest.mark.parametrize("mode", ["paper", "reference"])
@@ -173,7 +165,7 @@ def test_rows_in_no_pair_are_counted(mode):
     z[3, 1], z[5, 0], z[7], z[8] = torch.nan, torch.inf, 0.0, torch.nan
     learner = torch.zeros(40, dtype=torch.int64)
     learner[8] = -1
-    found = assert_same(z, torch.arange(40) // 4, learner=learner, mode=mode, nonzero_loss_cutoff=1.9)
+    found = assert_same(Rows(z, torch.arange(40) // 4, learner), mode=mode, nonzero_loss_cutoff=1.9)
     assert not set(found.other.tolist()) & {3, 5, 7, 8}
     assert [int(found.stats[name]) for name in ("non_finite_rows", "zero_rows", "anchors")] == [2, 1, 36]
 
@@ -183,11 +175,11 @@ def test_values_beyond_the_copy_count_as_not_finite(dtype):
     """The scaled float16 copy holds values below 255."""
     z = unit_rows(30, 6)
     z[3, 1] = 254.0
-    assert_same(z.to(dtype), torch.arange(30) // 3, nonzero_loss_cutoff=1.9)
+    assert_same(Rows(z.to(dtype), torch.arange(30) // 3), nonzero_loss_cutoff=1.9)
     z[4, 2], z[9, 5] = 255.0, -6e4
-    found = sampling.sample_pairs(z.to(DEVICE, dtype), (torch.arange(30) // 3).to(DEVICE), nonzero_loss_cutoff=1.9)
+    found = sampling.sample_pairs(Rows(z.to(DEVICE, dtype), (torch.arange(30) // 3).to(DEVICE)), sampling=Sampling(nonzero_loss_cutoff=1.9))
     z[[4, 9]] = torch.nan
-    expected = assert_same(z.to(dtype), torch.arange(30) // 3, nonzero_loss_cutoff=1.9)
+    expected = assert_same(Rows(z.to(dtype), torch.arange(30) // 3), nonzero_loss_cutoff=1.9)
     assert torch.equal(found.other.cpu(), expected.other)
     assert {name: int(value) for name, value in found.stats.items()} == {name: int(value) for name, value in expected.stats.items()}
 
@@ -195,12 +187,12 @@ def test_values_beyond_the_copy_count_as_not_finite(dtype):
 @pytest.mark.parametrize("mode", ["paper", "reference"])
 def test_duplicates_and_antipodes(mode):
     z = unit_rows(4, 16).repeat(4, 1)
-    assert_same(torch.cat([z, -z]), torch.arange(32) % 3, nonzero_loss_cutoff=2.1, mode=mode)
+    assert_same(Rows(torch.cat([z, -z]), torch.arange(32) % 3), nonzero_loss_cutoff=2.1, mode=mode)
 
 
 @pytest.mark.parametrize("max_positives", [0, 2, None, 30])
 def test_bounds_on_the_positives(max_positives):
-    found = assert_same(unit_rows(33, 9), torch.arange(33) // 11, max_positives=max_positives, effective_dim=5.5)
+    found = assert_same(Rows(unit_rows(33, 9), torch.arange(33) // 11), max_positives=max_positives, effective_dim=5.5)
     assert found.other.shape == (33 * 2 * (10 if max_positives is None else max_positives),)
 
 
@@ -210,24 +202,22 @@ def test_bounds_on_the_positives(max_positives):
 )
 @pytest.mark.parametrize("max_positives", [None, 3])
 def test_few_rows_one_class_no_positives(num_rows, labels, max_positives):
-    assert_same(unit_rows(num_rows, 4), labels(torch.arange(num_rows)), max_positives=max_positives)
+    assert_same(Rows(unit_rows(num_rows, 4), labels(torch.arange(num_rows))), max_positives=max_positives)
 
 
 def test_nobody_anywhere():
     z, labels = unit_rows(5, 4), torch.arange(5) // 2
-    assert_same(z, labels, learner=torch.full((5,), -1), max_positives=2)
-    assert_same(z, labels, learner=torch.arange(5), max_positives=2)  # learners of one row
-    nothing = {"ref_z": z[:0], "ref_labels": labels[:0], "ref_row_ids": labels[:0]}
-    assert_same(z, labels, row_ids=torch.arange(5), **nothing)
+    assert_same(Rows(z, labels, torch.full((5,), -1)), max_positives=2)
+    assert_same(Rows(z, labels, torch.arange(5)), max_positives=2)  # learners of one row
+    assert_same(Rows(z, labels, row_ids=torch.arange(5)), Rows(z[:0], labels[:0], row_ids=labels[:0]))
 
 
 def test_rows_need_not_be_contiguous():
     z = unit_rows(45, 10)
     wide, columns = torch.zeros(45, 21), torch.arange(135).view(45, 3)
     wide[:, 1::2] = z
-    given = {"learner": columns[:, 1] % 2, "row_ids": columns[:, 2]}
-    found = assert_same(wide[:, 1::2], columns[:, 0] % 6, **given)
-    expected = assert_same(z, columns[:, 0] % 6, **given)
+    rows = Rows(wide[:, 1::2], columns[:, 0] % 6, columns[:, 1] % 2, columns[:, 2])
+    found, expected = assert_same(rows), assert_same(rows._replace(z=z))
     assert torch.equal(found.other, expected.other)
 
 
@@ -244,11 +234,11 @@ def test_canonical_order(num_rows):
 def test_operator_is_well_formed_and_traced_without_data():
     z, column = unit_rows(12, 8).to(DEVICE), (torch.arange(12) // 2 % 3).to(DEVICE)
     number = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    arguments = (z, column, 0 * column, column, None, None, None, None, number, number, 0.5, 1.4, False, 8.0, 2)
+    arguments = (z, column, 0 * column, column, None, None, None, None, 0.5, 1.4, "paper", 8.0, 2, number, number)
     torch.library.opcheck(torch.ops.dnc_kernels.sample_pairs, arguments)
 
     def shapes(z: Tensor, seed: Tensor) -> Tensor:
-        return sampling.sample_pairs(z, column, seed=seed, max_positives=2).other + 1
+        return sampling.sample_pairs(Rows(z, column), sampling=Sampling(max_positives=2, seed=seed)).other + 1
 
     compiled = torch.compile(shapes, backend="aot_eager", fullgraph=True)
     for seed in (3, 4):
@@ -257,6 +247,4 @@ def test_operator_is_well_formed_and_traced_without_data():
 
 def test_what_the_kernels_do_not_take_is_refused():
     with pytest.raises(ValueError, match="float64; the Triton kernels take"):
-        sampling.sample_pairs(unit_rows(4, 3).double().to(DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE))
-    with pytest.raises(ValueError, match="mode='papre'"):
-        sampling.sample_pairs(unit_rows(4, 3).to(DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE), mode="papre")
+        sampling.sample_pairs(Rows(unit_rows(4, 3).double().to(DEVICE), torch.zeros(4, dtype=torch.int64, device=DEVICE)))

@@ -27,8 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from dnc_kernels import kmeans, margin, probe, race
-from dnc_kernels.contract import Pairs
+from dnc_kernels import kmeans, probe, race
+from dnc_kernels import margin as kernels
+from dnc_kernels.contract import MARGIN, Pairs, Rows, Sampling
 
 ARCHITECTURES = (80, 90)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -118,35 +119,40 @@ def describe(kernel: CompiledKernel, case: str, architecture: int) -> dict[str, 
     }
 
 
-def rows_of(rows: int, dim: int, learners: int, dtype: torch.dtype) -> dict[str, Any]:
+def rows_of(rows: int, dim: int, learners: int, dtype: torch.dtype) -> Rows:
     """Embeddings with label and learner."""
     row = torch.arange(rows)
-    return {"z": torch.randn(rows, dim).to(dtype).requires_grad_(), "labels": row // 4, "learner": row % learners}
+    return Rows(torch.randn(rows, dim).to(dtype).requires_grad_(), row // 4, row % learners)
 
 
-def square(rows: int, dim: int, learners: int, dtype: torch.dtype = torch.float32, *, masks: bool = True, **options: Any) -> None:
+def square(
+    rows: int, dim: int, learners: int, dtype: torch.dtype = torch.float32, *, masks: bool = True, margin: float = MARGIN, **sampling: Any
+) -> None:
     """A training step of a batch with itself, with fused masks or without."""
-    given = rows_of(rows, dim, learners, dtype) | {"num_learners": learners, "max_positives": 3} | options
-    given["masks"] = torch.ones(learners, dim, requires_grad=True) if masks else None
-    beta = torch.full((rows,), 1.2, requires_grad=True)
-    margin.margin_loss(given.pop("z"), given.pop("labels"), beta=beta, **given).loss_sum.backward()
+    given = torch.ones(learners, dim, requires_grad=True) if masks else None
+    beta, drawn = torch.full((rows,), 1.2, requires_grad=True), Sampling(**{"max_positives": 3} | sampling)
+    out = kernels.margin_loss(
+        rows_of(rows, dim, learners, dtype), beta=beta, margin=margin, masks=given, num_learners=learners, sampling=drawn
+    )
+    out.loss_sum.backward()
 
 
-def against_references(rows: int, references: int, dim: int, learners: int, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+def against_references(
+    rows: int, references: int, dim: int, learners: int, dtype: torch.dtype = torch.float32, *, margin: float = MARGIN, **sampling: Any
+) -> None:
     """A training step of local rows against the rows of all ranks."""
-    given = rows_of(rows, dim, learners, dtype) | {"num_learners": learners, "max_positives": 3, "row_ids": torch.arange(rows)} | options
-    given |= {f"ref_{name}": value for name, value in rows_of(references, dim, learners, dtype).items()}
-    given["ref_row_ids"] = torch.arange(references)
-    margin.margin_loss(given.pop("z"), given.pop("labels"), beta=1.2, **given).loss_sum.backward()
+    own, others = (rows_of(n, dim, learners, dtype)._replace(row_ids=torch.arange(n)) for n in (rows, references))
+    drawn = Sampling(max_positives=3, **sampling)
+    kernels.margin_loss(own, others, beta=1.2, margin=margin, num_learners=learners, sampling=drawn).loss_sum.backward()
 
 
 def in_parts(rows: int, dim: int, learners: int, pairs: int) -> None:
     """Projection, then the loss over a list of pairs."""
     given = rows_of(rows, dim, learners, torch.float32)
-    z = margin.project(given["z"], given["learner"], torch.ones(learners, dim, requires_grad=True))
+    z = kernels.project(given.z, given.learner, torch.ones(learners, dim, requires_grad=True))
     listed = Pairs(torch.arange(pairs) % rows, (7 * torch.arange(pairs)) % rows, torch.arange(pairs) % 2 == 0)
     beta = torch.full((), 1.2, requires_grad=True)
-    out = margin.margin_loss_on_pairs(z, given["labels"], listed, beta=beta, learner=given["learner"], num_learners=learners)
+    out = kernels.margin_loss_on_pairs(given._replace(z=z), listed, beta=beta, num_learners=learners)
     out.loss_sum.backward()
 
 

@@ -20,7 +20,7 @@ class MarginLoss(nn.Module):
         margin: half-width of the band around β in which pairs are active.
         beta: boundary β between positive and negative distances, or its first value if it is learned.
         learn_beta: "fixed", "scalar" (one parameter (1,)) or "class" (one parameter (C,)).
-        cutoff, nonzero_loss_cutoff, mode, effective_dim: constants of the sampling, see `dnc_kernels.sample_pairs`.
+        cutoff, nonzero_loss_cutoff, mode, effective_dim: constants of the sampling, see `dnc_kernels.Sampling`.
 
     Raises:
         InputError: a value outside what is allowed.
@@ -81,44 +81,32 @@ class MarginLoss(nn.Module):
                 wait for the device).
             masks: (K, D), where z holds embeddings that are yet to be projected; not together with references.
         """
-        sampling: dict[str, Any] = {
-            "learner": learner,
-            "row_ids": row_ids,
-            "cutoff": self.cutoff,
-            "nonzero_loss_cutoff": self.nonzero_loss_cutoff,
-            "mode": self.mode,
-            "effective_dim": self.effective_dim,
-            "seed": seed,
-            "step": step,
-            "max_positives": max_positives,
-        }
+        sampling = dnc_kernels.Sampling(
+            self.cutoff, self.nonzero_loss_cutoff, self.mode, self.effective_dim, max_positives=max_positives, seed=seed, step=step
+        )
+        anchors = dnc_kernels.Rows(z, labels, learner, row_ids)
         beta = self.beta[0] if self.learn_beta == "scalar" else self.beta
+        common: dict[str, Any] = {"beta": beta, "margin": self.margin, "num_learners": num_learners}
         if references is None:
-            return dnc_kernels.margin_loss(z, labels, beta=beta, margin=self.margin, masks=masks, num_learners=num_learners, **sampling)
-        pairs = dnc_kernels.sample_pairs(
-            z.detach(),
-            labels,
-            ref_z=references.z,
-            ref_labels=references.labels,
-            ref_learner=references.learner,
-            ref_row_ids=references.row_ids,
-            **sampling,
-        )
-        out = dnc_kernels.margin_loss_on_pairs(
-            z, labels, pairs, beta=beta, margin=self.margin, learner=learner, num_learners=num_learners, ref_z=references.z
-        )
+            return dnc_kernels.margin_loss(anchors, masks=masks, sampling=sampling, **common)
+        others = dnc_kernels.Rows(*references[:4])
+        pairs = dnc_kernels.sample_pairs(anchors._replace(z=z.detach()), others, sampling=sampling)
+        out = dnc_kernels.margin_loss_on_pairs(anchors, pairs, others, **common)
         if not len(pairs.other):  # no class has two rows: equal on all ranks
             return out
-        as_reference = self._as_references(z, pairs, references, beta.detach(), num_learners)
+        as_reference = self._as_references(anchors, pairs, references, beta.detach(), num_learners)
         # Adds nothing to the value, which counts a pair once, with its anchor.
         return out._replace(learner_loss_sum=out.learner_loss_sum + as_reference - as_reference.detach())
 
-    def _as_references(self, z: Tensor, pairs: dnc_kernels.Pairs, references: References, beta: Tensor, num_learners: int) -> Tensor:
+    def _as_references(
+        self, own: dnc_kernels.Rows, pairs: dnc_kernels.Pairs, references: References, beta: Tensor, num_learners: int
+    ) -> Tensor:
         """Collective. (K,) sums over all ranks' pairs whose other row is one of this rank's, to differentiate by that row alone.
 
         A row gets gradient as an anchor and from every anchor that drew it, of any rank. The drawn pairs travel for this (4 bytes
         for each of an anchor's slots) instead of gradients of all references (4 D bytes for each, back to their ranks).
         """
+        z = own.z
         drawn = pairs.other.view(len(z), -1)
         slots = drawn.shape[1]
         other = references.gather(drawn.int()).flatten().long() - references.start
@@ -130,12 +118,10 @@ class MarginLoss(nn.Module):
         else:  # the number of pairs must not depend on values, or the host waits for the device
             drawn_here = dnc_kernels.Pairs(anchor, torch.where(here, other, -1), positive)
         return dnc_kernels.margin_loss_on_pairs(
-            references.z,
-            references.labels,
+            dnc_kernels.Rows(*references[:4]),
             drawn_here,
+            own,
             beta=beta,
             margin=self.margin,
-            learner=references.learner,
             num_learners=num_learners,
-            ref_z=z,
         ).learner_loss_sum

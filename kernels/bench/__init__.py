@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels, one command a family: `PYTHONPATH=kernels python -m bench.margin` and `-m bench.kmeans`."""
+"""Benchmarks of the kernels, one command for each family: `PYTHONPATH=kernels python -m bench.margin` and `-m bench.kmeans`."""

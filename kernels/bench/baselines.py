@@ -1,7 +1,7 @@
-"""What the kernels are measured against: good vectorised torch, and the libraries that people use today.
+"""What the kernels are measured against: good vectorised torch, and the usual libraries.
 
-The torch baselines do the same work as the kernels, in float32, without a Python loop over rows and without a wait for the
-device; they draw with torch's own random numbers. Memory grows with B². This is also what torch.compile gets.
+The torch baselines do the same work as the kernels in float32. They have no Python loop over rows and never wait for the
+device. They draw with torch's own random numbers. Memory grows with B². This is also what torch.compile gets.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, normalize
 
 from bench.measure import NotRun
+from dnc_kernels.contract import DEFAULT_SAMPLING, MARGIN
 
-CUTOFF, NONZERO_LOSS_CUTOFF, MARGIN = 0.5, 1.4, 0.2
+CUTOFF, NONZERO_LOSS_CUTOFF = DEFAULT_SAMPLING.cutoff, DEFAULT_SAMPLING.nonzero_loss_cutoff
 ANTIPODE_MIN = 1e-6
 CHUNK_ELEMENTS = 1 << 28  # of the (N, K) matrix that k-means in plain torch holds at once
 
@@ -74,7 +75,7 @@ def margin_step(
 
 
 class MetricLearningLibrary:
-    """pytorch-metric-learning's miner and MarginLoss, once per learner; it draws with replacement and averages per learner."""
+    """pytorch-metric-learning's miner and MarginLoss, once per learner. It draws with replacement and averages per learner."""
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
         try:

@@ -2,7 +2,7 @@
 
     PYTHONPATH=kernels python -m bench.kmeans --out benchmarks/results/kernels_kmeans_cpu.jsonl
 
-All start from the same centroids. An iteration is (time of 6 - time of 1) / 5 iterations, so that nobody's preparation counts.
+All start from the same centroids. The time of an iteration is (time of 6 - time of 1) / 5, so preparation does not count.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CHOOSERS = (("kmeans_resident", "shape"), ("kmeans_streamed", "nearest_shape"), 
 
 
 def mixture(rows: int, dim: int, dtype: str, device: torch.device) -> Tensor:
-    """(rows, dim) around TRUE_CLUSTERS centres, made in chunks, so that nothing but the result is ever large."""
+    """(rows, dim) around TRUE_CLUSTERS centres, made in chunks, so that only the result is large."""
     random = torch.Generator(device).manual_seed(SEED)
     centres = torch.randn(TRUE_CLUSTERS, dim, generator=random, device=device)
     x = torch.empty(rows, dim, dtype=getattr(torch, dtype), device=device)
@@ -124,7 +124,7 @@ def flash_kmeans(x: Tensor, start: Tensor) -> Fit:
 
 
 def faiss(x: Tensor, start: Tensor) -> Fit:
-    """On the CPU, with all its threads, whatever the device of the others."""
+    """On the CPU with all its threads, also where the others run on a GPU."""
     try:
         import faiss as library
     except ImportError:

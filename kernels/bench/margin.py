@@ -22,7 +22,7 @@ from bench import baselines, measure, roofline
 from bench.measure import triton_module
 from bench.sweep import walk
 from dnc_kernels import reference
-from dnc_kernels.contract import Pairs
+from dnc_kernels.contract import Pairs, Rows, Sampling
 
 SIZES, CPU_SIZES = (128, 1024, 8192, 65536), (128, 1024)
 LEARNERS, CPU_LEARNERS, DIM = (4, 1, 32), (1, 4), 512
@@ -82,32 +82,20 @@ class Inputs:
         self.beta = torch.full((self.num_classes,), 1.2, device=device, requires_grad=True)
         self.seed, self.step = (torch.full((), number, dtype=torch.int64, device=device) for number in (SEED, STEP))
 
-    def sampling(self) -> dict[str, Any]:
-        """What the contract's functions are told about the draws."""
-        return {
-            "learner": self.learner,
-            "cutoff": baselines.CUTOFF,
-            "nonzero_loss_cutoff": baselines.NONZERO_LOSS_CUTOFF,
-            "effective_dim": float(self.case.live),
-            "seed": self.seed,
-            "step": self.step,
-            "max_positives": self.case.positives,
-        }
+    def rows(self, z: Tensor | None = None) -> Rows:
+        """The batch; without z its embeddings."""
+        return Rows(self.embeddings if z is None else z, self.labels, self.learner)
+
+    def sampling(self) -> Sampling:
+        return Sampling(effective_dim=float(self.case.live), max_positives=self.case.positives, seed=self.seed, step=self.step)
 
 
 def contract(module: Any, inputs: Inputs) -> Step:
     """A step of an implementation of the contract."""
 
     def step() -> tuple[Tensor, Tensor | None]:
-        out = module.margin_loss(
-            inputs.embeddings,
-            inputs.labels,
-            beta=inputs.beta,
-            margin=baselines.MARGIN,
-            masks=inputs.masks,
-            num_learners=inputs.case.learners,
-            **inputs.sampling(),
-        )
+        num_learners = inputs.case.learners
+        out = module.margin_loss(inputs.rows(), beta=inputs.beta, masks=inputs.masks, num_learners=num_learners, sampling=inputs.sampling())
         return out.loss_sum / out.num_active.clamp(min=1), None
 
     return step
@@ -163,7 +151,7 @@ def sampled_pairs(name: str, inputs: Inputs, others: Tensor | None) -> Pairs | N
         module = reference if name == "reference" else triton_module("margin", inputs.embeddings.device)
         with torch.no_grad():
             z = module.project(inputs.embeddings, inputs.learner, inputs.masks)
-            return module.sample_pairs(z, inputs.labels, **inputs.sampling())
+            return module.sample_pairs(inputs.rows(z), sampling=inputs.sampling())
     anchor = torch.arange(others.shape[0], device=others.device)[:, None].expand_as(others)
     positive = (torch.arange(others.shape[1], device=others.device) < inputs.case.positives).expand_as(others)
     return Pairs(anchor.reshape(-1), others.reshape(-1), positive.reshape(-1))
@@ -178,15 +166,8 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def errors(inputs: Inputs, pairs: Pairs, loss: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, float]:
     """Of loss and gradients, against the float64 reference on the same pairs."""
     leaves = [value.detach().double().requires_grad_() for value in (inputs.embeddings, inputs.masks, inputs.beta)]
-    out = reference.margin_loss_on_pairs(
-        reference.project(leaves[0], inputs.learner, leaves[1]),
-        inputs.labels,
-        pairs,
-        beta=leaves[2],
-        margin=baselines.MARGIN,
-        learner=inputs.learner,
-        num_learners=inputs.case.learners,
-    )
+    z = reference.project(leaves[0], inputs.learner, leaves[1])
+    out = reference.margin_loss_on_pairs(inputs.rows(z), pairs, beta=leaves[2], num_learners=inputs.case.learners)
     expected = out.loss_sum / out.num_active.clamp(min=1)
     found = {"error_loss": relative_error(loss, expected)}
     for name, value, right in zip(("embeddings", "masks", "beta"), gradients, torch.autograd.grad(expected, leaves), strict=True):

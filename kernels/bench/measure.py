@@ -1,7 +1,7 @@
 """How both families are timed, what the machine can do, and where the rows go.
 
-A row is one implementation at one size. What a row could not do (out of memory, not installed, no time left) is its
-outcome, never a missing line.
+A row is one implementation at one size. Where a row has no figure (out of memory, not installed, no time left), its outcome
+says why. No row is missing.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def time_phases(
 
     `known`: how many seconds they take, from a call that also warmed them up.
     Returns `<phase>_ms` and `full_ms` as [median, 20 %, 80 %], the number of `calls`, and `spread`: by how much the medians of the
-    whole differ between the first and the second half of the calls, which are two identical runs.
+    whole differ between the first and the second half of the calls.
     """
     clock = Clock(device)
     if known is None:
@@ -214,7 +214,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 class Run:
-    """The rows of one command: written as they come, ended by a budget of seconds."""
+    """The rows of one command. They are written as they come; a budget of seconds ends them."""
 
     def __init__(self, family: str, args: argparse.Namespace) -> None:
         self.family, self.out, self.device = family, args.out, torch.device(args.device)

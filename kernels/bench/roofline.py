@@ -1,7 +1,7 @@
 """The least time that a step can take on a machine, from what the machine was measured to do (`kernels/README.md` derives it).
 
-Bytes over bandwidth, operations over the rate of the matrix units, instructions over the rate of the scalar units: work that
-overlaps takes the largest of the three, phases that follow each other add up.
+There are three times: bytes over bandwidth, operations over the rate of the matrix units, instructions over the rate of the
+scalar units. Work that overlaps takes the largest of the three. Phases that follow each other add up.
 """
 
 from __future__ import annotations

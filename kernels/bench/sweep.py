@@ -1,7 +1,7 @@
-"""Is there a better tile than the default? A walk from the default of a kernel to the best of its neighbours, as far as it leads.
+"""Is there a better tile than the default? A search from the default to the best of its neighbours, up to STEPS times.
 
-Every kernel with a choice has a function that makes it, `module.chooser(...)`, which gives a dictionary or named tuple of powers
-of two (stages: any number), or None where another kernel serves. The walk stands in for that function.
+Every kernel with a choice has a function that makes it, `module.chooser(...)`. It gives a dictionary or named tuple of powers
+of two (stages: any number), or None where another kernel serves. The search replaces that function.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Write the tables of kernels/README.md from the results files: `PYTHONPATH=kernels python -m bench.table`.
 
 A family's tables stand between `<!-- results:FAMILY -->` and `<!-- results:end -->`, one for every device of
-benchmarks/results/kernels_FAMILY_*.jsonl; of rows about the same size and implementation the last one counts.
+benchmarks/results/kernels_FAMILY_*.jsonl. Of several rows about one size and implementation the last one counts.
 """
 
 from __future__ import annotations

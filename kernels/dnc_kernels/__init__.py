@@ -6,13 +6,15 @@ Shapes: B anchors, G references, D embedding, K learners, C classes, N rows of k
 from __future__ import annotations
 
 from dnc_kernels import reference
-from dnc_kernels.contract import MarginLossOutput, Pairs
+from dnc_kernels.contract import MarginLossOutput, Pairs, Rows, Sampling
 from dnc_kernels.dispatch import check_implementation, dispatched, implementation, implementation_note
 from dnc_kernels.reference import negative_weights
 
 __all__ = [
     "MarginLossOutput",
     "Pairs",
+    "Rows",
+    "Sampling",
     "check_implementation",
     "implementation",
     "implementation_note",

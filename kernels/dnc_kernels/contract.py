@@ -6,13 +6,77 @@ shapes, types and devices) read the data, so they run on CPU tensors only: on a 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MODES = ("paper", "reference")
+MARGIN = 0.2  # half-width of the band around beta in which pairs are active
 INTEGERS = (torch.int64, torch.int32, torch.int16)
+
+
+class Rows(NamedTuple):
+    """Rows that are compared, as anchors or as references.
+
+    `z` (n, D) is L2-normalised. `labels`, `learner` and `row_ids` are (n,) integers. `learner` -1 is in no pair; None puts all
+    rows in learner 0. `row_ids` name the rows across ranks; None names them 0 … n-1.
+    """
+
+    z: Tensor
+    labels: Tensor
+    learner: Tensor | None = None
+    row_ids: Tensor | None = None
+
+
+class CheckedRows(NamedTuple):
+    """`Rows` after the checks: no column is missing, integers are int64."""
+
+    z: Tensor
+    labels: Tensor
+    learner: Tensor
+    row_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the negatives of an anchor are drawn; `kernels/README.md` has the mathematics.
+
+    Attributes:
+        cutoff: distances below are weighted as this one.
+        nonzero_loss_cutoff: nothing beyond is drawn (mode "paper"), or with the small published floor (mode "reference").
+        mode: "paper" or "reference", the weights of the paper or those of the published code.
+        effective_dim: n of the density of distances, None = D.
+        max_positives: upper bound P of an anchor's positives; None counts them (on a GPU the one wait for the device).
+        seed, step: key of the draws, int or 0-d int64 tensor; see `dnc_kernels.philox`.
+
+    Raises:
+        ValueError: a constant outside its range.
+    """
+
+    cutoff: float = 0.5
+    nonzero_loss_cutoff: float = 1.4
+    mode: str = "paper"
+    effective_dim: float | None = None
+    max_positives: int | None = None
+    seed: Tensor | int = 0
+    step: Tensor | int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}; allowed are {', '.join(MODES)}")
+        if not 0.0 < self.cutoff < 2.0:
+            raise ValueError(f"cutoff={self.cutoff}; it must lie between 0 and 2, the largest distance of unit vectors")
+        if not self.nonzero_loss_cutoff > self.cutoff:
+            raise ValueError(f"nonzero_loss_cutoff={self.nonzero_loss_cutoff}; it must lie above cutoff={self.cutoff}")
+        if self.effective_dim is not None and self.effective_dim < 1:
+            raise ValueError(f"effective_dim={self.effective_dim}; it must be 1 or more (None: the width of z)")
+        if self.max_positives is not None and self.max_positives < 0:
+            raise ValueError(f"max_positives={self.max_positives}; it must be 0 or more (None: counted, which waits for the device)")
+
+
+DEFAULT_SAMPLING = Sampling()
 
 
 class Pairs(NamedTuple):
@@ -41,15 +105,6 @@ class MarginLossOutput(NamedTuple):
     learner_loss_sum: Tensor
     learner_num_active: Tensor
     stats: dict[str, Tensor]
-
-
-class Rows(NamedTuple):
-    """Rows with everything that decides about pairs: z (n, D), labels, learner and row_ids (n,) int64."""
-
-    z: Tensor
-    labels: Tensor
-    learner: Tensor
-    row_ids: Tensor
 
 
 def check_matrix(name: str, value: Tensor, *, width: int | None = None, device: torch.device | None = None) -> None:
@@ -84,54 +139,35 @@ def check_below(name: str, value: Tensor, limit: int, allowed: str, *, lowest: i
             raise ValueError(f"{name} contains {worst}; allowed are {allowed}")
 
 
-def anchors_and_references(
-    z: Tensor,
-    labels: Tensor,
-    learner: Tensor | None,
-    row_ids: Tensor | None,
-    ref_z: Tensor | None,
-    ref_labels: Tensor | None,
-    ref_learner: Tensor | None,
-    ref_row_ids: Tensor | None,
-) -> tuple[Rows, Rows]:
-    """The checked anchors and references; without `ref_z` the anchors are their own references.
+def _checked_rows(rows: Rows, prefix: str = "") -> CheckedRows:
+    z, labels, learner, row_ids = rows
+    return CheckedRows(
+        z,
+        integer_column(f"{prefix}labels", labels, z),
+        z.new_zeros(z.shape[0], dtype=torch.int64) if learner is None else integer_column(f"{prefix}learner", learner, z),
+        torch.arange(z.shape[0], device=z.device) if row_ids is None else integer_column(f"{prefix}row_ids", row_ids, z),
+    )
+
+
+def anchors_and_references(anchors: Rows, references: Rows | None) -> tuple[CheckedRows, CheckedRows]:
+    """The checked anchors and references; without `references` the anchors are compared with themselves.
 
     Raises:
         ValueError: wrong shape, type or device, or references without the columns that say who is who.
     """
-    check_matrix("z", z)
-    anchors = Rows(
-        z,
-        integer_column("labels", labels, z),
-        z.new_zeros(z.shape[0], dtype=torch.int64) if learner is None else integer_column("learner", learner, z),
-        torch.arange(z.shape[0], device=z.device) if row_ids is None else integer_column("row_ids", row_ids, z),
-    )
-    if ref_z is None:
-        if any(value is not None for value in (ref_labels, ref_learner, ref_row_ids)):
-            raise ValueError("ref_labels, ref_learner and ref_row_ids describe the rows of ref_z, which is missing")
-        return anchors, anchors
-    check_matrix("ref_z", ref_z, width=z.shape[1], device=z.device)
-    if ref_labels is None or ref_row_ids is None or row_ids is None:
-        raise ValueError("ref_z needs ref_labels, ref_row_ids and row_ids: an anchor finds itself among the references by its row id")
-    if (learner is None) != (ref_learner is None):
-        raise ValueError("learner and ref_learner must be given together")
-    return anchors, Rows(
-        ref_z,
-        integer_column("ref_labels", ref_labels, ref_z),
-        z.new_zeros(ref_z.shape[0], dtype=torch.int64) if ref_learner is None else integer_column("ref_learner", ref_learner, ref_z),
-        integer_column("ref_row_ids", ref_row_ids, ref_z),
-    )
+    check_matrix("z", anchors.z)
+    checked = _checked_rows(anchors)
+    if references is None:
+        return checked, checked
+    check_matrix("references.z", references.z, width=anchors.z.shape[1], device=anchors.z.device)
+    if anchors.row_ids is None or references.row_ids is None:
+        raise ValueError("anchors and references need row_ids: an anchor finds itself among the references by its row id")
+    if (anchors.learner is None) != (references.learner is None):
+        raise ValueError("anchors and references must both have a learner, or neither")
+    return checked, _checked_rows(references, "references.")
 
 
-def check_sampling(cutoff: float, nonzero_loss_cutoff: float, mode: str, effective_dim: float | None, max_positives: int | None) -> None:
-    """Raise ValueError for constants of the sampling outside their range."""
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}; allowed are {', '.join(MODES)}")
-    if not 0.0 < cutoff < 2.0:
-        raise ValueError(f"cutoff={cutoff}; it must lie between 0 and 2, the largest distance of unit vectors")
-    if not nonzero_loss_cutoff > cutoff:
-        raise ValueError(f"nonzero_loss_cutoff={nonzero_loss_cutoff}; it must lie above cutoff={cutoff}")
-    if effective_dim is not None and effective_dim < 1:
-        raise ValueError(f"effective_dim={effective_dim}; it must be 1 or more (None: the width of z)")
-    if max_positives is not None and max_positives < 0:
-        raise ValueError(f"max_positives={max_positives}; it must be 0 or more (None: counted, which waits for the device)")
+def check_no_references(references: Rows | None) -> None:
+    """Raise ValueError where masks come together with references."""
+    if references is not None:
+        raise ValueError("masks cannot be combined with references: project the embeddings first, then gather them as references")

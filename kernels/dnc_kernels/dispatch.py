@@ -1,6 +1,6 @@
 """Which implementation serves a tensor: Triton on a GPU, plain torch elsewhere, or the one that DNC_KERNELS names.
 
-The choice depends on the device and the environment alone, never on a failure: what was chosen runs, or raises.
+The choice depends on the device and the environment alone. A failure never changes it: what was chosen runs, or raises.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from dnc_kernels.contract import Rows
 from dnc_kernels.toolchain import check_launch, use_cache_folder
 
 P = ParamSpec("P")
@@ -96,7 +97,7 @@ def implementation_note(device: torch.device | str) -> str:
 
 
 def check_implementation(device: torch.device | str) -> None:
-    """Prove that what serves this device runs: Triton compiles and launches a kernel. The reference needs no proof.
+    """Prove that the implementation for this device runs: Triton compiles and launches a kernel. The reference needs no proof.
 
     Raises:
         RuntimeError: it does not; says what is missing.
@@ -108,12 +109,13 @@ def check_implementation(device: torch.device | str) -> None:
 
 
 def dispatched(function: Callable[P, R]) -> Callable[P, R]:
-    """The function of the contract; the implementation is chosen at every call by the device of the first argument."""
+    """The function of the contract. At every call the device of the first argument (a tensor or `Rows`) decides who serves it."""
     name = function.__name__
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else next(iter(kwargs.values()), None)
+        first = first.z if isinstance(first, Rows) else first
         device = first.device if isinstance(first, torch.Tensor) else torch.device("cpu")
         if implementation(device) == "reference":
             return function(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Stable order of items by an integer key, on the device: who belongs to which row or learner, without a host sync.
+"""Stable order of items by an integer key, without a wait for the device: which pairs belong to a row, which rows to a learner.
 
 Shapes: n items, N groups.
 """
@@ -40,9 +40,9 @@ def group_kernel(
 
 
 def group(keys: Tensor, num_groups: int, *, counted_up_to: int = COUNTED_UP_TO) -> tuple[Tensor, Tensor]:
-    """Items of group g, in their own order, are order[starts[g]:starts[g + 1]]; negative keys come first, in no group.
+    """Order and starts: the items of group g are order[starts[g]:starts[g + 1]], in the order in which they came.
 
-    keys (n,) int64 below `num_groups`; returns order (n,) and starts (num_groups + 1,), int64.
+    keys (n,) int64 below `num_groups`; negative keys come first, in no group. Returns order (n,) and starts (num_groups + 1,), int64.
     """
     num_items = keys.shape[0]
     if num_items > counted_up_to:

@@ -47,9 +47,9 @@ def _(x: Tensor, centroids: Tensor, parent: Tensor | None) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def lloyd_step(x: Tensor, centroids: Tensor, *, restrict: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.lloyd_step` by fused kernels, without a matrix (N, K), without waiting for the device, equal in every run.
+    """`reference.lloyd_step` by fused kernels: no (N, K) matrix, no wait for the device, the same bits in every run.
 
-    The distance is |x|² - 2 x·c + |c|² in float32, not below 0; its error is a few 1e-6 of (|x| + |c|)², for float16 rows plus
+    The distance is |x|² - 2 x·c + |c|² in float32, not below 0. Its error is a few 1e-6 of (|x| + |c|)²; float16 rows add
     6e-8 Σ|x|. Of two centroids whose distances differ by less, either may be taken.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A Lloyd step in one read of x, for few centroids: their sums stay in registers while a program walks down its rows.
+"""A Lloyd step in one read of x, for few centroids: their sums stay in registers while a program goes through its rows.
 
 A program holds the centroids in shared memory and the sums (D, K) in registers. It takes a tile of rows, finds the nearest
 centroids by one matrix product, and adds the rows to the sums by another, xᵀ · one-hot. Every program writes its own partial
@@ -86,7 +86,7 @@ def _lloyd_resident(
 def shape(dtype: torch.dtype, width: int, num_centroids: int, device: torch.device) -> dict[str, int] | None:
     """Tile and launch of the kernel, or None where the sums do not fit into registers or the rows not into shared memory.
 
-    float32 rows never do: their terms are cut in registers, and that needs the room of the sums.
+    float32 rows never fit: they are split into terms in registers, which takes the room of the sums.
     """
     block_width = max(SMALLEST, triton.next_power_of_2(width))
     block_centroids = max(SMALLEST, triton.next_power_of_2(num_centroids))

@@ -1,7 +1,7 @@
 """A Lloyd step for any number of centroids, in two kernels: nearest centroids, then the sums of their rows.
 
-The first streams x and the centroids in tiles and keeps the nearest centroid so far. The second reads x again: for up to
-ONE_HOT_CENTROIDS by one-hot products on a grid of (row chunk, columns); for more, rows are sorted by centroid, and a program
+The first kernel streams x and the centroids in tiles and keeps the nearest centroid so far. The second reads x again. Up to
+ONE_HOT_CENTROIDS it takes one-hot products on a grid of (row chunk, columns). Above, rows are sorted by centroid, and a program
 adds up to ROWS_PER_SEGMENT rows of one centroid.
 """
 
@@ -134,7 +134,7 @@ def _segment_sums(
 
 
 def nearest_shape(dtype: torch.dtype, num_centroids: int) -> dict[str, int]:
-    """Tile and launch of the assignment; float32 rows are cut into terms in registers, so their tiles are half as wide."""
+    """Tile and launch of the assignment. float32 rows are split into terms in registers, so their tiles are half as wide."""
     wide = dtype == torch.float32
     block_centroids = min(64, max(16, triton.next_power_of_2(num_centroids)))
     return {
@@ -193,7 +193,7 @@ def one_hot_sums(x: Tensor, assignment: Tensor, num_centroids: int, tile: dict[s
 def segment_sums(x: Tensor, assignment: Tensor, num_centroids: int, *, rows_per_segment: int = ROWS_PER_SEGMENT) -> tuple[Tensor, Tensor]:
     """Sums (K, D) float64 and counts (K,) int64 of contiguous x (N, D), N > 0, by sorting the rows.
 
-    Segments of one centroid are consecutive; their number is known to the device only, so the grid has room for all cases.
+    Segments of one centroid are consecutive. Only the device knows their number, so the grid is large enough for every case.
     """
     (num_rows, width), device = x.shape, x.device
     ordered, order = assignment.to(torch.int32).sort(stable=True)

@@ -1,7 +1,7 @@
 """What the Lloyd kernels share: products of rows with centroids, the nearest centroid so far, one-hot sums, ordered totals.
 
-Matrix units multiply 16-bit numbers here, yet nothing is lost that float32 would keep: a centroid c travels as two such
-terms, c = first + second, float32 rows are cut into terms in registers, and a one-hot factor is exact.
+Matrix units multiply 16-bit numbers here, and products stay as exact as in float32. A centroid c is stored as two such
+terms, c = first + second. float32 rows are split into terms in registers. A one-hot factor is exact.
 
 Shapes: N rows of width D, K centroids, P partial sums; a tile holds some rows, some columns (of D) and some centroids.
 """
@@ -106,7 +106,7 @@ def add_members(sums, x_t, member):
 
 @triton.jit
 def squared_distances(norms, best):
-    """(rows,) |x|² + 2 (|c|²/2 - x·c), not below 0; NaN stays NaN, which a maximum would drop unless told."""
+    """(rows,) |x|² + 2 (|c|²/2 - x·c), not below 0. NaN stays NaN; without `propagate_nan` a maximum would drop it."""
     return tl.maximum(norms + 2 * best, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -119,9 +119,9 @@ def squared_norms(x):
 
 @triton.jit
 def improve(best, nearest, products, half_norms, candidates, parent, RESTRICTED: tl.constexpr):
-    """The smaller of `best` (rows,) and |c|²/2 - x·c over a tile of candidates, and whose it is; the lowest index on a tie.
+    """The smaller of `best` (rows,) and |c|²/2 - x·c over a tile of candidates, and its index; the lowest index on a tie.
 
-    A row of NaN improves nothing, it keeps the `nearest` it came with.
+    A row of NaN keeps the `nearest` that it had.
     """
     score = half_norms[None, :] - tl.sum(tl.reshape(products, (products.shape[0], products.shape[1] // 2, 2)), 2)
     if RESTRICTED:

@@ -8,9 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dnc_kernels.contract import MarginLossOutput, Pairs, check_below, check_matrix, integer_column
+from dnc_kernels.contract import (
+    DEFAULT_SAMPLING,
+    MARGIN,
+    MarginLossOutput,
+    Pairs,
+    Rows,
+    Sampling,
+    check_below,
+    check_matrix,
+    check_no_references,
+    integer_column,
+)
 from dnc_kernels.margin_operators import pair_loss_op, project_op
-from dnc_kernels.pair_loss import COUNTS, DISTANCE_SUMS
+from dnc_kernels.pair_loss import COUNTS, DISTANCE_SUMS, PairList
+from dnc_kernels.projection import Projected
 from dnc_kernels.sampling import sample_pairs, sample_slots
 from dnc_kernels.target import check_dtypes
 
@@ -51,26 +63,23 @@ def _boundary(beta: Tensor | float, z: Tensor) -> Tensor:
 
 
 def _loss(
-    z: Tensor,
-    labels: Tensor,
-    other: Tensor,
-    *,
-    flat: tuple[Tensor, Tensor] | None,
-    live: tuple[Tensor, Tensor] | None,
-    masked: tuple[Tensor, Tensor, Tensor] | None,
+    anchors: Rows,
+    ref_z: Tensor | None,
+    listed: PairList,
     stats: dict[str, Tensor] | None,
+    *,
     beta: Tensor | float,
     margin: float,
-    learner: Tensor | None,
     num_learners: int,
-    ref_z: Tensor | None,
+    projected: Projected | None = None,
 ) -> MarginLossOutput:
-    """The loss over a flat list with anchors and positives, or over padded slots; `masked` gets the gradient instead of z."""
+    """The loss over a list of pairs; with `projected` the gradient goes to embeddings and masks instead of z."""
+    z, learner = anchors.z, anchors.learner
     check_matrix("z", z)
-    labels = integer_column("labels", labels, z)
+    labels = integer_column("labels", anchors.labels, z)
     if ref_z is not None:
-        check_matrix("ref_z", ref_z, width=z.shape[1], device=z.device)
-    check_dtypes(z=z, ref_z=ref_z)
+        check_matrix("references.z", ref_z, width=z.shape[1], device=z.device)
+    check_dtypes(z=z, references=ref_z)
     beta = _boundary(beta, z)
     if learner is not None:
         learner = integer_column("learner", learner, z)
@@ -78,11 +87,9 @@ def _loss(
     if beta.ndim == 1 and labels.device.type == "cpu":  # elsewhere the kernel counts such labels
         in_learner = labels if learner is None else labels.masked_fill(learner < 0, 0)
         check_below("labels", in_learner, beta.shape[0], f"0 to {beta.shape[0] - 1}, one per entry of beta", lowest=0)
-    embeddings, masks, inverse_norm = masked or (None, None, None)
-    anchor, positive = flat or (None, None)
-    own_live, ref_live = live or (None, None)
+    embeddings, masks, inverse_norm = (None,) * 3 if projected is None else (projected.embeddings, projected.masks, projected.inverse_norm)
     learner_loss_sum, distance_sums, counts, _ = pair_loss_op(
-        z, ref_z, embeddings, masks, inverse_norm, anchor, other, positive, own_live, ref_live, labels, learner, beta, margin, num_learners
+        z, ref_z, embeddings, masks, beta, inverse_norm, labels, learner, *listed, margin, num_learners
     )
     learner_num_active, named, num_active = counts.tensor_split((num_learners, num_learners + len(COUNTS)))
     stats = (
@@ -92,99 +99,41 @@ def _loss(
 
 
 def margin_loss_on_pairs(
-    z: Tensor,
-    labels: Tensor,
-    pairs: Pairs,
-    *,
-    beta: Tensor | float,
-    margin: float = 0.2,
-    learner: Tensor | None = None,
-    num_learners: int = 1,
-    ref_z: Tensor | None = None,
+    anchors: Rows, pairs: Pairs, references: Rows | None = None, *, beta: Tensor | float, margin: float = MARGIN, num_learners: int = 1
 ) -> MarginLossOutput:
     """Margin loss over given pairs, computed in float32; arguments and errors as the reference, float64 is a ValueError."""
     if not pairs.anchor.shape == pairs.other.shape == pairs.positive.shape or pairs.anchor.ndim != 1:
         raise ValueError("pairs: anchor, other and positive must be flat lists of equal length")
-    check_below("pairs.anchor", pairs.anchor, z.shape[0], f"0 to {z.shape[0] - 1}, one per row of z", lowest=0)
-    num_references = (z if ref_z is None else ref_z).shape[0]
+    num_anchors, ref_z = anchors.z.shape[0], None if references is None else references.z
+    check_below("pairs.anchor", pairs.anchor, num_anchors, f"0 to {num_anchors - 1}, one per row of z", lowest=0)
+    num_references = num_anchors if ref_z is None else ref_z.shape[0]
     check_below("pairs.other", pairs.other, num_references, f"-1 (an empty slot) to {num_references - 1}, one per reference")
-    return _loss(
-        z,
-        labels,
-        pairs.other.long(),
-        flat=(pairs.anchor.long(), pairs.positive.bool()),
-        live=None,
-        masked=None,
-        stats=pairs.stats,
-        beta=beta,
-        margin=margin,
-        learner=learner,
-        num_learners=num_learners,
-        ref_z=ref_z,
-    )
+    listed = PairList(pairs.other.long(), pairs.anchor.long(), pairs.positive.bool())
+    return _loss(anchors, ref_z, listed, pairs.stats, beta=beta, margin=margin, num_learners=num_learners)
 
 
 def margin_loss(
-    z: Tensor,
-    labels: Tensor,
+    anchors: Rows,
+    references: Rows | None = None,
     *,
     beta: Tensor | float,
-    margin: float = 0.2,
+    margin: float = MARGIN,
     masks: Tensor | None = None,
     num_learners: int = 1,
-    learner: Tensor | None = None,
-    ref_z: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    ref_learner: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    ref_row_ids: Tensor | None = None,
-    cutoff: float = 0.5,
-    nonzero_loss_cutoff: float = 1.4,
-    mode: str = "paper",
-    effective_dim: float | None = None,
-    seed: Tensor | int = 0,
-    step: Tensor | int = 0,
-    max_positives: int | None = None,
+    sampling: Sampling = DEFAULT_SAMPLING,
 ) -> MarginLossOutput:
-    """`sample_pairs` followed by the loss over its slots; with `masks` z holds raw embeddings, whose projection is fused.
+    """`sample_pairs` followed by the loss over its slots; with `masks`, `anchors.z` holds raw embeddings, whose projection is fused.
 
     Arguments and errors as the reference; float64 is a ValueError.
     """
-    masked = None
+    projected = None
     if masks is not None:
-        if ref_z is not None:
-            raise ValueError("masks cannot be combined with ref_z: project the embeddings first, then gather them as references")
+        check_no_references(references)
+        learner = _checked_projection(anchors.z, anchors.learner, masks)
         with torch.no_grad():  # the backward of the loss goes through the projection by itself
-            projected, inverse_norm = project_op(z, _checked_projection(z, learner, masks), masks)
-        z, masked = projected, (z, masks, inverse_norm)
-    slots = sample_slots(
-        z,
-        labels,
-        learner=learner,
-        ref_z=ref_z,
-        ref_labels=ref_labels,
-        ref_learner=ref_learner,
-        row_ids=row_ids,
-        ref_row_ids=ref_row_ids,
-        cutoff=cutoff,
-        nonzero_loss_cutoff=nonzero_loss_cutoff,
-        mode=mode,
-        effective_dim=effective_dim,
-        seed=seed,
-        step=step,
-        max_positives=max_positives,
-    )
-    return _loss(
-        z,
-        labels,
-        slots.others,
-        flat=None,
-        live=(slots.live, slots.live if ref_z is None else slots.ref_live),
-        masked=masked,
-        stats=slots.stats,
-        beta=beta,
-        margin=margin,
-        learner=learner,
-        num_learners=num_learners,
-        ref_z=ref_z,
-    )
+            z, inverse_norm = project_op(anchors.z, learner, masks)
+        projected, anchors = Projected(z, inverse_norm, anchors.z, learner, masks), anchors._replace(z=z)
+    slots = sample_slots(anchors, references, sampling=sampling)
+    listed = PairList(slots.others, live=slots.live, ref_live=slots.live if references is None else slots.ref_live)
+    ref_z = None if references is None else references.z
+    return _loss(anchors, ref_z, listed, slots.stats, beta=beta, margin=margin, num_learners=num_learners, projected=projected)

@@ -1,8 +1,8 @@
 """`torch.library` operators of projection and margin loss around the Triton kernels, with fakes and autograd.
 
-Shapes: B anchors, G references, D width, n pairs, K learners, C classes. Lists of pairs are flat, or padded: without
-`anchor` and `positive`, and `other` (B, slots); `live` and `ref_live` as in pair_loss.py. Operators take what the kernels
-take, and copy what is not contiguous.
+An operator takes tensors and numbers only, so signatures are flat here: `other`, `anchor`, `positive`, `live` and `ref_live`
+are the fields of `pair_loss.PairList`. Operators copy what is not contiguous.
+Shapes: B anchors, G references, D width, n pairs, K learners, C classes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dnc_kernels import masked_gradient, pair_gradient, pair_loss, projection
+from dnc_kernels.contract import Rows
+from dnc_kernels.pair_loss import PairList
 
 
 def _contiguous(value: Tensor | None) -> Tensor | None:
@@ -32,34 +34,15 @@ def _(embeddings: Tensor, learner: Tensor | None, masks: Tensor | None) -> tuple
 
 @torch.library.custom_op("dnc_kernels::project_backward", mutates_args=())
 def project_backward_op(
-    dz: Tensor,
-    z: Tensor,
-    inverse_norm: Tensor,
-    embeddings: Tensor,
-    learner: Tensor | None,
-    masks: Tensor | None,
-    masks_gradient: bool,
+    dz: Tensor, z: Tensor, inverse_norm: Tensor, embeddings: Tensor, learner: Tensor | None, masks: Tensor | None, masks_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    return projection.project_backward(
-        dz.contiguous(),
-        z,
-        inverse_norm,
-        embeddings.contiguous(),
-        _contiguous(learner),
-        _contiguous(masks),
-        masks_gradient=masks_gradient,
-    )
+    rows = projection.Projected(z, inverse_norm, embeddings.contiguous(), _contiguous(learner), _contiguous(masks))
+    return projection.project_backward(dz.contiguous(), rows, masks_gradient=masks_gradient)
 
 
 @project_backward_op.register_fake
 def _(
-    dz: Tensor,
-    z: Tensor,
-    inverse_norm: Tensor,
-    embeddings: Tensor,
-    learner: Tensor | None,
-    masks: Tensor | None,
-    masks_gradient: bool,
+    dz: Tensor, z: Tensor, inverse_norm: Tensor, embeddings: Tensor, learner: Tensor | None, masks: Tensor | None, masks_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     width = embeddings.shape[1]
     of_masks = embeddings.new_empty(0, width) if masks is None else masks.new_empty(masks.shape[0] if masks_gradient else 0, width)
@@ -89,55 +72,33 @@ def pair_loss_op(
     ref_z: Tensor | None,
     embeddings: Tensor | None,
     masks: Tensor | None,
+    beta: Tensor,
     inverse_norm: Tensor | None,
-    anchor: Tensor | None,
+    labels: Tensor,
+    learner: Tensor | None,
     other: Tensor,
+    anchor: Tensor | None,
     positive: Tensor | None,
     live: Tensor | None,
     ref_live: Tensor | None,
-    labels: Tensor,
-    learner: Tensor | None,
-    beta: Tensor,
     margin: float,
     num_learners: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of PairLoss. With `embeddings`, `masks` and `inverse_norm` the gradient goes to those instead of z."""
     z = z.contiguous()
     return pair_loss.pair_loss(
-        z,
+        Rows(z, labels.contiguous(), _contiguous(learner)),
         z if ref_z is None else ref_z.contiguous(),
-        _contiguous(anchor),
-        other.contiguous(),
-        _contiguous(positive),
-        labels.contiguous(),
-        _contiguous(learner),
-        beta.contiguous(),
-        margin,
-        num_learners,
-        live=live,
-        ref_live=ref_live,
+        PairList(other.contiguous(), _contiguous(anchor), _contiguous(positive), live, ref_live),
+        beta=beta.contiguous(),
+        margin=margin,
+        num_learners=num_learners,
     )
 
 
 @pair_loss_op.register_fake
-def _(
-    z: Tensor,
-    ref_z: Tensor | None,
-    embeddings: Tensor | None,
-    masks: Tensor | None,
-    inverse_norm: Tensor | None,
-    anchor: Tensor | None,
-    other: Tensor,
-    positive: Tensor | None,
-    live: Tensor | None,
-    ref_live: Tensor | None,
-    labels: Tensor,
-    learner: Tensor | None,
-    beta: Tensor,
-    margin: float,
-    num_learners: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return pair_loss.empty_pair_loss(other, num_learners)
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return pair_loss.empty_pair_loss(other=inputs[8], num_learners=inputs[14])
 
 
 @torch.library.custom_op("dnc_kernels::pair_gradient", mutates_args=())
@@ -146,40 +107,22 @@ def pair_gradient_op(
     coefficient: Tensor,
     z: Tensor,
     ref_z: Tensor | None,
-    anchor: Tensor | None,
+    learner: Tensor | None,
     other: Tensor,
+    anchor: Tensor | None,
     live: Tensor | None,
     ref_live: Tensor | None,
-    learner: Tensor | None,
     references: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = PairList(other.contiguous(), _contiguous(anchor), None, live, ref_live)
     return pair_gradient.pair_gradient(
-        gradient,
-        coefficient,
-        z.contiguous(),
-        _contiguous(ref_z),
-        _contiguous(anchor),
-        other.contiguous(),
-        _contiguous(learner),
-        live=live,
-        ref_live=ref_live,
-        references=references,
+        gradient, coefficient, z.contiguous(), _contiguous(ref_z), _contiguous(learner), pairs, references=references
     )
 
 
 @pair_gradient_op.register_fake
-def _(
-    gradient: Tensor,
-    coefficient: Tensor,
-    z: Tensor,
-    ref_z: Tensor | None,
-    anchor: Tensor | None,
-    other: Tensor,
-    live: Tensor | None,
-    ref_live: Tensor | None,
-    learner: Tensor | None,
-    references: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, coefficient: Tensor, z: Tensor, ref_z: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    references = others[-1]
     num_references = ref_z.shape[0] if ref_z is not None and references else 0
     of_references = (z if ref_z is None else ref_z).new_empty(num_references, z.shape[1])
     return z.new_empty(z.shape), of_references, coefficient.new_empty(z.shape[0])
@@ -192,23 +135,15 @@ def masked_pair_gradient_op(
     z: Tensor,
     inverse_norm: Tensor,
     embeddings: Tensor,
+    learner: Tensor | None,
     masks: Tensor,
     other: Tensor,
     live: Tensor | None,
-    learner: Tensor | None,
     masks_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    rows = projection.Projected(z, inverse_norm, embeddings.contiguous(), _contiguous(learner), masks.contiguous())
     return masked_gradient.masked_pair_gradient(
-        gradient,
-        coefficient,
-        z,
-        inverse_norm,
-        embeddings.contiguous(),
-        masks.contiguous(),
-        other.contiguous(),
-        _contiguous(learner),
-        live=live,
-        masks_gradient=masks_gradient,
+        gradient, coefficient, rows, PairList(other.contiguous(), live=live), masks_gradient=masks_gradient
     )
 
 
@@ -219,12 +154,11 @@ def _(
     z: Tensor,
     inverse_norm: Tensor,
     embeddings: Tensor,
-    masks: Tensor,
-    other: Tensor,
-    live: Tensor | None,
     learner: Tensor | None,
-    masks_gradient: bool,
+    masks: Tensor,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    masks_gradient = others[-1]
     of_masks = masks.new_empty(masks.shape[0] if masks_gradient else 0, masks.shape[1])
     return embeddings.new_empty(embeddings.shape), of_masks, coefficient.new_empty(z.shape[0])
 
@@ -233,35 +167,26 @@ def _save_pair_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     _, distance_sums, counts, coefficient = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(distance_sums, counts, coefficient)
-    z, ref_z, embeddings, masks, inverse_norm, anchor, other, _, live, ref_live, labels, learner, beta, _, _ = inputs
-    ctx.save_for_backward(z, ref_z, embeddings, masks, inverse_norm, anchor, other, live, ref_live, labels, learner, beta, coefficient)
+    *before, _positive, live, ref_live, _margin, _num_learners = inputs
+    ctx.save_for_backward(*before, live, ref_live, coefficient)
 
 
 def _pair_loss_gradients(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    z, ref_z, embeddings, masks, inverse_norm, anchor, other, live, ref_live, labels, learner, beta, coefficient = ctx.saved_tensors
-    wanted = dict(zip(("z", "ref_z", "embeddings", "masks"), ctx.needs_input_grad, strict=False))
+    z, ref_z, embeddings, masks, beta, inverse_norm, labels, learner, other, anchor, live, ref_live, coefficient = ctx.saved_tensors
+    _, wants_ref_z, _, wants_masks, wants_beta = ctx.needs_input_grad[:5]
     of_z = of_ref_z = of_embeddings = of_masks = of_beta = None
     if gradient is not None:
         if embeddings is None:
             of_z, of_ref_z, of_boundary = pair_gradient_op(
-                gradient, coefficient, z, ref_z, anchor, other, live, ref_live, learner, wanted["ref_z"]
+                gradient, coefficient, z, ref_z, learner, other, anchor, live, ref_live, wants_ref_z
             )
         else:
             of_embeddings, of_masks, of_boundary = masked_pair_gradient_op(
-                gradient, coefficient, z, inverse_norm, embeddings, masks, other, live, learner, wanted["masks"]
+                gradient, coefficient, z, inverse_norm, embeddings, learner, masks, other, live, wants_masks
             )
-        if ctx.needs_input_grad[12]:
+        if wants_beta:
             of_beta = _beta_gradient(of_boundary, labels, beta)
-    return (
-        of_z,
-        of_ref_z if wanted["ref_z"] else None,
-        of_embeddings,
-        of_masks if wanted["masks"] else None,
-        *[None] * 8,
-        of_beta,
-        None,
-        None,
-    )
+    return of_z, of_ref_z if wants_ref_z else None, of_embeddings, of_masks if wants_masks else None, of_beta, *[None] * 10
 
 
 def _beta_gradient(of_boundary: Tensor, labels: Tensor, beta: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Triton kernel of the margin loss's backward for masked embeddings: pairs and projection in one, dz is never written.
+"""Triton kernel of the margin loss's backward for masked embeddings: pairs and projection in one. dz is never written.
 
-Each program visits the rows of a chunk (`projection.py`), gathers dz of a row as `pair_gradient.py` says, and goes on to the
-gradient of its embedding and to its part of the gradient of its mask.
+Each program visits the rows of a chunk (`projection.py`). It gathers dz of a row as `pair_gradient.py` does. From dz it computes
+the gradient of the row's embedding, and the row's part of the gradient of its mask.
 
 Shapes: B rows, D width, n = B · slots pairs, K masks.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dnc_kernels.grouping import group
 from dnc_kernels.pair_gradient import incoming_pairs, own_pairs, pairs_at_once
-from dnc_kernels.pair_loss import used_columns
-from dnc_kernels.projection import MaskChunks, masked_row, padded, row_gradient, rows_of_chunk, warps
+from dnc_kernels.pair_loss import PairList, used_columns
+from dnc_kernels.projection import MaskChunks, Projected, masked_row, padded, row_gradient, rows_of_chunk, warps
 
 
 @triton.jit(do_not_specialize=["gradient_stride", "num_learners", "slots", "num_rows", "num_masks", "rows_per_chunk"])
@@ -83,25 +83,28 @@ def masked_pair_gradient_kernel(
 def masked_pair_gradient(
     gradient: Tensor,
     coefficient: Tensor,
-    z: Tensor,
-    inverse_norm: Tensor,
-    embeddings: Tensor,
-    masks: Tensor,
-    other: Tensor,
-    learner: Tensor | None,
+    rows: Projected,
+    pairs: PairList,
     *,
-    live: Tensor | None = None,
     masks_gradient: bool = True,
-    pairs: int | None = None,
-    rows: int | None = None,
+    at_once: int | None = None,
+    per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of embeddings and masks (empty without `masks_gradient`), and of every row's boundary (B,) float32.
 
-    All tensors contiguous but `gradient` (K,); `other` (B, slots) is a padded list over the rows themselves.
+    All tensors contiguous but `gradient` (K,). `pairs` is a padded list over the rows themselves. A program holds `at_once`
+    pairs; a chunk has `per_chunk` rows.
+
+    Raises:
+        ValueError: rows without masks.
     """
+    z, inverse_norm, embeddings, learner, masks = rows
+    if masks is None:
+        raise ValueError("masked_pair_gradient needs rows with masks")
+    other, live = pairs.other, pairs.live
     num_rows, width = z.shape
     flat = other.view(-1)
-    chunks = MaskChunks(learner, masks, num_rows, masks_gradient, rows)
+    chunks = MaskChunks(learner, masks, num_rows, masks_gradient, per_chunk)
     embedding_gradient, boundary_gradient = torch.empty_like(embeddings), torch.empty_like(inverse_norm)
     masked_pair_gradient_kernel[(chunks.num_chunks,)](
         z,
@@ -130,7 +133,7 @@ def masked_pair_gradient(
         HAS_LEARNER=learner is not None,
         MASKS_GRADIENT=masks_gradient,
         MASKS=chunks.block,
-        PAIRS=pairs or pairs_at_once(width),
+        PAIRS=at_once or pairs_at_once(width),
         WIDTH=padded(width),
         num_warps=warps(width),
     )

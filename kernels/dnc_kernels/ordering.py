@@ -1,6 +1,6 @@
-"""The canonical order of rows: by learner, then label, then row id; what tiles, positions and runs are counted in.
+"""The canonical order of rows: by learner, then label, then row id. Tiles, positions and runs are counted in it.
 
-Sorted so, the rows of a learner are one contiguous *segment* and the rows of one class in it one contiguous *run*.
+In this order the rows of a learner are one contiguous *segment*, and the rows of a class in it are one contiguous *run*.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     dz_r = Σ_e g_e c_e (z_r - z_partner)      over the pairs e that row r is in, as anchor or as reference
 
 with c_e = slope / distance from the forward and g_e the gradient of its learner's sum. The own pairs of a row are
-contiguous in a padded list and grouped by `anchor` in a flat one; its incoming pairs are grouped by `other`. A row adds
-them in that order: every run gives the same bits, without atomics. `masked_gradient.py` goes on to masked embeddings.
+contiguous in a padded list, and grouped by `anchor` in a flat one. Its incoming pairs are grouped by `other`. A row adds
+them in that order, without atomics, so every run gives the same bits. `masked_gradient.py` does the same for masked embeddings.
 
 Shapes: B anchors, G references, D width, n pairs, K learners or masks.
 """
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dnc_kernels.grouping import group
-from dnc_kernels.pair_loss import used_columns
+from dnc_kernels.pair_loss import PairList, used_columns
 from dnc_kernels.projection import padded, warps
 
 GATHERED = 512  # elements of partners' rows that a warp holds at once; with twice as many some variants spill
@@ -76,7 +76,7 @@ def own_pairs(
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """total plus the pairs that the row anchors, and the gradient -g Σ slope of its boundary."""
+    """total plus the pairs that the row is the anchor of, and the gradient -g Σ slope of its boundary."""
     upstream = upstream_of(gradient, gradient_stride, num_learners, learner, row, HAS_LEARNER)
     first = row * slots if PADDED else tl.load(starts + row)
     end = first + slots if PADDED else tl.load(starts + row + 1)
@@ -185,20 +185,17 @@ def pair_gradient(
     coefficient: Tensor,
     z: Tensor,
     ref_z: Tensor | None,
-    anchor: Tensor | None,
-    other: Tensor,
     learner: Tensor | None,
+    pairs: PairList,
     *,
-    live: Tensor | None = None,
-    ref_live: Tensor | None = None,
     references: bool = True,
-    pairs: int | None = None,
+    at_once: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of z and ref_z (empty without `references` or without ref_z), and of every anchor's boundary (B,) float32.
 
-    All tensors contiguous but `gradient` (K,); without `anchor`, `other` (B, slots) is a padded list. `live` and `ref_live`
-    as in `pair_loss`.
+    All tensors contiguous but `gradient` (K,). A program holds `at_once` pairs.
     """
+    other, anchor, _, live, ref_live = pairs
     num_anchors, width = z.shape
     padded_list = anchor is None
     flat = other.view(-1)
@@ -208,7 +205,7 @@ def pair_gradient(
         PADDED=padded_list,
         LIVE=live is not None,
         HAS_LEARNER=learner is not None,
-        PAIRS=pairs or pairs_at_once(width),
+        PAIRS=at_once or pairs_at_once(width),
         WIDTH=padded(width),
         num_warps=warps(width),
     )

@@ -2,7 +2,7 @@
 
 Shapes: B anchors, G references, D width, n pairs, K learners, C classes. A list is flat (anchor, other, positive), or
 padded: n = B · slots, pair e belongs to anchor e // slots, and the first half of its slots are positives.
-Sums are taken in fixed steps: a fixed number of programs writes one partial row each, a second kernel adds them in order.
+Sums are taken in fixed steps: each of a fixed number of programs writes one partial row, and a second kernel adds them in order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dnc_kernels.contract import Rows
 from dnc_kernels.projection import padded
 
 LAST = tl.constexpr(2147483647)
@@ -31,6 +32,19 @@ class Tile(NamedTuple):
     pairs: int
     columns: int
     warps: int
+
+
+class PairList(NamedTuple):
+    """Pairs as the kernels read them, in contiguous tensors: a flat list, or without `anchor` and `positive` a padded one.
+
+    `live` and `ref_live`, both or neither: the columns that rows use (`rows.RowFacts`); others are not read.
+    """
+
+    other: Tensor  # (n,) or (B, slots) int64, -1 = empty
+    anchor: Tensor | None = None  # (n,) int64
+    positive: Tensor | None = None  # (n,) bool
+    live: Tensor | None = None  # (B, 2) int32
+    ref_live: Tensor | None = None  # (G, 2) int32
 
 
 class PairLoss(NamedTuple):
@@ -54,16 +68,16 @@ def empty_pair_loss(other: Tensor, num_learners: int) -> PairLoss:
 
 
 def default_tile(num_pairs: int, width: int) -> Tile:
-    """Few pairs: one short step for each of many programs. Many: narrow columns, so that a program holds more of them."""
+    """Few pairs: many programs, each with one short step. Many pairs: narrow column blocks, so that a program holds more pairs."""
     columns = min(512, padded(width))
     return Tile(min(16, 2048 // columns), columns, 4) if num_pairs < 16384 else Tile(16, min(64, columns), 4)
 
 
 @triton.jit
 def used_columns(live, row, columns, width, LIVE: tl.constexpr):
-    """Which columns of a row are to be read: beyond its live ones (rows.py) it holds zeros, as `other=0.0` gives them.
+    """Which columns of a row are read: its live ones (rows.py). The others hold zeros, and `other=0.0` gives zeros.
 
-    Rounded to 16 columns, or a thread could not load several of them at once.
+    The range is rounded to 16 columns, so that a thread can load several at once.
     """
     inside = columns < width
     if LIVE:
@@ -215,25 +229,11 @@ def totals_kernel(
 
 
 def pair_loss(
-    z: Tensor,
-    ref_z: Tensor,
-    anchor: Tensor | None,
-    other: Tensor,
-    positive: Tensor | None,
-    labels: Tensor,
-    learner: Tensor | None,
-    beta: Tensor,
-    margin: float,
-    num_learners: int,
-    *,
-    live: Tensor | None = None,
-    ref_live: Tensor | None = None,
-    tile: Tile | None = None,
+    anchors: Rows, ref_z: Tensor, pairs: PairList, *, beta: Tensor, margin: float, num_learners: int, tile: Tile | None = None
 ) -> PairLoss:
-    """Launch both kernels on contiguous tensors; without `anchor` and `positive`, `other` (B, slots) is a padded list.
-
-    `live` (B, 2) and `ref_live` (G, 2), both or neither: the columns that rows use (`rows.RowFacts`); others are not read.
-    """
+    """Launch both kernels on contiguous tensors."""
+    z, labels, learner, _ = anchors
+    other, anchor, positive, live, ref_live = pairs
     num_pairs, num_anchors, width = other.numel(), z.shape[0], z.shape[1]
     tile = tile or default_tile(num_pairs, width)
     device, per_class = z.device, beta.ndim == 1

@@ -7,7 +7,7 @@ The draw of anchor row r for the negative at position p is a pure function of (s
     lane    = (p % 256) // 64            which of the four 32-bit outputs
 
 so one block of 256 positions costs 64 evaluations. Position p counts the rows of the anchor's learner among the
-references in (label, row id) order, from 0. Neither ranks, nor row order, nor tiles enter.
+references in (label, row id) order, from 0. Ranks, row order and tiles change nothing.
 """
 
 from __future__ import annotations

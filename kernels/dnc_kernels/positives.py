@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -22,9 +24,18 @@ NO_LEARNER = tl.constexpr(3)
 TILE_ANCHORS, TILE_RUN = 32, 16
 
 
+class Prepared(NamedTuple):
+    """What sampling needs of the anchors and the references; without references both are the same."""
+
+    anchors: Order
+    anchor_facts: RowFacts
+    references: Order
+    facts: RowFacts
+
+
 @triton.jit
 def _first_place(learners, labels, learner, label, n, ROWS: tl.constexpr, WITH_LABEL: tl.constexpr, AFTER: tl.constexpr):
-    """First place whose (learner, label) is not before, or (AFTER) is behind the given; without labels by learner alone."""
+    """First place whose (learner, label) is not before the given one, or with AFTER behind it. Without labels: by learner alone."""
     low, high = tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.int32) + n
     while tl.max(high - low, 0) > 0:
         middle = (low + high) // 2
@@ -92,7 +103,7 @@ def _positives_kernel(
     tl.store(window + NORM, norm.to(tl.int32, bitcast=True), mask=inside)
 
 
-def find_positives(anchors: Order, anchor_facts: RowFacts, references: Order, facts: RowFacts, others: Tensor) -> Tensor:
+def find_positives(rows: Prepared, others: Tensor) -> Tensor:
     """Write the positives of every anchor into others[:, :P], in canonical order.
 
     Args:
@@ -101,11 +112,11 @@ def find_positives(anchors: Order, anchor_facts: RowFacts, references: Order, fa
     Returns:
         Windows of the anchors in canonical order, (B, 16) int32.
     """
-    num_anchors, num_references = anchors.order.shape[0], references.order.shape[0]
+    num_anchors, num_references = rows.anchors.order.shape[0], rows.references.order.shape[0]
     windows = torch.empty(num_anchors, WINDOW.value, dtype=torch.int32, device=others.device)
     if num_anchors:
         _positives_kernel[(triton.cdiv(num_anchors, TILE_ANCHORS),)](
-            *anchors, *anchor_facts[1:], *references, facts.norm_squared, windows, others,
+            *rows.anchors, *rows.anchor_facts[1:], *rows.references, rows.facts.norm_squared, windows, others,
             num_anchors, num_references, others.shape[1] // 2, ANCHORS=TILE_ANCHORS, RUN=TILE_RUN, num_warps=4,
         )  # fmt: skip
     return windows

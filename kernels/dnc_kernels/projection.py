@@ -7,6 +7,8 @@ second kernel adds the partial rows of a learner in order. So every run gives th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,16 @@ NORM_SQUARED_MIN = tl.constexpr(1e-24)  # below, a row is taken for zero
 TILE = 2048  # elements that a program of the forward holds
 ADDED, ADDED_COLUMNS = 128, 32  # tile of partial rows that are added up
 PROGRAMS = 1024  # that share the rows of a backward: about as many as run at the same time
+
+
+class Projected(NamedTuple):
+    """Projected rows and what they were made of, in contiguous tensors."""
+
+    z: Tensor  # (B, D) float32
+    inverse_norm: Tensor  # (B,) float32, 1 / |h|, 0 for a row that its mask wipes out
+    embeddings: Tensor  # (B, D)
+    learner: Tensor | None  # (B,) int64, None: all take mask 0
+    masks: Tensor | None  # (K, D)
 
 
 def padded(size: int) -> int:
@@ -78,7 +90,7 @@ def rectified(mask):
 
 @triton.jit
 def chunks_of_learners(starts, num_rows, num_masks, rows_per_chunk, MASKS: tl.constexpr):
-    """Per learner: its first row in learner order, the end of its rows, its number of chunks and the first of them."""
+    """Of each learner: its first row in learner order, the end of its rows, its number of chunks, and its first chunk."""
     k = tl.arange(0, MASKS)
     # Rows of learner -1 stand first and take mask 0; rows beyond the last mask, an error, stand last and become NaN.
     begin = tl.load(starts + k, mask=(k > 0) & (k < num_masks), other=0).to(tl.int32)
@@ -193,7 +205,7 @@ def add_chunks_kernel(
 
 
 class MaskChunks:
-    """Rows in learner order, their chunks, and a partial row of the masks' gradient for each; nothing where it is not wanted."""
+    """Rows in learner order, their chunks, and a partial row of the masks' gradient for each chunk; empty where it is not wanted."""
 
     def __init__(self, learner: Tensor | None, masks: Tensor, num_rows: int, wanted: bool, size: int | None = None) -> None:
         (self.num_masks, self.width), self.size = masks.shape, size or rows_per_program(num_rows)
@@ -249,22 +261,13 @@ def project(embeddings: Tensor, learner: Tensor | None, masks: Tensor | None) ->
     return z, inverse_norm
 
 
-def project_backward(
-    dz: Tensor,
-    z: Tensor,
-    inverse_norm: Tensor,
-    embeddings: Tensor,
-    learner: Tensor | None,
-    masks: Tensor | None,
-    *,
-    masks_gradient: bool = True,
-    rows: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def project_backward(dz: Tensor, rows: Projected, *, masks_gradient: bool = True, per_chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """Gradients of embeddings (B, D) and masks (K, D; empty without masks or `masks_gradient`); contiguous tensors."""
+    z, inverse_norm, embeddings, learner, masks = rows
     num_rows, width = embeddings.shape
     masks_gradient = masks_gradient and masks is not None
     read = embeddings if masks is None else masks
-    chunks = MaskChunks(learner, read, num_rows, masks_gradient, rows)
+    chunks = MaskChunks(learner, read, num_rows, masks_gradient, per_chunk)
     gradient = torch.empty_like(embeddings)
     project_backward_kernel[(chunks.num_chunks,)](
         dz,

@@ -1,6 +1,6 @@
-"""Distance-weighted negatives: an exponential race over the pairs of a tile, of which a running top-k is all that is kept.
+"""Distance-weighted negatives: an exponential race over the pairs of a tile, which keeps only the k best so far.
 
-A program owns a tile of anchors in canonical order and walks the segments of their learners among the references, a tile
+A program owns a tile of anchors in canonical order. It goes through the segments of their learners among the references, a tile
 of pairs at a time: squared distances from the matrix units, log2 weights, log2 of the exponential draws, the k largest.
 """
 
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dnc_kernels.contract import Sampling
 from dnc_kernels.positives import (
     ID_HIGH,
     ID_LOW,
@@ -30,10 +31,11 @@ from dnc_kernels.positives import (
     SEGMENT_START,
     STATE,
     WINDOW,
+    Prepared,
 )
 from dnc_kernels.race_keys import LANES, PHILOX_BLOCK, draw_words, log2, log2_exponentials, log2_weights, tile_positions
 from dnc_kernels.reference_sampling import FLOOR_BEYOND, FLOOR_WITHIN
-from dnc_kernels.rows import NOT_FINITE, USABLE, ZERO, RowFacts
+from dnc_kernels.rows import NOT_FINITE, USABLE, ZERO
 
 WITHIN, BEYOND = tl.constexpr(FLOOR_WITHIN), tl.constexpr(FLOOR_BEYOND)
 LAST = tl.constexpr(2147483647)
@@ -74,7 +76,7 @@ def _next_segment(window, inside, after):
 def _segment(start, window, inside, REFERENCES: tl.constexpr, WIDTH: tl.constexpr):
     """Of the segment at `start`: its end, its number of tiles, its column blocks, and its anchors' runs as positions.
 
-    The windows are read here again, once a segment, as there are no registers to keep them in.
+    The windows are read again here, once a segment, because there are no registers left to keep them.
     """
     member = tl.load(window + SEGMENT_START, mask=inside, other=NO_SEGMENT) == start
     end = tl.max(tl.load(window + SEGMENT_END, mask=member, other=0), 0)
@@ -213,45 +215,34 @@ def _sample_kernel(
 
 
 def draw_negatives(
-    windows: Tensor,
-    anchors: RowFacts,
-    references: RowFacts,
-    order: Tensor,
-    others: Tensor,
-    stats: Tensor,
-    seed: Tensor,
-    step: Tensor,
-    *,
-    cutoff: float,
-    nonzero_loss_cutoff: float,
-    floors: bool,
-    effective_dim: float,
-    tile: Tile | None = None,
+    windows: Tensor, rows: Prepared, others: Tensor, stats: Tensor, n: float, sampling: Sampling, *, tile: Tile | None = None
 ) -> None:
     """Write the negatives of every anchor into others[:, P:] in the order of their draw, and add the counts to `stats`.
 
     Args:
-        windows: (B, 16) int32 of `find_positives`; `order` (G,) the canonical order of the references.
+        windows: (B, 16) int32 of `find_positives`.
         others: (B, 2P) int64, filled with -1 where no negative comes; `stats` (7,) int64.
-        seed, step: 0-d int64. `floors` is mode "reference".
-        tile: another shape than the default one; the draws do not depend on it.
+        n: of the density of distances.
+        sampling: its seed and step are 0-d int64 tensors here.
+        tile: a shape other than the default; the draws do not depend on it.
     """
     num_anchors, num_slots = others.shape[0], others.shape[1] // 2
     if not num_anchors:
         return
     tile = tile or default_tile(num_anchors, others.device)
     grid = (triton.cdiv(num_anchors, tile.anchors),)
-    _, blocks, parts, width = anchors.halves.shape
-    constants = (cutoff**2, nonzero_loss_cutoff**2, 0.5 * (2.0 - effective_dim), -0.5 * (effective_dim - 3.0))
+    own, references, order, floors = rows.anchor_facts, rows.facts, rows.references.order, sampling.mode == "reference"
+    _, blocks, parts, width = own.halves.shape
+    constants = (sampling.cutoff**2, sampling.nonzero_loss_cutoff**2, 0.5 * (2.0 - n), -0.5 * (n - 3.0))
     shape = {"ANCHORS": tile.anchors, "REFERENCES": tile.references, "WIDTH": width, "PARTS": parts}
     if floors:
         _largest_weight_kernel[grid](
-            windows, anchors.halves, references.halves, references.norm_squared,
+            windows, own.halves, references.halves, references.norm_squared,
             *constants, num_anchors, order.shape[0], blocks * parts * width,
             **shape, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     _sample_kernel[grid](
-        windows, anchors.halves, order, references.halves, references.norm_squared, seed, step, others, stats,
+        windows, own.halves, order, references.halves, references.norm_squared, sampling.seed, sampling.step, others, stats,
         *constants, num_anchors, order.shape[0], num_slots, blocks * parts * width,
         **shape, KEPT=KEPT_FEW if num_slots <= KEPT_FEW else KEPT_MANY, FLOORS=floors,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -32,8 +32,8 @@ def log2(x):
 def tile_positions(tile, REFERENCES: tl.constexpr):
     """Positions in the segment of the columns of a tile, as base + offset, and the tile's Philox counters, a quarter as many.
 
-    A tile takes all four outputs of its counters. Bits 0 and 3 of the column choose the output: these are columns that
-    one thread of the matrix unit holds anyway, so draws and distances meet in registers.
+    A tile takes all four outputs of its counters. Bits 0 and 3 of the column choose the output. One thread of the matrix
+    unit holds these columns together, so draws and distances meet in registers.
     """
     counters: tl.constexpr = REFERENCES // LANES
     first = tile * counters
@@ -59,7 +59,7 @@ def draw_words(counters, id_low, id_high, seed, step, ANCHORS: tl.constexpr, REF
 def log2_exponentials(words):
     """log2 of the Exponential(1) draws E = -log(1 - v), v = (word + 1/2) / 2**32, up to a constant.
 
-    Near v = 0, where the draws that win come from, by the series of E; elsewhere from the complement 1 - v, which is exact.
+    Draws that win come from near v = 0; there E is taken by its series. Elsewhere it is taken from 1 - v, which is exact.
     """
     small = words < 33554432  # v < 2**-7
     x = tl.where(small, words, words ^ 0xFFFFFFFF).to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from dnc_kernels.contract import MarginLossOutput, Pairs, check_below, check_matrix, integer_column
+from dnc_kernels.contract import (
+    DEFAULT_SAMPLING,
+    MARGIN,
+    MarginLossOutput,
+    Pairs,
+    Rows,
+    Sampling,
+    check_below,
+    check_matrix,
+    check_no_references,
+    integer_column,
+)
 from dnc_kernels.reference_sampling import negative_weights, sample_pairs
 
 __all__ = ["lloyd_step", "margin_loss", "margin_loss_on_pairs", "negative_weights", "project", "sample_pairs"]
@@ -55,34 +66,28 @@ def project(embeddings: Tensor, learner: Tensor | None, masks: Tensor | None) ->
 
 
 def margin_loss_on_pairs(
-    z: Tensor,
-    labels: Tensor,
-    pairs: Pairs,
-    *,
-    beta: Tensor | float,
-    margin: float = 0.2,
-    learner: Tensor | None = None,
-    num_learners: int = 1,
-    ref_z: Tensor | None = None,
+    anchors: Rows, pairs: Pairs, references: Rows | None = None, *, beta: Tensor | float, margin: float = MARGIN, num_learners: int = 1
 ) -> MarginLossOutput:
     """Margin loss over given pairs: Σ relu(d_ap - β_y + margin) + Σ relu(β_y - d_an + margin) (Wu et al. 2017, eq. 6).
 
     Distances are taken by direct difference, in float32 at least; their gradient is 0 at d = 0.
 
     Args:
-        z: anchors (B, D); `ref_z` (G, D) the references that `pairs.other` indexes, None for z itself.
-        labels, learner: (B,) integers of the anchors; `learner` splits the sums, pairs of learner -1 count nowhere.
+        anchors: B rows; their learner splits the sums, pairs of learner -1 count nowhere.
+        references: G rows that `pairs.other` indexes, None for the anchors themselves. Only their z is read.
         beta: boundary, a number, a 0-d tensor or (C,) indexed by the anchor's label.
+        num_learners: K, the length of the sums.
 
     Raises:
         ValueError: wrong shapes, types or devices; on CPU also a label without β or a learner beyond `num_learners`.
             Elsewhere nothing waits for the device: a label without β makes the loss NaN and is counted in
             `stats["labels_beyond_beta"]`.
     """
+    z, learner = anchors.z, anchors.learner
     check_matrix("z", z)
-    labels = integer_column("labels", labels, z)
-    references = z if ref_z is None else ref_z
-    check_matrix("ref_z", references, width=z.shape[1], device=z.device)
+    labels = integer_column("labels", anchors.labels, z)
+    ref_z = z if references is None else references.z
+    check_matrix("references.z", ref_z, width=z.shape[1], device=z.device)
     if not pairs.anchor.shape == pairs.other.shape == pairs.positive.shape or pairs.anchor.ndim != 1:
         raise ValueError("pairs: anchor, other and positive must be flat lists of equal length")
     # new_full, not new_tensor: a number travels as a kernel argument, a tensor made of it would be copied and waited for.
@@ -109,7 +114,7 @@ def margin_loss_on_pairs(
         beta = beta[labels[anchor].clamp(0, max(0, classes - 1))].masked_fill(beyond_beta[anchor], torch.nan)
 
     # `embedding` gathers rows as z[anchor] does; its backward is faster on CPU and adds in a fixed order on a GPU.
-    difference = embedding(anchor, _computed(z)) - embedding(pairs.other.clamp_min(0), _computed(references))
+    difference = embedding(anchor, _computed(z)) - embedding(pairs.other.clamp_min(0), _computed(ref_z))
     # Empty slots leave here, before any square or root: whatever row they point at, a NaN included, gets gradient 0.
     squared = difference.masked_fill(~slot_used[:, None], 0.0).square().sum(1)
     apart = squared > 0
@@ -137,57 +142,28 @@ def margin_loss_on_pairs(
 
 
 def margin_loss(
-    z: Tensor,
-    labels: Tensor,
+    anchors: Rows,
+    references: Rows | None = None,
     *,
     beta: Tensor | float,
-    margin: float = 0.2,
+    margin: float = MARGIN,
     masks: Tensor | None = None,
     num_learners: int = 1,
-    learner: Tensor | None = None,
-    ref_z: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    ref_learner: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    ref_row_ids: Tensor | None = None,
-    cutoff: float = 0.5,
-    nonzero_loss_cutoff: float = 1.4,
-    mode: str = "paper",
-    effective_dim: float | None = None,
-    seed: Tensor | int = 0,
-    step: Tensor | int = 0,
-    max_positives: int | None = None,
+    sampling: Sampling = DEFAULT_SAMPLING,
 ) -> MarginLossOutput:
     """`sample_pairs` followed by `margin_loss_on_pairs`; see there for the arguments.
 
-    With `masks` (K, D), z holds raw embeddings that are projected first; only without references, because across
-    ranks z is projected before it is gathered.
+    With `masks` (K, D), `anchors.z` holds raw embeddings that are projected first. This excludes references: across ranks
+    z is projected before it is gathered.
 
     Raises:
         ValueError: as the two functions; masks together with references.
     """
     if masks is not None:
-        if ref_z is not None:
-            raise ValueError("masks cannot be combined with ref_z: project the embeddings first, then gather them as references")
-        z = project(z, learner, masks)
-    pairs = sample_pairs(
-        z,
-        labels,
-        learner=learner,
-        ref_z=ref_z,
-        ref_labels=ref_labels,
-        ref_learner=ref_learner,
-        row_ids=row_ids,
-        ref_row_ids=ref_row_ids,
-        cutoff=cutoff,
-        nonzero_loss_cutoff=nonzero_loss_cutoff,
-        mode=mode,
-        effective_dim=effective_dim,
-        seed=seed,
-        step=step,
-        max_positives=max_positives,
-    )
-    return margin_loss_on_pairs(z, labels, pairs, beta=beta, margin=margin, learner=learner, num_learners=num_learners, ref_z=ref_z)
+        check_no_references(references)
+        anchors = anchors._replace(z=project(anchors.z, anchors.learner, masks))
+    pairs = sample_pairs(anchors, references, sampling=sampling)
+    return margin_loss_on_pairs(anchors, pairs, references, beta=beta, margin=margin, num_learners=num_learners)
 
 
 @torch.no_grad()

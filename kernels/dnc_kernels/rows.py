@@ -1,9 +1,9 @@
-"""One pass over the rows of z: who can be in a pair, which columns are in use, and a copy that matrix units multiply well.
+"""One pass over the rows of z: which can be in a pair, which columns are in use, and a copy for the matrix units.
 
-The copy holds each row in canonical order as float16 numbers of z * 2**8. For float32 z each number is a sum of two,
-high + low: 22 bits of mantissa, so three products (high high + high low + low high) are as good as one in float32.
-The factor keeps the low parts of unit vectors above float16's subnormal range. It asks for |z| < 255, and a row beyond counts
-as not finite: unit rows have |z| <= 1, so something diverged.
+The copy holds each row in canonical order as float16 numbers of z * 2**8. For float32 z each number is a sum of two, high + low.
+That is 22 bits of mantissa, so three products (high high + high low + low high) are as good as one in float32.
+The factor keeps the low parts of unit vectors above float16's subnormal range. It needs |z| < 255. A row beyond counts
+as not finite: unit rows have |z| <= 1, so such a row comes from a training that diverged.
 """
 
 from __future__ import annotations

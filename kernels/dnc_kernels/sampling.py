@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dnc_kernels.contract import Pairs, anchors_and_references, check_sampling
-from dnc_kernels.ordering import Order, canonical_order
-from dnc_kernels.positives import NUM_POSITIVES, find_positives
+from dnc_kernels.contract import DEFAULT_SAMPLING, CheckedRows, Pairs, Rows, Sampling, anchors_and_references
+from dnc_kernels.ordering import canonical_order
+from dnc_kernels.positives import NUM_POSITIVES, Prepared, find_positives
 from dnc_kernels.race import draw_negatives
-from dnc_kernels.rows import RowFacts, num_parts, row_facts
+from dnc_kernels.rows import num_parts, row_facts
 from dnc_kernels.target import check_dtypes
 
 STATS = (
@@ -38,32 +38,14 @@ class Slots(NamedTuple):
     ref_live: Tensor  # (G, 2) int32, without references (0, 2)
 
 
-class Prepared(NamedTuple):
-    """What sampling needs of the anchors and the references; without references both are the same."""
-
-    anchors: Order
-    anchor_facts: RowFacts
-    references: Order
-    facts: RowFacts
-
-
-def _prepare(
-    z: Tensor,
-    labels: Tensor,
-    learner: Tensor,
-    row_ids: Tensor,
-    ref_z: Tensor | None,
-    ref_labels: Tensor | None,
-    ref_learner: Tensor | None,
-    ref_row_ids: Tensor | None,
-) -> Prepared:
-    anchors = canonical_order(labels, learner, row_ids)
-    parts = max(num_parts(value) for value in (z, ref_z) if value is not None)
-    anchor_facts = row_facts(z, anchors.order, parts)
-    if ref_z is None or ref_labels is None or ref_learner is None or ref_row_ids is None:
+def _prepare(own: CheckedRows, others: CheckedRows | None) -> Prepared:
+    anchors = canonical_order(*own[1:])
+    parts = max(num_parts(rows.z) for rows in (own, others) if rows is not None)
+    anchor_facts = row_facts(own.z, anchors.order, parts)
+    if others is None:
         return Prepared(anchors, anchor_facts, anchors, anchor_facts)
-    references = canonical_order(ref_labels, ref_learner, ref_row_ids)
-    return Prepared(anchors, anchor_facts, references, row_facts(ref_z, references.order, parts))
+    references = canonical_order(*others[1:])
+    return Prepared(anchors, anchor_facts, references, row_facts(others.z, references.order, parts))
 
 
 @torch.library.custom_op("dnc_kernels::sample_pairs", mutates_args=())
@@ -76,30 +58,31 @@ def _sample_pairs(
     ref_labels: Tensor | None,
     ref_learner: Tensor | None,
     ref_row_ids: Tensor | None,
-    seed: Tensor,
-    step: Tensor,
     cutoff: float,
     nonzero_loss_cutoff: float,
-    floors: bool,
+    mode: str,
     effective_dim: float,
-    num_slots: int,
+    max_positives: int,
+    seed: Tensor,
+    step: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of Slots; the counts named by STATS as (7,) int64."""
-    anchors, anchor_facts, references, facts = _prepare(z, labels, learner, row_ids, ref_z, ref_labels, ref_learner, ref_row_ids)
-    others = torch.full((z.shape[0], 2 * num_slots), -1, dtype=torch.int64, device=z.device)
+    references = None
+    if ref_z is not None and ref_labels is not None and ref_learner is not None and ref_row_ids is not None:
+        references = CheckedRows(ref_z, ref_labels, ref_learner, ref_row_ids)
+    rows = _prepare(CheckedRows(z, labels, learner, row_ids), references)
+    others = torch.full((z.shape[0], 2 * max_positives), -1, dtype=torch.int64, device=z.device)
     stats = torch.zeros(len(STATS), dtype=torch.int64, device=z.device)
-    windows = find_positives(anchors, anchor_facts, references, facts, others)
-    draw_negatives(
-        windows, anchor_facts, facts, references.order, others, stats, seed, step,
-        cutoff=cutoff, nonzero_loss_cutoff=nonzero_loss_cutoff, floors=floors, effective_dim=effective_dim,
-    )  # fmt: skip
-    live = anchor_facts.live
-    return others, stats, live, live.new_empty(0, 2) if ref_z is None else facts.live
+    windows = find_positives(rows, others)
+    sampling = Sampling(cutoff, nonzero_loss_cutoff, mode, effective_dim, max_positives, seed, step)
+    draw_negatives(windows, rows, others, stats, effective_dim, sampling)
+    live = rows.anchor_facts.live
+    return others, stats, live, live.new_empty(0, 2) if references is None else rows.facts.live
 
 
 @_sample_pairs.register_fake
 def _(z: Tensor, labels: Tensor, learner: Tensor, row_ids: Tensor, ref_z: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
-    num_slots = others[-1]
+    num_slots, _, _ = others[-3:]
     live, ref_live = (
         torch.empty(rows, 2, dtype=torch.int32, device=z.device) for rows in (z.shape[0], 0 if ref_z is None else ref_z.shape[0])
     )
@@ -114,96 +97,45 @@ def _counter_word(value: Tensor | int, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def sample_slots(
-    z: Tensor,
-    labels: Tensor,
-    *,
-    learner: Tensor | None = None,
-    ref_z: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    ref_learner: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    ref_row_ids: Tensor | None = None,
-    cutoff: float = 0.5,
-    nonzero_loss_cutoff: float = 1.4,
-    mode: str = "paper",
-    effective_dim: float | None = None,
-    seed: Tensor | int = 0,
-    step: Tensor | int = 0,
-    max_positives: int | None = None,
-) -> Slots:
+def sample_slots(anchors: Rows, references: Rows | None = None, *, sampling: Sampling = DEFAULT_SAMPLING) -> Slots:
     """What `sample_pairs` draws, as it comes from the operator.
 
     Raises:
-        ValueError: wrong shapes, types, devices or constants.
+        ValueError: wrong shapes, types or devices.
     """
-    check_sampling(cutoff, nonzero_loss_cutoff, mode, effective_dim, max_positives)
-    anchors, references = anchors_and_references(z, labels, learner, row_ids, ref_z, ref_labels, ref_learner, ref_row_ids)
-    check_dtypes(z=z, ref_z=ref_z)
-    columns = (*anchors, *((None,) * 4 if ref_z is None else references))
-    if max_positives is None:
-        max_positives = _most_positives(*columns)
-    others, counts, live, ref_live = _sample_pairs(
-        *columns, _counter_word(seed, z.device), _counter_word(step, z.device),
-        cutoff, nonzero_loss_cutoff, mode == "reference", float(z.shape[1] if effective_dim is None else effective_dim),
-        min(max_positives, references.z.shape[0]),
+    own, others = anchors_and_references(anchors, references)
+    check_dtypes(z=own.z, references=None if references is None else others.z)
+    most, device, width = sampling.max_positives, own.z.device, own.z.shape[1]
+    if most is None:
+        most = _most_positives(_prepare(own, None if references is None else others))
+    slots, counts, live, ref_live = _sample_pairs(
+        *own, *((None,) * 4 if references is None else others),
+        sampling.cutoff, sampling.nonzero_loss_cutoff, sampling.mode,
+        float(width if sampling.effective_dim is None else sampling.effective_dim), min(most, others.z.shape[0]),
+        _counter_word(sampling.seed, device), _counter_word(sampling.step, device),
     )  # fmt: skip
-    return Slots(others, dict(zip(STATS, counts.unbind(), strict=True)), live, ref_live)
+    return Slots(slots, dict(zip(STATS, counts.unbind(), strict=True)), live, ref_live)
 
 
-def sample_pairs(
-    z: Tensor,
-    labels: Tensor,
-    *,
-    learner: Tensor | None = None,
-    ref_z: Tensor | None = None,
-    ref_labels: Tensor | None = None,
-    ref_learner: Tensor | None = None,
-    row_ids: Tensor | None = None,
-    ref_row_ids: Tensor | None = None,
-    cutoff: float = 0.5,
-    nonzero_loss_cutoff: float = 1.4,
-    mode: str = "paper",
-    effective_dim: float | None = None,
-    seed: Tensor | int = 0,
-    step: Tensor | int = 0,
-    max_positives: int | None = None,
-) -> Pairs:
+def sample_pairs(anchors: Rows, references: Rows | None = None, *, sampling: Sampling = DEFAULT_SAMPLING) -> Pairs:
     """`reference_sampling.sample_pairs` in Triton kernels: same arguments, same pairs, no (B, G) tensor.
 
-    z (B, D) and ref_z (G, D) are float32, bfloat16 or float16 unit rows; a row with a value of 255 or more is in no pair and
-    counts as not finite. A draw differs from the reference's where two keys are closer than the rounding of distances, about
-    1e-4. Without `max_positives` they are counted: one wait.
+    z is float32, bfloat16 or float16. A row with a value of 255 or more is in no pair and counts as not finite. A draw differs
+    from the reference's where two keys are closer than the rounding of distances, about 1e-4. Without `max_positives` they are
+    counted: one wait.
 
     Raises:
-        ValueError: wrong shapes, types, devices or constants.
+        ValueError: wrong shapes, types or devices.
     """
-    slots = sample_slots(
-        z,
-        labels,
-        learner=learner,
-        ref_z=ref_z,
-        ref_labels=ref_labels,
-        ref_learner=ref_learner,
-        row_ids=row_ids,
-        ref_row_ids=ref_row_ids,
-        cutoff=cutoff,
-        nonzero_loss_cutoff=nonzero_loss_cutoff,
-        mode=mode,
-        effective_dim=effective_dim,
-        seed=seed,
-        step=step,
-        max_positives=max_positives,
-    )
-    num_slots = slots.others.shape[1] // 2
-    anchor = torch.arange(z.shape[0], device=z.device)[:, None].expand_as(slots.others)
-    positive = (torch.arange(2 * num_slots, device=z.device) < num_slots).expand_as(slots.others)
+    slots = sample_slots(anchors, references, sampling=sampling)
+    num_slots, device = slots.others.shape[1] // 2, slots.others.device
+    anchor = torch.arange(slots.others.shape[0], device=device)[:, None].expand_as(slots.others)
+    positive = (torch.arange(2 * num_slots, device=device) < num_slots).expand_as(slots.others)
     return Pairs(anchor.reshape(-1), slots.others.reshape(-1), positive.reshape(-1), slots.stats)
 
 
-def _most_positives(*columns: Tensor | None) -> int:
+def _most_positives(rows: Prepared) -> int:
     """The largest number of positives of any anchor, read from the device."""
-    prepared = _prepare(*columns)  # type: ignore[arg-type]
-    only_counted = prepared.anchors.order.new_empty(prepared.anchors.order.shape[0], 0)
-    counts = find_positives(*prepared, only_counted)[:, NUM_POSITIVES.value]
+    order = rows.anchors.order
+    counts = find_positives(rows, order.new_empty(order.shape[0], 0))[:, NUM_POSITIVES.value]
     return int(counts.max()) if counts.numel() else 0

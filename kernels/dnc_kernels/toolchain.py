@@ -1,6 +1,6 @@
-"""What a first launch of a Triton kernel needs beside a GPU: a C compiler, Python's headers, and a cache folder of one's own.
+"""What the first launch of a Triton kernel needs besides a GPU: a C compiler, Python's headers, and a private cache folder.
 
-Triton builds its launcher as an extension of Python at the first launch, and loads it, as every compiled kernel, from its cache.
+Triton builds its launcher as an extension of Python at the first launch. It loads the launcher and every kernel from its cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def python_header() -> Path:
 
 
 def missing() -> str | None:
-    """What Triton lacks here to build its launcher, and the cure; None if it has all."""
+    """What Triton lacks here to build its launcher, and how to get it; None if nothing is missing."""
     if compiler() is None:
         named = os.environ.get("CC")
         lack = "there is no C compiler (gcc or clang)" if named is None else f"CC={named} is no program"
@@ -44,8 +44,8 @@ def missing() -> str | None:
 def cache_folder() -> Path:
     """Where Triton keeps compiled kernels: TRITON_CACHE_DIR, or below TRITON_HOME, else this user's folder for temporary files.
 
-    Not below the home folder, Triton's own default: homes are shared by the machines of a cluster, and network file systems are
-    slow with many small files and late with renamed ones.
+    Triton's own default is below the home folder. This is not: the machines of a cluster share homes, and network file systems
+    are slow with many small files and show renamed ones late.
     """
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen)
@@ -58,7 +58,7 @@ def use_cache_folder() -> None:
     """Let Triton use ``cache_folder``, which is made if nobody has chosen another one.
 
     Raises:
-        RuntimeError: the folder cannot be made, or others can write to it: what lies there is executed.
+        RuntimeError: the folder cannot be made, or others can write to it; its files are executed.
     """
     if os.environ.get(CACHE_VARIABLE) or os.environ.get("TRITON_HOME"):
         return
