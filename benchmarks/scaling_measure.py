@@ -14,9 +14,9 @@ from PIL import Image
 
 from benchmarks import record
 from benchmarks.scaling_model import Measured, Workload
+from dnc_dist.clustering import Features, KMeansOptions, kmeans
 from dnc_dist.clustering.centroids import SAMPLE_ROWS, first_centroids
 from dnc_dist.clustering.division import make_division, match
-from dnc_dist.clustering.kmeans import kmeans
 from dnc_dist.clustering.repair import class_sizes
 from dnc_dist.config import RunConfig
 from dnc_dist.data.images import encode
@@ -53,7 +53,8 @@ def measure(cfg: RunConfig, rows: Sequence[int], *, calls: int, size: int) -> Me
     step = [(b, clock.seconds(_step(objective, cfg, b))) for b in rows]
     random = torch.Generator().manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(size, features, generator=random), dim=1).to(distributed.device())
-    lloyd = [clock.seconds(partial(kmeans, x, learners, seed=0, iterations=n, init=x[:learners], replicated_rows=0)) for n in (1, 5)]
+    rows_of_x = Features.alone(x)
+    lloyd = [clock.seconds(partial(kmeans, rows_of_x, learners, seed=0, options=KMeansOptions(n), init=x[:learners])) for n in (1, 5)]
     z = torch.nn.functional.normalize(torch.randn(size, dim, generator=random), dim=1)
     ids = torch.arange(size)
     asked = ids[:1024]
@@ -181,7 +182,7 @@ def _decoding(cfg: RunConfig) -> Callable[[], Any]:
 def _init(x: torch.Tensor, learners: int) -> Callable[[], Any]:
     """k-means++ on these rows, as if they were the sample."""
     parent, count = np.zeros(len(x), np.int64), np.array([len(x)])
-    return lambda: first_centroids(x, parent, count, learners, 0, 0, lambda rows: rows)
+    return lambda: first_centroids(Features.alone(x), parent, count, learners, 0)
 
 
 def _bookkeeping(size: int, learners: int) -> Callable[[], None]:

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from dnc_dist.clustering.centroids import SAMPLE_ROWS, SAMPLE_ROWS_PER_CENTROID
-from dnc_dist.clustering.kmeans import REPLICATED_ROWS
+from dnc_dist.clustering.features import REPLICATED_ROWS
 
 # Statistics of a step besides losses, counts and presence of each learner, and the vote on stopping, all in float64.
 PAIRWISE_STATS, VOTES = 14, 1

@@ -20,7 +20,7 @@ from dnc_dist.cli import run
 PLACES = {
     "step": ("dnc_dist.engine.steplog", "StepLog", "step"),
     "features": ("dnc_dist.engine.objective", "DncObjective", "features"),
-    "divide": ("dnc_dist.engine.cluster", "divide"),
+    "divide": ("dnc_dist.engine.next_division", "divide"),
     "embeddings": ("dnc_dist.engine.objective", "DncObjective", "embeddings"),
 }
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"processes"},
     {"rundir"},
     {"data", "model", "loss", "clustering", "retrieval"},
-    {"engine"},
+    {"engine", "divider"},
     {"report", "doctor", "inference"},
     {"commands"},
     {"cli"},
@@ -36,7 +36,7 @@ FENCES = {
     "click": {"dnc_dist.cli", "dnc_dist.commands"},
     "timm": {"dnc_dist.model.backbone"},
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
-    "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.doctor", "dnc_kernels"},
+    "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.divider", "dnc_dist.doctor", "dnc_kernels"},
     "triton": {"dnc_kernels"},
     "pydantic": {"dnc_dist.config", "dnc_dist.base.foreign", "dnc_dist.base.parts", "dnc_dist.loss"},
 }

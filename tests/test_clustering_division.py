@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.clustering import Division, check_num_learners, divide, match, whole
+from dnc_dist.clustering import Division, DivisionRules, Features, check_num_learners, divide, match, spread_features, whole
 from dnc_dist.clustering.repair import class_sizes, repair
-from dnc_dist.clustering.rows import spread_rows
 from dnc_dist.processes import distributed
 from tests.spawn import spawn
 
@@ -37,29 +36,19 @@ def hierarchy(
 ) -> list[Division]:
     """Successive divisions of features that drift a little."""
     start, stop = distributed.local_range(len(labels))
+    rules = DivisionRules(target, seed=1, start=start_at)  # type: ignore[arg-type]
     found: list[Division] = []
     for epoch in range(divisions):
         drift = 0.05 * epoch * torch.randn(features.shape, generator=torch.Generator().manual_seed(epoch))
         now = torch.nn.functional.normalize(features + drift, dim=1)[start:stop]
-        found.append(
-            divide(
-                now,
-                labels,
-                row_start=start,
-                target=target,
-                epoch=epoch,
-                mode="hierarchical",
-                seed=1,
-                previous=found[-1] if found else None,
-                start=start_at,  # type: ignore[arg-type]
-                replicated_rows=replicated_rows,
-            )
-        )
+        spread = spread_features(now, start, len(labels), replicated_rows=replicated_rows)
+        found.append(divide(spread, labels, rules, epoch=epoch, previous=found[-1] if found else None))
     return found
 
 
 def flat(features: Tensor, labels: np.ndarray, target: int, *, previous: Division | None = None, trials: int = 30) -> Division:
-    return divide(features, labels, row_start=0, target=target, epoch=0, mode="flat", seed=2, previous=previous, trials=trials)
+    rules = DivisionRules(target, mode="flat", seed=2, trials=trials)
+    return divide(Features.alone(features), labels, rules, epoch=0, previous=previous)
 
 
 def assert_trainable(division: Division, labels: np.ndarray) -> None:
@@ -113,7 +102,7 @@ def test_the_same_features_give_the_same_learners() -> None:
     again = flat(features, labels, 4, previous=first)
     assert again.matched_share == again.nmi_to_previous == 1
     np.testing.assert_array_equal(again.learner_of, first.learner_of)
-    other_seed = divide(features, labels, row_start=0, target=4, epoch=2, mode="flat", seed=77, previous=first)
+    other_seed = divide(Features.alone(features), labels, DivisionRules(4, mode="flat", seed=77), epoch=2, previous=first)
     assert 0.25 < other_seed.matched_share <= 1
     np.testing.assert_allclose(first.centroids[0], features[first.learner_of == 0].mean(0), atol=0.05)
     inside = sum(float((features[first.learner_of == c] - torch.from_numpy(first.centroids[c])).square().sum()) for c in range(4))
@@ -142,9 +131,8 @@ def test_every_learner_can_train_whatever_the_classes(seed: int, target: int, sp
         features[1:] = features[0]
     previous = None
     for epoch in range(int(np.log2(target)) + 1):
-        previous = divide(
-            features, labels, row_start=0, target=target, epoch=epoch, mode="hierarchical", seed=seed, previous=previous, trials=2
-        )
+        rules = DivisionRules(target, seed=seed, trials=2)
+        previous = divide(Features.alone(features), labels, rules, epoch=epoch, previous=previous)
         assert_trainable(previous, labels)
     assert previous is not None
     assert previous.num_learners == target
@@ -164,7 +152,7 @@ def test_a_cluster_of_one_class_is_dissolved_and_reported() -> None:
 
 def test_repair_leaves_good_clusters_alone() -> None:
     features, labels = classes(12, 6)
-    rows = spread_rows(features, 0, len(labels), 10**6, lambda: None)
+    rows = Features.alone(features)
     cluster = np.where(labels < 6, 0, np.where(labels < 11, 1, 2))
     repaired = repair(rows, labels, cluster, torch.from_numpy(rows.means(cluster, 4)).float(), 4, 2)
     assert (class_sizes(repaired, labels).trainable(4) >= 2).all()
@@ -202,9 +190,8 @@ def on_ranks() -> tuple[list[Division], list[Division], Division]:
     features, labels = classes(30, 10, noise=0.5)
     start, stop = (0, len(labels)) if distributed.rank() == distributed.world_size() - 1 else (0, 0)
     hard, hard_labels = classes(9, 3, noise=1.0)
-    lopsided = divide(
-        hard[start:stop], hard_labels, row_start=start, target=4, epoch=3, mode="flat", seed=0, previous=None, trials=2, replicated_rows=0
-    )
+    spread = spread_features(hard[start:stop], start, len(hard), replicated_rows=0)
+    lopsided = divide(spread, hard_labels, DivisionRules(4, mode="flat", trials=2), epoch=3)
     return hierarchy(features, labels, 8, 4), hierarchy(features, labels, 4, 3, replicated_rows=0), lopsided
 
 
@@ -241,19 +228,8 @@ def interrupted() -> tuple[list[int], Division, int]:
             raise Abandoned
 
     def run(vote: Callable[[], None]) -> Division:
-        return divide(
-            features[start:stop],
-            labels,
-            row_start=start,
-            target=4,
-            epoch=0,
-            mode="flat",
-            seed=0,
-            previous=None,
-            iterations=100,
-            replicated_rows=0,
-            vote=vote,
-        )
+        spread = spread_features(features[start:stop], start, len(labels), replicated_rows=0, vote=vote)
+        return divide(spread, labels, DivisionRules(4, mode="flat"), epoch=0)
 
     with pytest.raises(Abandoned):
         run(vote)
@@ -272,4 +248,4 @@ def test_an_abandoned_division_is_made_again_as_if_nothing_had_been() -> None:
 
 def interrupted_alone() -> Division:
     features, labels = classes(40, 20, noise=2.0)
-    return divide(features, labels, row_start=0, target=4, epoch=0, mode="flat", seed=0, previous=None, iterations=100, replicated_rows=0)
+    return divide(Features.alone(features), labels, DivisionRules(4, mode="flat"), epoch=0)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
-from dnc_dist.clustering.kmeans import KMeansResult, kmeans, nearest, sum_by_group
+from dnc_dist.clustering import Features, KMeansOptions, KMeansResult, kmeans
+from dnc_dist.clustering.features import sum_by_group
+from dnc_dist.clustering.kmeans import nearest
 from dnc_dist.processes import distributed
 from tests.rounding import EPS
 from tests.spawn import spawn
@@ -45,7 +47,7 @@ def assert_nearest(x: Tensor, result: KMeansResult) -> Tensor:
 def test_the_assignment_is_the_argmin_for_the_returned_centroids(n: int, k: int) -> None:
     x = blobs(n)
     for iterations in (0, 3, 100):
-        result = kmeans(x, k, seed=1, iterations=iterations)
+        result = kmeans(Features.alone(x), k, seed=1, options=KMeansOptions(iterations))
         assert result.objective == pytest.approx(float(assert_nearest(x, result).sum()), rel=1e-9, abs=1e-9)
 
 
@@ -55,39 +57,39 @@ def test_same_objective_as_faiss_from_the_same_start() -> None:
     peer = faiss.Kmeans(16, k, niter=100, max_points_per_centroid=10**7)
     peer.train(x.numpy(), init_centroids=start.numpy())
     peer_objective, _ = brute(x, torch.from_numpy(peer.centroids))
-    ours = kmeans(x, k, seed=0, init=start)
+    ours = kmeans(Features.alone(x), k, seed=0, init=start)
     assert ours.iterations < 100, "did not converge"
     assert ours.objective == pytest.approx(float(peer_objective.sum()), rel=1e-6)
-    assert kmeans(x, k, seed=0, init=ours.centroids).iterations == 1
+    assert kmeans(Features.alone(x), k, seed=0, init=ours.centroids).iterations == 1
 
 
 def test_the_objective_never_grows_and_the_start_spreads_out() -> None:
     x = blobs(2000, noise=0.05)
-    history = [kmeans(x, 9, seed=3, iterations=i).objective for i in range(8)]
+    history = [kmeans(Features.alone(x), 9, seed=3, options=KMeansOptions(i)).objective for i in range(8)]
     assert all(a >= b - 1e-9 for a, b in pairwise(history))
-    random_start = kmeans(x, 9, seed=3, init=x[:9], iterations=0).objective
+    random_start = kmeans(Features.alone(x), 9, seed=3, init=x[:9], options=KMeansOptions(0)).objective
     assert history[0] < random_start
-    assert kmeans(x, 9, seed=3).objective == kmeans(x, 9, seed=3).objective
+    assert kmeans(Features.alone(x), 9, seed=3).objective == kmeans(Features.alone(x), 9, seed=3).objective
 
 
 def test_empty_clusters_get_half_of_another() -> None:
     x = blobs(400)
     start = torch.cat([x[:2], torch.full((3, 12), 50.0)])
-    result = kmeans(x, 5, seed=0, init=start)
+    result = kmeans(Features.alone(x), 5, seed=0, init=start)
     assert result.splits >= 3
     assert (torch.bincount(result.assignment, minlength=5) > 0).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3])
 def test_identical_rows_fill_the_first_cluster_and_end(value: float) -> None:
-    result = kmeans(torch.full((50, 8), value), 3, seed=0)
+    result = kmeans(Features.alone(torch.full((50, 8), value)), 3, seed=0)
     assert result.objective == pytest.approx(0, abs=1e-9)
     assert_nearest(torch.full((50, 8), value), result)
 
 
 def test_more_clusters_than_distinct_rows() -> None:
     x = torch.eye(4).repeat(10, 1)
-    result = kmeans(x, 8, seed=0)
+    result = kmeans(Features.alone(x), 8, seed=0)
     assert result.objective == pytest.approx(0, abs=1e-5)
     assert_nearest(x, result)
 
@@ -103,7 +105,7 @@ def test_equal_centroids_give_the_lowest_index() -> None:
 def test_restricted_rows_choose_between_the_two_children_of_their_parent() -> None:
     x = blobs(1500)
     parent = torch.arange(1500) % 3
-    result = kmeans(x, 6, seed=0, restrict=parent)
+    result = kmeans(Features.alone(x), 6, seed=0, restrict=parent)
     assert torch.equal(result.assignment // 2, parent)
     for p in range(3):
         rows = parent == p
@@ -118,18 +120,18 @@ def test_restricted_rows_choose_between_the_two_children_of_their_parent() -> No
 def test_an_empty_child_is_split_from_its_sibling() -> None:
     x, parent = blobs(600), torch.arange(600) % 2
     start = torch.stack([x[0], torch.full((12,), 9.0), x[1], x[3]])
-    result = kmeans(x, 4, seed=0, init=start, restrict=parent)
+    result = kmeans(Features.alone(x), 4, seed=0, init=start, restrict=parent)
     assert result.splits == 1
     assert (torch.bincount(result.assignment, minlength=4) > 0).all()
 
 
 def test_wrong_rows_are_refused() -> None:
     with pytest.raises(InputError, match=r"division\.num_learners"):
-        kmeans(blobs(3), 4, seed=0)
+        kmeans(Features.alone(blobs(3)), 4, seed=0)
     broken = blobs(30)
     broken[7, 2] = float("nan")
     with pytest.raises(RunError, match="1 rows"):
-        kmeans(broken, 2, seed=0)
+        kmeans(Features.alone(broken), 2, seed=0)
 
 
 def test_sums_are_exact() -> None:
@@ -148,20 +150,10 @@ def on_ranks(replicated_rows: int) -> dict[str, KMeansResult]:
     edges = bounds(len(x), distributed.world_size())
     start, stop = edges[distributed.rank()], edges[distributed.rank() + 1]
     parent = torch.arange(len(x)) % 4
+    features = Features(x[start:stop], start, len(x), distributed.all_reduce_sum, distributed.gather_rows, replicated_rows)
     result = {}
     for name, k, restrict in (("all", 6, None), ("parents", 8, parent[start:stop])):
-        found = kmeans(
-            x[start:stop],
-            k,
-            seed=5,
-            iterations=20,
-            row_start=start,
-            num_rows=len(x),
-            all_reduce=distributed.all_reduce_sum,
-            gather=distributed.gather_rows,
-            restrict=restrict,
-            replicated_rows=replicated_rows,
-        )
+        found = kmeans(features, k, seed=5, options=KMeansOptions(20), restrict=restrict)
         everyone = distributed.gather_rows(found.assignment), distributed.gather_rows(found.distance)
         result[name] = found._replace(assignment=everyone[0], distance=everyone[1])
     return result
@@ -199,18 +191,8 @@ def bytes_per_iteration(num_rows: int, k: int, dim: int) -> tuple[list[int], int
         return distributed.all_reduce_sum(tensor)
 
     before = distributed.traffic()["gather"]
-    result = kmeans(
-        x[start:stop],
-        k,
-        seed=5,
-        iterations=6,
-        row_start=start,
-        num_rows=num_rows,
-        all_reduce=all_reduce,
-        gather=distributed.gather_rows,
-        init=x[:k],
-        replicated_rows=0,
-    )
+    features = Features(x[start:stop], start, num_rows, all_reduce, distributed.gather_rows, replicated_rows=0)
+    result = kmeans(features, k, seed=5, options=KMeansOptions(6), init=x[:k])
     return summed, distributed.traffic()["gather"] - before, result.iterations
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.clustering import DivisionRules, Features, KMeansOptions, KMeansResult, divide, kmeans, spread_features
 from dnc_dist.clustering.device import choose_backend
-from dnc_dist.clustering.divide import divide
-from dnc_dist.clustering.kmeans import KMeansResult, kmeans
 from dnc_dist.processes import distributed
 from tests.spawn import spawn
 
@@ -28,8 +27,13 @@ def blobs(n: int, dim: int = 12, centres: int = 5, noise: float = 0.25, seed: in
     return torch.nn.functional.normalize(x + noise * torch.randn(n, dim, generator=random), dim=1)
 
 
-def both(x: Tensor, k: int, **options: object) -> tuple[KMeansResult, KMeansResult]:
-    return tuple(kmeans(x.to(DEVICE), k, seed=1, backend=name, **options) for name in ("triton", "faiss"))  # type: ignore[return-value]
+TRITON = KMeansOptions(backend="triton")
+
+
+def both(x: Tensor, k: int, iterations: int = 100, **start: Tensor) -> tuple[KMeansResult, KMeansResult]:
+    features = Features.alone(x.to(DEVICE))
+    ours, peer = (kmeans(features, k, seed=1, options=KMeansOptions(iterations, name), **start) for name in ("triton", "faiss"))
+    return ours, peer
 
 
 def assert_equal(ours: KMeansResult, peer: KMeansResult) -> None:
@@ -57,8 +61,8 @@ def test_parents() -> None:
 
 def test_a_warm_start() -> None:
     x = blobs(300)
-    first = kmeans(x.to(DEVICE), 5, seed=1, backend="triton")
-    again = kmeans(x.to(DEVICE), 5, seed=2, init=first.centroids, backend="triton")
+    first = kmeans(Features.alone(x.to(DEVICE)), 5, seed=1, options=TRITON)
+    again = kmeans(Features.alone(x.to(DEVICE)), 5, seed=2, init=first.centroids, options=TRITON)
     assert again.iterations == 1 and torch.equal(again.assignment, first.assignment)
 
 
@@ -79,9 +83,9 @@ def test_wrong_rows_are_refused() -> None:
     broken = blobs(30).to(DEVICE)
     broken[7, 2], broken[9, 0] = torch.nan, -torch.inf
     with pytest.raises(RunError, match="2 rows"):
-        kmeans(broken, 2, seed=0, backend="triton")
+        kmeans(Features.alone(broken), 2, seed=0, options=TRITON)
     with pytest.raises(InputError, match=r"division\.num_learners"):
-        kmeans(broken[:3], 4, seed=0, backend="triton")
+        kmeans(Features.alone(broken[:3]), 4, seed=0, options=TRITON)
 
 
 def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,22 +101,13 @@ def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_division() -> None:
     """All of it: trials, 2-means of every cluster at once, on rows that stand on the CPU."""
     features, labels = blobs(240, centres=12, seed=3), np.arange(240) % 12
+    spread = spread_features(features, 0, len(labels))
     divisions = []
     for backend in ("triton", "faiss"):
         previous = None
         for epoch in (0, 1, 2):
-            previous = divide(
-                features,
-                labels,
-                row_start=0,
-                target=4,
-                epoch=epoch,
-                mode="hierarchical",
-                seed=4,
-                previous=previous,
-                trials=3,
-                backend=backend,  # type: ignore[arg-type]
-            )
+            rules = DivisionRules(4, seed=4, trials=3, kmeans=KMeansOptions(backend=backend))  # type: ignore[arg-type]
+            previous = divide(spread, labels, rules, epoch=epoch, previous=previous)
         divisions.append(previous)
     ours, peer = divisions
     assert ours is not None and peer is not None and ours.num_learners == 4
@@ -129,20 +124,11 @@ def on_ranks() -> dict[tuple[str, int], KMeansResult]:
         edges = [0, first, len(x)] if distributed.world_size() == 2 else [0, len(x)]
         local = slice(edges[distributed.rank()], edges[distributed.rank() + 1])
         for replicated_rows in (0, 10**6):
-            result = kmeans(
-                x[local].to(device),
-                k,
-                seed=5,
-                iterations=3,
-                row_start=local.start,
-                num_rows=len(x),
-                all_reduce=distributed.all_reduce_sum,
-                gather=distributed.gather_rows,
-                init=init,
-                restrict=None if restrict is None else restrict[local].to(device),
-                replicated_rows=replicated_rows,
-                backend="triton",
+            features = Features(
+                x[local].to(device), local.start, len(x), distributed.all_reduce_sum, distributed.gather_rows, replicated_rows, device
             )
+            own = None if restrict is None else restrict[local].to(device)
+            result = kmeans(features, k, seed=5, options=KMeansOptions(3, "triton"), init=init, restrict=own)
             everyone = [distributed.gather_rows(part.to(device)).cpu() for part in (result.assignment, result.distance)]
             found[name, replicated_rows] = result._replace(assignment=everyone[0], distance=everyone[1])
     return found

@@ -13,10 +13,10 @@ from torch import Tensor
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import open_index
-from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view
 from dnc_dist.engine.extract import extract
+from dnc_dist.engine.next_division import next_division
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective
@@ -62,7 +62,7 @@ def _divide(objective: DncObjective, data: RunData, cfg: RunConfig, times: int) 
     failed: list[str] = []
     for epoch in range(times):
         state.epoch = epoch
-        state.division, failed = cluster(objective, data, cfg, state, stop=StopRequest(), progress=silent())
+        state.division, failed = next_division(objective, data, cfg, state, stop=StopRequest(), progress=silent())
     assert state.division is not None
     return state.division, failed
 

@@ -27,7 +27,7 @@ from benchmarks.scaling_model import (
     step,
     step_bytes,
 )
-from dnc_dist.clustering.divide import divide
+from dnc_dist.clustering import DivisionRules, KMeansOptions, divide, spread_features
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
@@ -186,18 +186,8 @@ def _divide() -> None:
     features = centres[np.arange(ROWS) % LEARNERS] + 0.01 * np.random.default_rng(0).standard_normal((ROWS, FEATURES))
     distributed.gather_rows(torch.ones(stop - start, dtype=torch.bool))
     labels = np.arange(ROWS) % (10 * LEARNERS)
-    divide(
-        torch.from_numpy(features[start:stop]).float(),
-        labels,
-        row_start=start,
-        target=LEARNERS,
-        epoch=0,
-        mode="flat",
-        seed=0,
-        previous=None,
-        iterations=1,
-        replicated_rows=0,
-    )
+    spread = spread_features(torch.from_numpy(features[start:stop]).float(), start, ROWS, replicated_rows=0)
+    divide(spread, labels, DivisionRules(LEARNERS, mode="flat", kmeans=KMeansOptions(1)), epoch=0)
 
 
 def _evaluate() -> None:

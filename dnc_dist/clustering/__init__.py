@@ -1,7 +1,21 @@
 """Which learner trains on which row."""
 
-from dnc_dist.clustering.divide import divide
+from dnc_dist.clustering.centroids import KMeansOptions, KMeansResult
+from dnc_dist.clustering.divide import DivisionRules, divide
 from dnc_dist.clustering.division import Division, check_num_learners, match, whole
-from dnc_dist.clustering.kmeans import KMeansResult, kmeans
+from dnc_dist.clustering.features import Features, spread_features
+from dnc_dist.clustering.kmeans import kmeans
 
-__all__ = ["Division", "KMeansResult", "check_num_learners", "divide", "kmeans", "match", "whole"]
+__all__ = [
+    "Division",
+    "DivisionRules",
+    "Features",
+    "KMeansOptions",
+    "KMeansResult",
+    "check_num_learners",
+    "divide",
+    "kmeans",
+    "match",
+    "spread_features",
+    "whole",
+]

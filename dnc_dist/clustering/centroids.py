@@ -1,4 +1,4 @@
-"""What all backends of k-means share: the result, where it begins, and what becomes of empty clusters.
+"""What all backends of k-means share: options, result, where it begins, and what becomes of empty clusters.
 
 Both decisions fall on the host, in the same way on every rank.
 """
@@ -6,7 +6,8 @@ Both decisions fall on the host, in the same way on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from dnc_dist.base.exact import squared_distance
 from dnc_dist.base.rng import numpy_generator, seed_for
+from dnc_dist.clustering.features import Features
 
 SAMPLE_ROWS = 65_536
 SAMPLE_ROWS_PER_CENTROID = 256
@@ -21,7 +23,21 @@ WORK_ELEMENTS = 1 << 21
 SPLIT_TRIES = 10_000
 SPLIT_PERTURBATION = 1 / 1024
 
-Collective = Callable[[Tensor], Tensor]
+Backend = Literal["auto", "triton", "faiss"]
+
+
+@dataclass(frozen=True)
+class KMeansOptions:
+    """How a k-means runs."""
+
+    iterations: int = 100
+    """Updates of the centroids, at most."""
+    backend: Backend = "auto"
+    """``triton`` on the device of the features, or ``faiss`` on the CPU; ``auto`` is triton where it serves a GPU."""
+
+
+KMEANS = KMeansOptions()
+"""The defaults."""
 
 
 class KMeansResult(NamedTuple):
@@ -42,19 +58,18 @@ def _uniform(seed: int, row_start: int, n: int) -> np.ndarray:
 
 
 def first_centroids(
-    x: Tensor,
+    features: Features,
     parent: np.ndarray,
     rows_of_parent: np.ndarray,
     children: int,
     seed: int,
-    row_start: int,
-    gather: Collective,
     beat: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Collective. (k, D) k-means++ (Arthur and Vassilvitskii 2007) per parent on a sample shared by all ranks; a beat per centroid."""
+    x, gather = features.local, features.gather
     parents = len(rows_of_parent)
     quota = max(SAMPLE_ROWS_PER_CENTROID * children, SAMPLE_ROWS // parents)
-    chosen = _uniform(seed, row_start, len(x)) < (quota / np.maximum(rows_of_parent, 1))[parent]
+    chosen = _uniform(seed, features.start, len(x)) < (quota / np.maximum(rows_of_parent, 1))[parent]
     taken = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
     sample = gather(x[taken]).cpu().numpy()
     sample_parent = gather(torch.from_numpy(parent[chosen]).to(x.device)).cpu().numpy()

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
-from dnc_dist.clustering.centroids import Collective, KMeansResult, first_centroids, split_empty
+from dnc_dist.clustering.centroids import Backend, KMeansResult, first_centroids, split_empty
+from dnc_dist.clustering.features import Collective, Features
 from dnc_kernels import implementation, implementation_note, lloyd_step
-
-Backend = Literal["auto", "triton", "faiss"]
 
 BLOCK_ELEMENTS = 1 << 24
 
@@ -50,19 +49,16 @@ class _Step(NamedTuple):
 
 
 def lloyd_on_device(
-    x: Tensor,
+    features: Features,
     k: int,
     seed: int,
     iterations: int,
-    row_start: int,
-    all_reduce: Collective,
-    gather: Collective,
     init: Tensor | None,
     restrict: Tensor | None,
     beat: Callable[[], None],
 ) -> KMeansResult:
     """Collective. k-means of the rows (n, D) of this rank on their device; arguments, result and errors as ``kmeans``."""
-    x = x.detach().float().contiguous()
+    x, all_reduce = features.local.detach().float().contiguous(), features.all_reduce
     parent = np.zeros(len(x), np.int64) if restrict is None else restrict.cpu().numpy().astype(np.int64)
     parents = 1 if restrict is None else k // 2
     broken = int((~torch.linalg.vector_norm(x, torch.inf, dim=1).isfinite()).sum())
@@ -72,7 +68,7 @@ def lloyd_on_device(
         raise RunError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
     if init is None:
-        init = torch.from_numpy(first_centroids(x, parent, rows_of_parent, k // parents, seed, row_start, gather, beat))
+        init = torch.from_numpy(first_centroids(features._replace(local=x), parent, rows_of_parent, k // parents, seed, beat))
     own = None if restrict is None else torch.from_numpy(parent).to(x.device)
 
     def start(centroids: Tensor, previous: Tensor) -> _Step:

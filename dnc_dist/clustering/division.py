@@ -64,7 +64,7 @@ class Division:
             if not isinstance(value, Tensor | int | float):
                 raise InputError(f"{source} is damaged: {name} is {shorten(value)}")
             try:
-                arrays[name] = value.detach().numpy() if isinstance(value, Tensor) else np.asarray(value)
+                arrays[name] = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
             except TypeError as error:  # a dtype that numpy does not have
                 raise InputError(f"{source} is damaged: {name}: {error}") from error
         return cls._of_arrays(arrays, source)

@@ -13,18 +13,13 @@ from typing import NamedTuple
 import faiss
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.exact import gram_error, squared_distance
-from dnc_dist.clustering.centroids import WORK_ELEMENTS, Collective, KMeansResult, first_centroids, split_empty
-from dnc_dist.clustering.device import Backend, choose_backend, lloyd_on_device
-
-REPLICATED_ROWS = 100_000
-"""Up to so many rows every rank gathers all of them and runs the same k-means; its result is then equal bit for bit for any W."""
-
-SUM_BLOCK = 8192
+from dnc_dist.clustering.centroids import KMEANS, WORK_ELEMENTS, KMeansOptions, KMeansResult, first_centroids, split_empty
+from dnc_dist.clustering.device import choose_backend, lloyd_on_device
+from dnc_dist.clustering.features import SUM_BLOCK, Features, sum_by_group
 
 
 class _Segment(NamedTuple):
@@ -36,40 +31,26 @@ class _Segment(NamedTuple):
     last: int
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def kmeans(
-    x_local: Tensor,
+    features: Features,
     k: int,
     *,
     seed: int,
-    iterations: int = 100,
-    row_start: int = 0,
-    num_rows: int | None = None,
-    all_reduce: Collective = _alone,
-    gather: Collective = _alone,
+    options: KMeansOptions = KMEANS,
     init: Tensor | None = None,
     restrict: Tensor | None = None,
-    replicated_rows: int = REPLICATED_ROWS,
-    backend: Backend = "auto",
     beat: Callable[[], None] = lambda: None,
 ) -> KMeansResult:
-    """Collective. Cluster rows that are spread over ranks, until no row moves or ``iterations`` updates are done.
+    """Collective. Cluster rows that are spread over ranks, until no row moves or ``options.iterations`` updates are done.
+
+    Up to ``features.replicated_rows`` rows all ranks gather the rows and run the same k-means.
 
     Args:
-        x_local: (n, D) rows of this rank; n may be 0.
+        features: (n, D) local rows, on the device that is to compute.
         k: number of centroids.
         seed: equal on every rank; decides the start (k-means++ on a sample) and the splits of empty clusters.
-        row_start: global index of the first local row; ranks hold consecutive rows in rank order.
-        num_rows: N, rows of all ranks; None: ``x_local`` holds all of them.
-        all_reduce: sums a tensor over ranks.
-        gather: concatenates rows of all ranks in rank order.
         init: (k, D) warm start instead of k-means++.
         restrict: (n,) parent of each row in 0..k/2-1: the row competes between centroids 2p and 2p+1 only.
-        replicated_rows: up to so many rows all ranks gather the rows and run the same k-means.
-        backend: ``triton`` on the device of ``x_local``, or ``faiss`` on the CPU; ``auto`` is triton where it serves a GPU.
         beat: called again and again while this rank makes progress.
 
     Returns:
@@ -80,18 +61,17 @@ def kmeans(
         InputError: fewer rows than centroids; triton where it does not run.
         RunError: rows that are not finite.
     """
-    total = x_local.shape[0] if num_rows is None else num_rows
-    if total < k:
-        raise InputError(f"{total} rows cannot be divided into {k} clusters; set division.num_learners to at most the number of rows")
-    lloyd = lloyd_on_device if choose_backend(backend, x_local.device) == "triton" else _lloyd
-    if total <= replicated_rows:
-        n, device = x_local.shape[0], x_local.device
-        x_local = gather(x_local).to(device)
-        restrict = None if restrict is None else gather(restrict)
-        result = lloyd(x_local, k, seed, iterations, 0, _alone, _alone, init, restrict, beat)
-        local = slice(row_start, row_start + n)
-        return result._replace(assignment=result.assignment[local], distance=result.distance[local])
-    return lloyd(x_local, k, seed, iterations, row_start, all_reduce, gather, init, restrict, beat)
+    if features.total < k:
+        raise InputError(
+            f"{features.total} rows cannot be divided into {k} clusters; set division.num_learners to at most the number of rows"
+        )
+    lloyd = lloyd_on_device if choose_backend(options.backend, features.local.device) == "triton" else _lloyd
+    if features.total > features.replicated_rows:
+        return lloyd(features, k, seed, options.iterations, init, restrict, beat)
+    restrict = None if restrict is None else features.gather(restrict)
+    result = lloyd(features.replicated(), k, seed, options.iterations, init, restrict, beat)
+    local = slice(features.start, features.start + len(features.local))
+    return result._replace(assignment=result.assignment[local], distance=result.distance[local])
 
 
 def nearest(x_local: Tensor, centroids: Tensor) -> Tensor:
@@ -111,18 +91,15 @@ def _norms(x: np.ndarray) -> np.ndarray:
 
 
 def _lloyd(
-    x_local: Tensor,
+    features: Features,
     k: int,
     seed: int,
     iterations: int,
-    row_start: int,
-    all_reduce: Collective,
-    gather: Collective,
     init: Tensor | None,
     restrict: Tensor | None,
     beat: Callable[[], None],
 ) -> KMeansResult:
-    x = _numpy(x_local)
+    x, all_reduce = _numpy(features.local), features.all_reduce
     norms = _norms(x)
     parent = np.zeros(len(x), np.int64) if restrict is None else restrict.cpu().numpy().astype(np.int64)
     parents = 1 if restrict is None else k // 2
@@ -132,10 +109,10 @@ def _lloyd(
     if head[-1]:
         raise RunError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
-    warm = None if init is None else _numpy(init).copy()
-    centroids = (
-        first_centroids(torch.from_numpy(x), parent, rows_of_parent, children, seed, row_start, gather, beat) if warm is None else warm
-    )
+    if init is None:
+        centroids = first_centroids(features._replace(local=torch.from_numpy(x)), parent, rows_of_parent, children, seed, beat)
+    else:
+        centroids = _numpy(init).copy()
     order = np.argsort(parent, kind="stable")
     if restrict is not None:
         x, norms = x[order], norms[order]
@@ -196,14 +173,3 @@ def _assign(x: np.ndarray, norms: np.ndarray, centroids: np.ndarray, segments: l
             rows = doubtful[at : at + step]
             nearest_one[rows] = first + squared_distance(x[rows, None], candidates[None]).argmin(1)
     return nearest_one
-
-
-def sum_by_group(x: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
-    """(num_groups, D) float64 sums of the rows with each number, added row by row in fixed blocks."""
-    sums = np.zeros((num_groups, x.shape[1]))
-    for at in range(0, len(x), SUM_BLOCK):
-        member = group[at : at + SUM_BLOCK]
-        ends = np.cumsum(np.bincount(member, minlength=num_groups))
-        one_hot = csr_matrix((np.ones(len(member)), np.argsort(member, kind="stable"), np.append(0, ends)), shape=(num_groups, len(member)))
-        sums += one_hot @ x[at : at + SUM_BLOCK].astype(np.float64)
-    return sums

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnc_dist.clustering.features import Features
 from dnc_dist.clustering.kmeans import nearest
-from dnc_dist.clustering.rows import Rows
 
 
 class ClassSizes(NamedTuple):
@@ -31,7 +31,7 @@ def class_sizes(cluster: np.ndarray, labels: np.ndarray) -> ClassSizes:
     return ClassSizes(pair // max(1, len(classes)), count, count[inverse])
 
 
-def repair(rows: Rows, labels: np.ndarray, cluster: np.ndarray, centroids: Tensor, k: int, min_classes: int) -> np.ndarray:
+def repair(features: Features, labels: np.ndarray, cluster: np.ndarray, centroids: Tensor, k: int, min_classes: int) -> np.ndarray:
     """Collective. Clusters that all have ``min_classes`` trainable classes (two rows or more), changed only where needed.
 
     Rows of a cluster with fewer join the nearest centroid of a cluster with enough. The number thus freed goes to a part of
@@ -52,7 +52,7 @@ def repair(rows: Rows, labels: np.ndarray, cluster: np.ndarray, centroids: Tenso
     cluster = cluster.copy()
     if good.any():
         lost = ~good[cluster]
-        joined = rows.gather_numbers(nearest(rows.select(lost).local, centroids[torch.from_numpy(good)]), k)
+        joined = features.gather_numbers(nearest(features.select(lost).local, centroids[torch.from_numpy(good)]), k)
         cluster[lost] = np.flatnonzero(good)[joined]
         classes = class_sizes(cluster, labels).trainable(k)
     parts = good.astype(np.int64)
@@ -66,11 +66,11 @@ def repair(rows: Rows, labels: np.ndarray, cluster: np.ndarray, centroids: Tenso
     free = np.flatnonzero(parts == 0).tolist()
     for source in np.flatnonzero(parts > 1):
         numbers = [int(source), *(free.pop(0) for _ in range(parts[source] - 1))]
-        _cut_between_classes(rows, labels, cluster, numbers)
+        _cut_between_classes(features, labels, cluster, numbers)
     return cluster
 
 
-def _cut_between_classes(rows: Rows, labels: np.ndarray, cluster: np.ndarray, numbers: list[int]) -> None:
+def _cut_between_classes(features: Features, labels: np.ndarray, cluster: np.ndarray, numbers: list[int]) -> None:
     """Collective. Spread the rows of cluster ``numbers[0]`` over ``numbers``, in place: classes stay whole, and every part
     gets its share of the trainable ones.
 
@@ -80,7 +80,7 @@ def _cut_between_classes(rows: Rows, labels: np.ndarray, cluster: np.ndarray, nu
         return
     inside = cluster == numbers[0]
     _, label, count = np.unique(labels[inside], return_inverse=True, return_counts=True)
-    means = rows.select(inside).means(label, len(count))
+    means = features.select(inside).means(label, len(count))
     one = means[np.square(means - means.mean(0)).sum(1).argmax()]
     other = means[np.square(means - one).sum(1).argmax()]
     order = np.argsort(((means - one) * (other - one)).sum(1), kind="stable")
@@ -90,5 +90,5 @@ def _cut_between_classes(rows: Rows, labels: np.ndarray, cluster: np.ndarray, nu
     right = np.empty(len(count), bool)
     right[order] = trainable > left_share
     cluster[np.flatnonzero(inside)[right[label]]] = numbers[len(left_numbers)]
-    _cut_between_classes(rows, labels, cluster, left_numbers)
-    _cut_between_classes(rows, labels, cluster, numbers[len(left_numbers) :])
+    _cut_between_classes(features, labels, cluster, left_numbers)
+    _cut_between_classes(features, labels, cluster, numbers[len(left_numbers) :])

@@ -16,7 +16,7 @@ from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.base.exact import nmi
 from dnc_dist.base.progress import Progress
 from dnc_dist.base.rng import seed_for
-from dnc_dist.clustering.kmeans import kmeans
+from dnc_dist.clustering import Features, kmeans
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView, text
 from dnc_dist.engine.dataset import RunData
@@ -138,7 +138,8 @@ def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int, stop: StopR
     value = None
     if main:
         labels = view.labels[present.numpy()]
-        found = kmeans(every if present.all() else every[present], len(np.unique(labels)), seed=seed_for(seed, "nmi"), beat=beat)
+        compared = Features.alone(every if present.all() else every[present])
+        found = kmeans(compared, len(np.unique(labels)), seed=seed_for(seed, "nmi"), beat=beat)
         value = nmi(found.assignment.numpy(), labels)
     while meet(working=False):
         pass

@@ -17,10 +17,10 @@ from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
 from dnc_dist.engine import plan
 from dnc_dist.engine.announce import announce, result
-from dnc_dist.engine.cluster import cluster
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.finite import FiniteGuard
+from dnc_dist.engine.next_division import next_division
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
 from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
@@ -127,7 +127,7 @@ class Trainer:
         if not plan.division_needs_features(self.cfg, self.state):
             division = whole(self.data.train.labels, epoch=epoch)
         else:
-            division, failed = cluster(self.objective, self.data, self.cfg, self.state, stop=self.stop, progress=self.progress)
+            division, failed = next_division(self.objective, self.data, self.cfg, self.state, stop=self.stop, progress=self.progress)
             self.failed.update(failed)
         self.state.division = division
         self.run_dir.check()

@@ -1,4 +1,4 @@
-"""A new division of the training set from features of its rows."""
+"""The next division of the training set: features of all its rows, and who of them cannot be decoded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 
 from dnc_dist.base.errors import Stopped
 from dnc_dist.base.progress import Progress
-from dnc_dist.clustering.divide import divide
-from dnc_dist.clustering.division import Division
+from dnc_dist.clustering import Division, DivisionRules, KMeansOptions, divide, spread_features
 from dnc_dist.config import RunConfig
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
@@ -19,7 +18,7 @@ from dnc_dist.processes import distributed
 from dnc_dist.processes.signals import StopRequest
 
 
-def cluster(
+def next_division(
     objective: DncObjective, data: RunData, cfg: RunConfig, state: TrainState, *, stop: StopRequest, progress: Progress
 ) -> tuple[Division, list[str]]:
     """Collective. The division that follows the state's, and the keys of this rank's images that cannot be decoded.
@@ -48,21 +47,16 @@ def cluster(
         if distributed.any_rank(stop.requested):
             raise Stopped(f"during the division of epoch {state.epoch}")
 
-    division = divide(
-        found.values[found.valid],
-        view.labels[valid],
-        row_start=int(valid[: found.start].sum()),
-        target=div.num_learners,
-        epoch=state.epoch,
+    rules = DivisionRules(
+        div.num_learners,
         mode=div.mode,
         seed=cfg.run.seed,
-        previous=previous,
         start=div.start,
-        iterations=div.kmeans_iterations,
         trials=div.trials,
-        backend=div.kmeans_backend,
-        vote=vote,
+        kmeans=KMeansOptions(div.kmeans_iterations, div.kmeans_backend),
     )
+    features = spread_features(found.values[found.valid], int(valid[: found.start].sum()), int(valid.sum()), vote=vote)
+    division = divide(features, view.labels[valid], rules, epoch=state.epoch, previous=previous)
     learner_of = np.full(len(view), -1, np.int16)
     learner_of[valid] = division.learner_of
     return replace(division, learner_of=learner_of, left_out=int((learner_of < 0).sum())), found.failed

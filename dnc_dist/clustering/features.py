@@ -1,0 +1,138 @@
+"""Features spread over ranks, with the collectives that reach the others; up to ``REPLICATED_ROWS`` every rank holds all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from torch import Tensor
+
+from dnc_dist.processes import distributed
+
+REPLICATED_ROWS = 100_000
+"""Up to so many rows every rank gathers all of them and computes the same; results are then equal bit for bit for any W."""
+
+SUM_BLOCK = 8192
+VOTE_EVERY = 16
+
+Collective = Callable[[Tensor], Tensor]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class Features(NamedTuple):
+    """This rank's part of ``total`` rows of features; arrays over all rows have one entry for each, in this order, on every rank.
+
+    Without the fields that have defaults these are all rows, and this rank works for itself.
+    """
+
+    local: Tensor  # (n, F)
+    start: int  # number of the first local row among all; ranks hold consecutive rows in rank order
+    total: int
+    all_reduce: Collective = _alone  # sums a tensor over ranks
+    gather: Collective = _alone  # concatenates rows of all ranks in rank order
+    replicated_rows: int = REPLICATED_ROWS
+    device: torch.device = torch.device("cpu")  # where k-means may run
+
+    @classmethod
+    def alone(cls, rows: Tensor) -> Features:
+        """All rows (N, F), on their device; nothing of them lies on another rank."""
+        return cls(rows, 0, len(rows), device=rows.device)
+
+    def replicated(self) -> Features:
+        """Collective. All rows on every rank."""
+        return self._replace(local=self.gather(self.local).to(self.local.device), start=0, all_reduce=_alone, gather=_alone)
+
+    def mine(self, values: np.ndarray) -> np.ndarray:
+        """The entries (n,) of an array (total,) that belong to the local rows."""
+        return values[self.start : self.start + len(self.local)]
+
+    def select(self, chosen: np.ndarray) -> Features:
+        """The rows with a True in ``chosen`` (total,), renumbered."""
+        local = self.local[torch.from_numpy(self.mine(chosen))]
+        return self._replace(local=local, start=int(chosen[: self.start].sum()), total=int(chosen.sum()))
+
+    def gather_numbers(self, numbers: Tensor, below: int) -> np.ndarray:
+        """Collective. (total,) int64 from this rank's (n,) in 0..below-1, which travel as bytes where that is enough."""
+        return self.gather(numbers.to(torch.uint8 if below <= 256 else torch.int32)).numpy().astype(np.int64)
+
+    def means(self, group: np.ndarray, num_groups: int) -> np.ndarray:
+        """Collective. (num_groups, F) float64 means of the rows with each number; 0 for a number without rows."""
+        sums = sum_by_group(self.local.numpy(), self.mine(group), num_groups)
+        counts = np.bincount(group, minlength=num_groups)
+        return self.all_reduce(torch.from_numpy(sums)).numpy() / np.maximum(counts, 1)[:, None]
+
+    def scatter_around(self, group: np.ndarray, means: np.ndarray) -> float:
+        """Collective. The sum of squared distances of all rows to the mean of their group, from the second moments."""
+        energy = torch.tensor([sum(float(block.double().square().sum()) for block in self.local.split(SUM_BLOCK))], dtype=torch.float64)
+        between = np.bincount(group, minlength=len(means)) @ np.square(means).sum(1)
+        return max(0.0, float(self.all_reduce(energy)) - float(between))
+
+
+def spread_features(
+    local: Tensor,
+    start: int,
+    total: int,
+    *,
+    device: torch.device | None = None,
+    replicated_rows: int = REPLICATED_ROWS,
+    vote: Callable[[], None] = lambda: None,
+) -> Features:
+    """Collective. Features of all ranks; few enough are gathered, and everything after is then the same computation on every rank.
+
+    Args:
+        local: (n, F) features of this rank; n may be 0.
+        start: number of its first row among all; ranks hold consecutive rows in rank order.
+        total: N, rows of all ranks.
+        device: where tensors travel between ranks, and where k-means may run; None: ``distributed.device()``.
+        replicated_rows: up to so many rows every rank gathers all of them.
+        vote: collective; called after every few sums over ranks, it raises on every rank if the work is to be abandoned. Ranks that
+            each compute for themselves do not vote: they have nothing that keeps them in step.
+
+    Returns:
+        Features in fp32 on the CPU.
+    """
+    place = distributed.device() if device is None else device
+    spread = Features(local.detach().float(), start, total, _Sums(vote, place), _Gather(place), replicated_rows, place)
+    if total <= replicated_rows:
+        spread = spread.replicated()
+    return spread._replace(local=spread.local.cpu())
+
+
+class _Sums:
+    """Sums over ranks that now and then ask whether to go on; all ranks come to the question together."""
+
+    def __init__(self, vote: Callable[[], None], device: torch.device) -> None:
+        self.vote, self.device, self.calls = vote, device, 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls % VOTE_EVERY == 0:
+            self.vote()
+        return distributed.all_reduce_sum(tensor.to(self.device)).to(tensor.device)
+
+
+class _Gather:
+    """Rows of all ranks, on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return distributed.gather_rows(tensor.to(self.device)).cpu()
+
+
+def sum_by_group(x: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
+    """(num_groups, D) float64 sums of the rows with each number, added row by row in fixed blocks."""
+    sums = np.zeros((num_groups, x.shape[1]))
+    for at in range(0, len(x), SUM_BLOCK):
+        member = group[at : at + SUM_BLOCK]
+        ends = np.cumsum(np.bincount(member, minlength=num_groups))
+        one_hot = csr_matrix((np.ones(len(member)), np.argsort(member, kind="stable"), np.append(0, ends)), shape=(num_groups, len(member)))
+        sums += one_hot @ x[at : at + SUM_BLOCK].astype(np.float64)
+    return sums
