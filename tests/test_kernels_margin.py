@@ -58,17 +58,16 @@ def test_projection_computes_half_precision_in_float32_and_keeps_nan_visible():
 @pytest.mark.parametrize("rectangular", [False, True])
 def test_loss_equals_the_loops(per_class, rectangular):
     num_references = 15 if rectangular else 10
-    z, ref_z = normalize(random(10, 5)), normalize(random(num_references, 5, seed=1))
+    z, ref_z = normalize(random(10, 5)), normalize(random(15, 5, seed=1)) if rectangular else None
     labels, learner = torch.arange(10) % 4, torch.arange(10) % 3 - 1
     beta = 1.2 + 0.1 * torch.arange(4, dtype=torch.float64) if per_class else 1.15
     pairs = random_pairs(10, num_references, 80)
-    references = Rows(ref_z, torch.arange(15)) if rectangular else None
-    out = dnc_kernels.margin_loss_on_pairs(Rows(z, labels, learner), pairs, references, beta=beta, num_learners=2)
+    out = dnc_kernels.margin_loss_on_pairs(Rows(z, labels, learner), pairs, ref_z, beta=beta, num_learners=2)
     sums, active, kinds = [0.0, 0.0], [0, 0], {True: [0, 0, 0.0], False: [0, 0, 0.0]}
     for anchor, other, positive in zip(*(column.tolist() for column in pairs[:3]), strict=True):
         if other < 0 or learner[anchor] < 0:
             continue
-        distance = float((z[anchor] - (ref_z if rectangular else z)[other]).norm())
+        distance = float((z[anchor] - (z if ref_z is None else ref_z)[other]).norm())
         boundary = float(beta[labels[anchor]]) if isinstance(beta, Tensor) else beta
         term = max(0.0, (distance - boundary if positive else boundary - distance) + 0.2)
         sums[learner[anchor]] += term
@@ -90,7 +89,7 @@ def test_gradcheck(rectangular):
     pairs = random_pairs(6, 7 if rectangular else 6, 30)
 
     def losses(z: Tensor, ref_z: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        references = Rows(ref_z, torch.arange(7)) if rectangular else None
+        references = ref_z if rectangular else None
         out = dnc_kernels.margin_loss_on_pairs(Rows(z, labels, learner), pairs, references, beta=beta, num_learners=2)
         return out.loss_sum, out.learner_loss_sum
 
@@ -216,7 +215,7 @@ def test_half_precision_is_computed_in_float32_even_under_autocast():
         ({"beta": torch.ones(2, 2)}, "beta must be a number or one number per class"),
         ({"learner": torch.arange(6), "num_learners": 5}, "learner contains 5"),
         ({"pairs": Pairs(torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(2))}, "equal length"),
-        ({"references": Rows(torch.zeros(6, 3), torch.arange(6))}, "references.z must be 4 wide"),
+        ({"ref_z": torch.zeros(6, 3)}, "ref_z must be 4 wide"),
     ],
 )
 def test_wrong_input_is_refused(change, message):

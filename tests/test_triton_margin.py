@@ -153,8 +153,9 @@ def test_loss_and_gradients_on_given_pairs(rows, references, dim, count, learner
         beta = {"number": 1.15, "scalar": torch.tensor(1.2), "class": 1.2 + 0.1 * torch.arange(4)}[boundary]
         if isinstance(beta, Tensor):
             leaves.append(beta := leaf(beta.to(DEVICE), dtype))
-        others = None if references is None else Rows(leaves[1], integers(0, 4, references))
-        out = module.margin_loss_on_pairs(Rows(leaves[0], labels, learner), pairs, others, beta=beta, num_learners=learners)
+        out = module.margin_loss_on_pairs(
+            Rows(leaves[0], labels, learner), pairs, None if ref_z is None else leaves[1], beta=beta, num_learners=learners
+        )
         found.append((out, torch.autograd.grad(weighted(out), leaves)))
     (actual, gradients), (expected, expected_gradients) = found
     assert_same_output(actual, expected)
@@ -169,7 +170,7 @@ def test_only_the_wanted_gradient(wanted):
     found = []
     for module, dtype in ((kernels, torch.float32), (reference, torch.float64)):
         given = [value.detach().clone().to(dtype).requires_grad_(i == wanted) for i, value in enumerate(values)]
-        out = module.margin_loss_on_pairs(Rows(given[0], labels), pairs, Rows(given[1], integers(0, 3, 12)), beta=given[2])
+        out = module.margin_loss_on_pairs(Rows(given[0], labels), pairs, given[1], beta=given[2])
         out.loss_sum.backward()
         assert all((value.grad is not None) == (i == wanted) for i, value in enumerate(given))
         found.append(given[wanted].grad)
@@ -434,7 +435,7 @@ def test_the_operators_keep_their_promises():
         ({"beta": torch.ones(2, 2)}, "beta must be a number or one number per class"),
         ({"beta": torch.ones(2, dtype=torch.float64)}, "beta is torch.float64"),
         ({"pairs": Pairs(torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.zeros(2))}, "equal length"),
-        ({"references": Rows(torch.zeros(6, 3, device=DEVICE), integers(0, 3, 6))}, "references.z must be 4 wide"),
+        ({"ref_z": torch.zeros(6, 3)}, "ref_z must be 4 wide"),
         ({"labels": torch.zeros(5, dtype=torch.int64)}, "labels must hold 6 integers"),
     ],
 )

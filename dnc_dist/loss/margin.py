@@ -91,22 +91,19 @@ class MarginLoss(nn.Module):
             return dnc_kernels.margin_loss(anchors, masks=masks, sampling=sampling, **common)
         others = dnc_kernels.Rows(*references[:4])
         pairs = dnc_kernels.sample_pairs(anchors._replace(z=z.detach()), others, sampling=sampling)
-        out = dnc_kernels.margin_loss_on_pairs(anchors, pairs, others, **common)
+        out = dnc_kernels.margin_loss_on_pairs(anchors, pairs, references.z, **common)
         if not len(pairs.other):  # no class has two rows: equal on all ranks
             return out
-        as_reference = self._as_references(anchors, pairs, references, beta.detach(), num_learners)
+        as_reference = self._as_references(z, pairs, references, beta.detach(), num_learners)
         # Adds nothing to the value, which counts a pair once, with its anchor.
         return out._replace(learner_loss_sum=out.learner_loss_sum + as_reference - as_reference.detach())
 
-    def _as_references(
-        self, own: dnc_kernels.Rows, pairs: dnc_kernels.Pairs, references: References, beta: Tensor, num_learners: int
-    ) -> Tensor:
+    def _as_references(self, z: Tensor, pairs: dnc_kernels.Pairs, references: References, beta: Tensor, num_learners: int) -> Tensor:
         """Collective. (K,) sums over all ranks' pairs whose other row is one of this rank's, to differentiate by that row alone.
 
         A row gets gradient as an anchor and from every anchor that drew it, of any rank. The drawn pairs travel for this (4 bytes
         for each of an anchor's slots) instead of gradients of all references (4 D bytes for each, back to their ranks).
         """
-        z = own.z
         drawn = pairs.other.view(len(z), -1)
         slots = drawn.shape[1]
         other = references.gather(drawn.int()).flatten().long() - references.start
@@ -120,7 +117,7 @@ class MarginLoss(nn.Module):
         return dnc_kernels.margin_loss_on_pairs(
             dnc_kernels.Rows(*references[:4]),
             drawn_here,
-            own,
+            z,
             beta=beta,
             margin=self.margin,
             num_learners=num_learners,

@@ -78,8 +78,8 @@ def _loss(
     check_matrix("z", z)
     labels = integer_column("labels", anchors.labels, z)
     if ref_z is not None:
-        check_matrix("references.z", ref_z, width=z.shape[1], device=z.device)
-    check_dtypes(z=z, references=ref_z)
+        check_matrix("ref_z", ref_z, width=z.shape[1], device=z.device)
+    check_dtypes(z=z, ref_z=ref_z)
     beta = _boundary(beta, z)
     if learner is not None:
         learner = integer_column("learner", learner, z)
@@ -99,12 +99,12 @@ def _loss(
 
 
 def margin_loss_on_pairs(
-    anchors: Rows, pairs: Pairs, references: Rows | None = None, *, beta: Tensor | float, margin: float = MARGIN, num_learners: int = 1
+    anchors: Rows, pairs: Pairs, ref_z: Tensor | None = None, *, beta: Tensor | float, margin: float = MARGIN, num_learners: int = 1
 ) -> MarginLossOutput:
     """Margin loss over given pairs, computed in float32; arguments and errors as the reference, float64 is a ValueError."""
     if not pairs.anchor.shape == pairs.other.shape == pairs.positive.shape or pairs.anchor.ndim != 1:
         raise ValueError("pairs: anchor, other and positive must be flat lists of equal length")
-    num_anchors, ref_z = anchors.z.shape[0], None if references is None else references.z
+    num_anchors = anchors.z.shape[0]
     check_below("pairs.anchor", pairs.anchor, num_anchors, f"0 to {num_anchors - 1}, one per row of z", lowest=0)
     num_references = num_anchors if ref_z is None else ref_z.shape[0]
     check_below("pairs.other", pairs.other, num_references, f"-1 (an empty slot) to {num_references - 1}, one per reference")

@@ -66,7 +66,7 @@ def project(embeddings: Tensor, learner: Tensor | None, masks: Tensor | None) ->
 
 
 def margin_loss_on_pairs(
-    anchors: Rows, pairs: Pairs, references: Rows | None = None, *, beta: Tensor | float, margin: float = MARGIN, num_learners: int = 1
+    anchors: Rows, pairs: Pairs, ref_z: Tensor | None = None, *, beta: Tensor | float, margin: float = MARGIN, num_learners: int = 1
 ) -> MarginLossOutput:
     """Margin loss over given pairs: Σ relu(d_ap - β_y + margin) + Σ relu(β_y - d_an + margin) (Wu et al. 2017, eq. 6).
 
@@ -74,7 +74,7 @@ def margin_loss_on_pairs(
 
     Args:
         anchors: B rows; their learner splits the sums, pairs of learner -1 count nowhere.
-        references: G rows that `pairs.other` indexes, None for the anchors themselves. Only their z is read.
+        ref_z: (G, D), the references that `pairs.other` indexes; None for the anchors themselves.
         beta: boundary, a number, a 0-d tensor or (C,) indexed by the anchor's label.
         num_learners: K, the length of the sums.
 
@@ -86,8 +86,8 @@ def margin_loss_on_pairs(
     z, learner = anchors.z, anchors.learner
     check_matrix("z", z)
     labels = integer_column("labels", anchors.labels, z)
-    ref_z = z if references is None else references.z
-    check_matrix("references.z", ref_z, width=z.shape[1], device=z.device)
+    ref_z = z if ref_z is None else ref_z
+    check_matrix("ref_z", ref_z, width=z.shape[1], device=z.device)
     if not pairs.anchor.shape == pairs.other.shape == pairs.positive.shape or pairs.anchor.ndim != 1:
         raise ValueError("pairs: anchor, other and positive must be flat lists of equal length")
     # new_full, not new_tensor: a number travels as a kernel argument, a tensor made of it would be copied and waited for.
@@ -163,7 +163,8 @@ def margin_loss(
         check_no_references(references)
         anchors = anchors._replace(z=project(anchors.z, anchors.learner, masks))
     pairs = sample_pairs(anchors, references, sampling=sampling)
-    return margin_loss_on_pairs(anchors, pairs, references, beta=beta, margin=margin, num_learners=num_learners)
+    ref_z = None if references is None else references.z
+    return margin_loss_on_pairs(anchors, pairs, ref_z, beta=beta, margin=margin, num_learners=num_learners)
 
 
 @torch.no_grad()
