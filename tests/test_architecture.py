@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "dnc_kernels"
 LAYERS = [
     {
         *("errors", "config", "rng", "progress", "distributed", "tracker", "gallery", "worker", "exact", "watchdog", "traces"),
-        *("foreign", "output", "yaml_text", "rendezvous", "torchvision_guard", "parts"),
+        *("foreign", "output", "yaml_text", "rendezvous", "torchvision_guard", "parts", "part_text", "part_modules", "choice", "keys"),
     },
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine"},
@@ -31,10 +31,15 @@ LAYERS = [
 BASE_IMPORTS = {
     "foreign": {"errors"},
     "yaml_text": {"errors", "foreign"},
-    "config": {"errors", "foreign", "yaml_text"},
+    "part_text": {"parts"},
+    "part_modules": {"errors", "foreign"},
+    "parts": {"errors", "foreign", "part_text", "part_modules"},
+    "choice": {"errors", "parts"},
+    "config": {"errors", "foreign", "yaml_text", "parts", "part_modules", "choice"},
+    "keys": {"errors", "config", "parts", "part_modules"},
     "rendezvous": {"errors", "foreign"},
     "distributed": {"errors", "foreign", "rendezvous"},
-    "tracker": {"errors", "distributed", "foreign"},
+    "tracker": {"errors", "distributed", "foreign", "parts"},
     "gallery": {"errors", "foreign"},
     "worker": {"errors", "config", "foreign", "output"},
     "watchdog": {"errors", "foreign", "distributed", "traces"},
@@ -50,10 +55,13 @@ FENCES = {
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
     "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.doctor", "dnc_kernels"},
     "triton": {"dnc_kernels"},
-    "pydantic": {"dnc_dist.config", "dnc_dist.foreign", "dnc_dist.parts", "dnc_dist.loss"},
+    "pydantic": {
+        f"dnc_dist.{part}" for part in ("config", "foreign", "parts", "part_text", "choice", "loss", "data", "model", "retrieval")
+    },
+    "pydantic_core": {"dnc_dist.choice"},
 }
 # Values that config.py owns are handed down; of the packages below the engine none reads the configuration.
-CONFIG_READERS = {"engine", "report", "launch", "inference", "doctor", "commands", "cli", "worker"}
+CONFIG_READERS = {"engine", "report", "launch", "inference", "doctor", "commands", "cli", "worker", "keys"}
 LONGEST = 300
 ALLOWED_LONG = {"dnc_dist.config": "the tree of all keys is one page"}
 

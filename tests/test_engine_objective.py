@@ -20,7 +20,6 @@ from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective, parameter_groups
-from dnc_dist.model.embedding import inference
 from tests.engine_fixtures import config, division_by_hand, make_dataset, shake
 from tests.rounding import EXACT
 
@@ -158,7 +157,7 @@ def test_conquer_trains_the_whole_embedding_without_masks(root: Path, kind: str)
     assert objective.masks.masks.grad is None
     assert "mask_orthogonality" not in stats
     # Training sees the unit vectors that retrieval compares.
-    z = inference(raw_embeddings(objective, batch), objective.masks.kind, 4)
+    z = objective.masks.whole(raw_embeddings(objective, batch))
     out = dnc_kernels.margin_loss(z, batch.labels, beta=objective.loss.beta, row_ids=batch.rows, seed=objective.seed, step=STEP)
     torch.testing.assert_close(loss, out.loss_sum / out.num_active, rtol=EXACT, atol=0)
 
