@@ -31,7 +31,8 @@ import torch.multiprocessing as mp
 from benchmarks import record
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval import RetrievalResult, evaluate
-from dnc_dist.retrieval.protocols import SAMPLE_NEIGHBOURS, sample_of
+from dnc_dist.retrieval.protocols.base import SAMPLE_NEIGHBOURS
+from dnc_dist.retrieval.protocols.exact import sample_of
 
 MB = 1e6
 BLOCK = 8192  # rows that are made from one seed

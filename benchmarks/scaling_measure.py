@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective, parameter_groups
-from dnc_dist.loss import References
+from dnc_dist.loss.base import StepRows
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval.search import topk
 
@@ -120,7 +121,9 @@ def _batch(cfg: RunConfig, rows: int) -> Batch:
     images = torch.randint(256, (rows, 3, cfg.data.image_size, cfg.data.image_size), dtype=torch.uint8)
     number, nothing = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
     labels = number // cfg.schedule.samples_per_class
-    return Batch(images, labels, nothing, number, number, torch.ones(rows, dtype=torch.bool), [], 0, (rows,)).to(distributed.device())
+    valid = torch.ones(rows, dtype=torch.bool)
+    batch = Batch(images, labels, nothing, number, number, valid, [], 0, [rows], max_positives=cfg.schedule.samples_per_class - 1)
+    return batch.to(distributed.device())
 
 
 def _step(objective: DncObjective, cfg: RunConfig, rows: int) -> Callable[[], None]:
@@ -128,11 +131,28 @@ def _step(objective: DncObjective, cfg: RunConfig, rows: int) -> Callable[[], No
 
     def call() -> None:
         objective.zero_grad()
-        loss, _ = objective(batch, phase, max_positives=cfg.schedule.samples_per_class - 1)
+        loss, _ = objective(batch, phase)
         loss.backward()
 
     objective.train()
     return call
+
+
+@dataclass(frozen=True)
+class _RowsOfMany(StepRows):
+    """Rows of the first of several ranks. What the others hold is made up, by dtype, and nothing is sent."""
+
+    others: Mapping[torch.dtype, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> bool:
+        return not self.others
+
+    def gather(self, rows: torch.Tensor, grad: str = "none") -> torch.Tensor:
+        mine = rows.detach() if grad == "none" else rows
+        if rows.dtype == torch.int32:  # the pairs that were drawn
+            return mine.repeat(len(self.rows_of_ranks), 1)
+        return torch.cat([mine, self.others[rows.dtype][:, : rows.shape[1]]]) if self.others else mine
 
 
 def _loss(objective: DncObjective, cfg: RunConfig, anchors: int, times: int) -> Callable[[], None]:
@@ -140,20 +160,20 @@ def _loss(objective: DncObjective, cfg: RunConfig, anchors: int, times: int) -> 
     device, every = distributed.device(), anchors * times
     made = torch.nn.functional.normalize(torch.randn(every, cfg.model.embedding_dim), dim=1).to(device)
     number, nothing = torch.arange(every, device=device), torch.zeros(every, dtype=torch.int64, device=device)
-    labels = number // cfg.schedule.samples_per_class
-    z = made[:anchors].clone().requires_grad_()
-    if objective.loss.kind != "pairwise":
-        every_z = torch.cat([z, made[anchors:]])
-        return lambda: objective.loss(every_z, labels % CLASSES, None).backward(retain_graph=True)
-    references = None if times == 1 else References(made, labels, nothing, number, 0, lambda rows: rows.repeat(times, 1))
-    own = slice(0, anchors)
-
-    def call() -> None:
-        positives = cfg.schedule.samples_per_class - 1
-        out = objective.loss(z, labels[own] % CLASSES, nothing[own], number[own], 1, 0, 0, references, positives)
-        out.learner_loss_sum.sum().backward()
-
-    return call
+    labels = number // cfg.schedule.samples_per_class % CLASSES
+    columns = torch.stack([labels, nothing, number], 1)
+    rows = _RowsOfMany(
+        made[:anchors].clone().requires_grad_(),
+        None,
+        *columns[:anchors].unbind(1),
+        num_learners=1,
+        seed=0,
+        step=0,
+        rows_of_ranks=[anchors] * times,
+        max_positives=cfg.schedule.samples_per_class - 1,
+        others={} if times == 1 else {made.dtype: made[anchors:], columns.dtype: columns[anchors:]},
+    )
+    return lambda: objective.loss.of_step(rows)[0].backward()
 
 
 def _optimizer(objective: DncObjective, cfg: RunConfig) -> Callable[[], None]:

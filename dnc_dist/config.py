@@ -11,14 +11,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache, reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from dnc_dist.base import part_modules, parts
+from dnc_dist.base.choice import Choice
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import shorten
+from dnc_dist.base.parts import Named, Options
 from dnc_dist.base.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0)]
@@ -29,10 +33,8 @@ class ConfigError(InputError):
     """The configuration cannot be used; the message lists every problem."""
 
 
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values cannot change, field docstrings are kept."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False)
+class Section(Options):
+    """Base of all sections."""
 
 
 class Run(Section):
@@ -56,14 +58,14 @@ class Data(Section):
 
     root: Path
     """Folder written by `dnc-dist data prepare`."""
-    protocol: Literal["auto", "leave-one-out", "query-gallery", "vehicleid-loo", "vehicleid-random10"] = "auto"
-    """Retrieval protocol; auto: vehicleid-loo for VehicleID's lists, query-gallery if the dataset has such roles, else leave-one-out."""
+    protocol: Annotated[Named, Choice("protocol", "auto")] = Field("auto", validate_default=True)
+    """Retrieval protocol: who asks, and who is searched."""
     image_size: int = Field(224, ge=8, le=4096)
     """Side of the square images that the network sees, pixels."""
     crop: float = Field(0.875, gt=0, le=1)
     """Share of the resized image that the evaluation's centre crop keeps."""
-    augment: Literal["none", "light", "standard", "color", "geom", "geom_color"] = "standard"
-    """Training augmentation; `light` (shift and scale, no flip) suits characters."""
+    augment: Annotated[Named, Choice("augmentation", "standard")] = Field("standard", validate_default=True)
+    """Training augmentation."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean per colour channel that is subtracted from pixels in [0, 1]."""
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
@@ -77,55 +79,20 @@ class Data(Section):
 class Model(Section):
     """Backbone, embedding layer and subspace masks."""
 
-    backbone: str = "resnet50"
+    backbone: Annotated[Named, Choice("backbone", "resnet50")] = Field("resnet50", validate_default=True)
     """`conv4` (built in, small) or the name of any timm model."""
     weights: str = "pretrained"
     """`pretrained`, `none`, or the path of a local weights file."""
     embedding_dim: int = Field(512, ge=2)
     """Width of the whole embedding."""
-    masks: Literal["learned", "fixed", "sliced"] = "learned"
-    """Kind of subspace mask; `sliced` is the flat method with its own normalisation per slice."""
+    masks: Annotated[Named, Choice("mask", "learned")] = Field("learned", validate_default=True)
+    """Kind of subspace mask."""
     batch_norm: Literal["auto", "frozen", "global"] = "auto"
     """`frozen`: fixed running statistics (of pretrained weights); `global`: those of the global batch; `auto`: global without weights."""
     pooling: Literal["avg", "max", "avg+max"] = "avg"
     """Pooling of the backbone's last feature map."""
     dropout: float = Field(0.01, ge=0, lt=1)
     """Dropout on the features, before the embedding layer."""
-
-
-class MarginLossConfig(Section):
-    """Margin loss with distance-weighted negatives (Wu et al., ICCV 2017)."""
-
-    name: Literal["margin"] = "margin"
-    """Which loss: `margin`."""
-    margin: float = Field(0.2, gt=0)
-    """Half-width of the band around beta in which pairs are active."""
-    beta: float = Field(1.2, gt=0)
-    """Boundary between positive and negative distances (its start value if learned)."""
-    learn_beta: Literal["fixed", "scalar", "class"] = "fixed"
-    """Whether beta is fixed, learned as one number, or learned per class."""
-    cutoff: float = Field(0.5, gt=0, lt=2)
-    """Distances below it are weighted as if they were it."""
-    nonzero_loss_cutoff: float = Field(1.4, gt=0, le=2)
-    """Negatives farther away are not drawn."""
-    mode: Literal["paper", "reference"] = "paper"
-    """`paper`: log-domain weights; `reference`: also the weight floors of the published implementation."""
-    effective_dim: int | None = Field(None, ge=3)
-    """Dimension n in the distance weights; null: the embedding's width."""
-
-
-class ProxyAnchorLossConfig(Section):
-    """Proxy-Anchor loss (Kim et al., CVPR 2020), computed on the whole global batch."""
-
-    name: Literal["proxy_anchor"]
-    """Which loss: `proxy_anchor`."""
-    margin: float = Field(0.1, ge=0)
-    """Margin on the cosine similarity."""
-    scale: float = Field(32.0, gt=0)
-    """Factor on the similarities."""
-
-
-LossConfig = Annotated[MarginLossConfig | ProxyAnchorLossConfig, Field(discriminator="name")]
 
 
 class DivisionConfig(Section):
@@ -202,6 +169,8 @@ class Engine(Section):
     """ZeRO stage: what is partitioned over ranks (0 nothing, 1 optimizer state, 2 also gradients)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of backbone and embedding layer; auto: bf16 on CUDA, fp32 on the CPU. Distances and loss are always fp32."""
+    grad_cache_chunks: int = Field(1, ge=1)
+    """Parts in which a rank's rows go through the backbone: memory of one part, the same gradient, one forward pass more; 1: at once."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds that ranks wait for one that starts, compiles in a first step, divides, evaluates or writes a checkpoint, maybe alone."""
     stall_timeout: float = Field(600.0, gt=0)
@@ -237,8 +206,8 @@ class CheckpointConfig(Section):
 class TrackerConfig(Section):
     """Where training curves go; `metrics.jsonl` is always written."""
 
-    kind: Literal["wandb", "jsonl"] = "wandb"
-    """`wandb` (offline unless an API key is there) or `jsonl` alone."""
+    kind: Annotated[Named, Choice("tracker", "wandb")] = Field("wandb", validate_default=True)
+    """Where they go beside that file."""
     project: str = "dnc-dist"
     """W&B project."""
     log_every: int = Field(10, ge=1)
@@ -251,7 +220,7 @@ class RunConfig(Section):
     run: Run = Run()
     data: Data
     model: Model = Model()
-    loss: LossConfig = MarginLossConfig()
+    loss: Annotated[Named, Choice("loss", "margin", section=True)] = Field("margin", validate_default=True)
     division: DivisionConfig = DivisionConfig()
     schedule: Schedule = Schedule()
     optim: Optim = Optim()
@@ -275,7 +244,7 @@ class RunConfig(Section):
 
 def _conflicts(cfg: RunConfig) -> Iterator[str]:
     """Problems that involve more than one key."""
-    div, sch, model = cfg.division, cfg.schedule, cfg.model
+    div, sch = cfg.division, cfg.schedule
     learners, power_of_two = div.num_learners, div.num_learners & (div.num_learners - 1) == 0
     if div.mode == "hierarchical" and not power_of_two:
         yield (
@@ -289,22 +258,6 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
                 f"division.conquer_from={div.conquer_from} comes before all {learners} learners exist (with division.every={div.every} "
                 f"that is epoch {first - 1}); use {first} or more"
             )
-    if model.masks == "sliced":
-        if div.mode != "flat":
-            yield (
-                f"model.masks=sliced needs division.mode=flat (got {div.mode}): a slice cannot be split; "
-                "set division.mode=flat or model.masks=fixed"
-            )
-        if model.embedding_dim % learners:
-            yield (
-                f"model.embedding_dim={model.embedding_dim} cannot be split among division.num_learners={learners} sliced learners; "
-                f"use a multiple of {learners}"
-            )
-    elif model.masks == "fixed" and model.embedding_dim % learners:
-        yield (
-            f"model.embedding_dim={model.embedding_dim} cannot be halved down to division.num_learners={learners} fixed masks; "
-            f"use a multiple of {learners}"
-        )
     if div.learners_per_step > learners:
         yield f"division.learners_per_step={div.learners_per_step} is more than division.num_learners={learners}; use at most {learners}"
     if sch.batch_size % (div.learners_per_step * sch.samples_per_class):
@@ -334,63 +287,114 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
         )
     if sch.warmup >= sch.epochs:
         yield f"schedule.warmup={sch.warmup} must be less than schedule.epochs={sch.epochs}"
-    if model.backbone == "conv4" and cfg.data.image_size < 16:
-        yield f"data.image_size={cfg.data.image_size} is too small for model.backbone=conv4, which halves it four times; use at least 16"
     if 1 not in cfg.evaluation.recall_at:
         yield (
             f"evaluation.recall_at={list(cfg.evaluation.recall_at)} must contain 1: recall@1 stands in RESULT "
             "and selects the best checkpoint"
         )
-    if isinstance(cfg.loss, MarginLossConfig) and cfg.loss.cutoff >= cfg.loss.nonzero_loss_cutoff:
-        yield f"loss.cutoff={cfg.loss.cutoff} must be below loss.nonzero_loss_cutoff={cfg.loss.nonzero_loss_cutoff}"
+    for path in choices():
+        yield from chosen(cfg, path).conflicts(cfg)
 
 
-def sections() -> dict[str, list[type[Section]]]:
-    """Section name -> the models that may stand there (several only for `loss`)."""
-    return {
-        name: [MarginLossConfig, ProxyAnchorLossConfig] if name == "loss" else [field.annotation]  # type: ignore[list-item]
-        for name, field in RunConfig.model_fields.items()
-    }
+def sections() -> dict[str, type[Section]]:
+    """Name -> class of each section; of the loss, whose keys depend on its name, ``choices`` tells."""
+    return {name: field.annotation for name, field in RunConfig.model_fields.items() if _choice(field) is None}  # type: ignore[misc]
+
+
+@cache
+def choices() -> dict[str, Choice]:
+    """Dotted key -> the choice of a part that its value makes."""
+    found = {name: _choice(field) for name, field in RunConfig.model_fields.items()}
+    found |= {f"{name}.{key}": _choice(field) for name, model in sections().items() for key, field in model.model_fields.items()}
+    return {path: choice for path, choice in found.items() if choice is not None}
+
+
+def chosen(cfg: RunConfig, path: str) -> Named:
+    """The part that the configuration chooses at a key of ``choices``."""
+    found: Named = reduce(getattr, path.split("."), cfg)  # type: ignore[assignment]
+    return found
+
+
+def _choice(field: Any) -> Choice | None:
+    return next((item for item in field.metadata if isinstance(item, Choice)), None)
 
 
 def _all_keys() -> list[str]:
-    return [f"{name}.{key}" for name, models in sections().items() for model in models for key in model.model_fields] + list(sections())
+    """Every dotted key; of parts those of all of dnc-dist's own."""
+    keys = [f"{name}.{key}" for name, model in sections().items() for key in model.model_fields]
+    keys += [f"{path}.{key}" for path, choice in choices().items() for name in parts.TABLE[choice.kind] for key in _options(choice, name)]
+    return [*keys, *RunConfig.model_fields]
 
 
-def _texts() -> set[str]:
-    """The dotted keys whose values are text or paths, and are taken as they are written."""
-    return {
-        f"{name}.{key}"
-        for name, models in sections().items()
-        for model in models
-        for key, field in model.model_fields.items()
-        if field.annotation in (str, Path)
-    }
+def _options(choice: Choice, name: str) -> dict[str, Any]:
+    return parts.options_class(choice.kind, name).model_fields
 
 
-def _describe(problem: Any) -> list[str]:
+class _Texts:
+    """The dotted keys whose values are text or paths, and are taken as they are written. Options of parts are read only when asked for."""
+
+    def __contains__(self, key: object) -> bool:
+        path, _, last = str(key).rpartition(".")
+        if key in choices() or (path in choices() and last == "name"):
+            return True
+        if path in choices():
+            choice = choices()[path]
+            return any(_is_text(_options(choice, name).get(last)) for name in parts.TABLE[choice.kind])
+        model = sections().get(path)
+        return model is not None and _is_text(model.model_fields.get(last))
+
+
+def _is_text(field: Any) -> bool:
+    return field is not None and field.annotation in (str, Path)
+
+
+def _name_at(tree: Any, path: str, choice: Choice) -> str | None:
+    """The name that a tree of plain values chooses at a key; None where what stands there is no name."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    name = tree.get("name", choice.default) if isinstance(tree, dict) else choice.default if tree is None else tree
+    return name if isinstance(name, str) else None
+
+
+def _describe(problem: Any, tree: dict[str, Any]) -> list[str]:
     """One pydantic problem as lines for the user."""
-    # The discriminator's value appears in the location of a union; it is not part of the key's path.
-    parts = [str(part) for part in problem["loc"]]
-    variant = parts.pop(1) if len(parts) > 1 and parts[0] == "loss" and parts[1] in ("margin", "proxy_anchor") else ""
-    path = ".".join(parts)
-    if problem["type"] == "extra_forbidden" and path in _all_keys():
-        owner = next(model.model_fields["name"] for model in sections()[parts[0]] if parts[-1] in model.model_fields)
-        return [f"{path}: belongs to {parts[0]}.name={get_args(owner.annotation)[0]}, not to {parts[0]}.name={variant}; leave it out"]
+    keys = [str(part) for part in problem["loc"]]
+    path = ".".join(keys)
+    for at, choice in choices().items():
+        if path != at and not path.startswith(f"{at}."):
+            continue
+        name = _name_at(tree, at, choice)
+        if problem["type"] in ("part_name", "part_type") or name is None:
+            as_text = choice.section or not isinstance(problem["input"], str) or _section_at(tree, at) is not None
+            return [f"{path if as_text else at}: {problem['msg']}"]
+        option = {**problem, "loc": problem["loc"][at.count(".") + 1 :]}
+        return [parts.describe_problem(choice.kind, name, option, f"{at}.")]
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(path, _all_keys(), n=1, cutoff=0.6) or difflib.get_close_matches(
-            parts[-1], [key for section in sections().values() for model in section for key in model.model_fields], n=1, cutoff=0.75
-        )
-        if close and "." not in close[0]:
-            close = [next((key for key in _all_keys() if key.endswith("." + close[0])), close[0])]
-        hint = f"did you mean '{close[0]}'?" if close else "`dnc-dist config --keys` lists all keys"
-        return [f"{shorten(path, 200)[1:-1]}: unknown key; {hint}"]
+        return [f"{shorten(path, 200)[1:-1]}: unknown key; {_meant(path)}"]
     if problem["type"] == "missing":
         key = "data.root" if path == "data" else path
         return [f"{key}: missing; set it in the file or with --set {key}=VALUE"]
-    if problem["type"] == "value_error" and not parts:
+    if problem["type"] == "value_error" and not keys:
         return str(problem["ctx"]["error"]).split("\n")
     return [f"{path}: {problem['msg']} (got {shorten(problem['input'])})"]
+
+
+def _meant(path: str) -> str:
+    """Which key somebody may have meant."""
+    every = _all_keys()
+    if close := difflib.get_close_matches(path, every, n=1, cutoff=0.6):
+        return f"did you mean '{close[0]}'?"
+    last = {key.rpartition(".")[2]: key for key in reversed(every) if "." in key}
+    if close := difflib.get_close_matches(path.rpartition(".")[2], last, n=1, cutoff=0.75):
+        return f"did you mean '{last[close[0]]}'?"
+    return "`dnc-dist config --keys` lists all keys"
+
+
+def _section_at(tree: Any, path: str) -> dict[str, Any] | None:
+    """The mapping at a dotted key of a tree, None where there is none."""
+    for key in path.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else None
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -404,24 +408,31 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=0.001")
     keys = key.strip().split(".")
     try:
-        return keys, parse_yaml(value, _texts(), tuple(keys))
+        return keys, parse_yaml(value, _Texts(), tuple(keys))
     except InputError as error:
         raise ConfigError(f"--set {text}: the value is not valid YAML ({error})") from error
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, code_beside: bool = True) -> RunConfig:
     """Read a YAML file, apply ``key=value`` overrides, validate.
+
+    Args:
+        path: of the file.
+        overrides: each ``key=value``.
+        code_beside: whether a ``module:Class`` in it may be in a file beside it. Not for files that may be of somebody else.
 
     Raises:
         ConfigError: the file cannot be read, or values are wrong; all problems are listed.
     """
     path = Path(path)
     try:
-        tree = read_yaml(path, _texts())
+        tree = read_yaml(path, _Texts())
     except InputError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise ConfigError(f"{path}: no such configuration file; see configs/ for examples") from None
         raise ConfigError(str(error)) from error
+    if code_beside:
+        part_modules.search_in(path.parent)
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -429,18 +440,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for text in overrides:
         keys, value = parse_override(text)
         node: Any = tree
-        for key in keys[:-1]:
+        for number, key in enumerate(keys[:-1], start=1):
             child = node.get(key)
             if child is None:
                 child = node[key] = {}
+            if isinstance(child, str) and ".".join(keys[:number]) in choices():  # a name, which now gets options
+                child = node[key] = {"name": child}
             if not isinstance(child, dict):
                 raise ConfigError(f"--set {text}: '{key}' is a value, not a section")
             node = child
         node[keys[-1]] = value
     # `model:` without anything below it is an empty section.
     tree = {name: {} if section is None else section for name, section in tree.items()}
-    if isinstance(tree.get("loss"), dict):
-        tree["loss"].setdefault("name", "margin")
     if isinstance(tree.get("run"), dict) or "run" not in tree:
         run = tree.setdefault("run", {})
         # Not every name of a file is one of a run.
@@ -458,7 +469,7 @@ def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
     try:
         cfg = RunConfig.model_validate(tree)
     except ValidationError as error:
-        found = [line for problem in error.errors() for line in _describe(problem)]
+        found = [line for problem in error.errors() for line in _describe(problem, tree)]
         problems = {line.split(": ")[0]: line for line in found} | problems if problems else dict(enumerate(found))
     if problems:
         raise ConfigError(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  {line}" for line in problems.values()))
@@ -467,32 +478,23 @@ def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
 
 def _misplaced_bools(tree: dict[str, Any]) -> dict[Any, str]:
     """Dotted key -> what is wrong with it: `true` is no 1, and 1 or `yes` is no `true`."""
+    fields = [(name, model.model_fields) for name, model in sections().items()]
+    for path, choice in choices().items():
+        name = _name_at(tree, path, choice)
+        # What is wrong with a name is told where it is looked up.
+        if name is not None and _section_at(tree, path) is not None and (name in parts.TABLE[choice.kind]):
+            fields.append((path, _options(choice, name)))
     problems = {}
-    for name, models in sections().items():
-        section: Any = tree.get(name)
-        for model in models if isinstance(section, dict) else []:
-            for key, field in model.model_fields.items():
-                value, is_bool = section.get(key), field.annotation is bool
-                items = value if isinstance(value, list | tuple) else [value]
-                if key in section and any(isinstance(item, bool) != is_bool for item in items):
-                    problems[f"{name}.{key}"] = f"{name}.{key}: must {'' if is_bool else 'not '}be true or false (got {shorten(value)})"
+    for path, keys in fields:
+        section = _section_at(tree, path) or {}
+        for key, field in keys.items():
+            value, is_bool = section.get(key), field.annotation is bool
+            items = value if isinstance(value, list | tuple) else [value]
+            if key in section and any(isinstance(item, bool) != is_bool for item in items):
+                problems[f"{path}.{key}"] = f"{path}.{key}: must {'' if is_bool else 'not '}be true or false (got {shorten(value)})"
     return problems
 
 
 def dump_config(cfg: RunConfig) -> str:
     """The resolved tree as YAML that ``load_config`` reads back to an equal configuration."""
     return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
-
-
-def describe_keys() -> str:
-    """The reference of all keys: default and meaning, section by section."""
-    lines = []
-    for name, models in sections().items():
-        for model in models:
-            lines.append(f"\n{name}: {(model.__doc__ or '').strip()}")
-            for key, field in model.model_fields.items():
-                default = "required" if field.is_required() else json.dumps(field.default, default=str)
-                allowed = str(field.annotation).replace("typing.", "") if "Literal" in str(field.annotation) else ""
-                allowed = f" {allowed.removeprefix('Literal')}" if allowed.startswith("Literal") else ""
-                lines.append(f"  {name}.{key} = {default}{allowed}\n      {field.description}")
-    return "\n".join(lines).strip()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import dnc_kernels
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering import Division, DivisionRules, check_num_learners, divide, spread_features
@@ -23,8 +24,7 @@ from dnc_dist.clustering.check import check_features
 from dnc_dist.clustering.divide import Mode, Start
 from dnc_dist.data.batch_sampler import Batches
 from dnc_dist.data.batching import epoch_schedule
-from dnc_dist.model.embedding import inference
-from dnc_dist.model.masks import MaskKind, SubspaceMasks
+from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.processes import distributed
 
 
@@ -56,12 +56,12 @@ class Divider(nn.Module):
         embedding_dim: int,
         *,
         mode: Mode = "hierarchical",
-        masks: MaskKind = "learned",
+        masks: str = "learned",
         start: Start = "k-means++",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, kind in (("mode", mode, Mode), ("masks", masks, MaskKind), ("start", start, Start)):
+        for name, value, kind in (("mode", mode, Mode), ("start", start, Start)):
             if value not in get_args(kind):
                 raise InputError(f"{name}={value!r} does not exist; use {' or '.join(get_args(kind))}")
         for name, number in (("num_learners", num_learners), ("embedding_dim", embedding_dim)):
@@ -74,7 +74,7 @@ class Divider(nn.Module):
         self.labels = _labels(labels)
         self.rules = DivisionRules(num_learners, mode=mode, seed=seed, start=start)
         check_num_learners(self.labels, num_learners)
-        self.masks = SubspaceMasks(masks, num_learners, embedding_dim)
+        self.masks: SubspaceMasks = parts.build("mask", masks, num_learners=num_learners, embedding_dim=embedding_dim)
         self.division: Division | None = None
         """The current division, with the sizes of the learners and the number of rows left out; None before the first."""
         self.conquering = False
@@ -191,14 +191,14 @@ class Divider(nn.Module):
     def inference(self, embeddings: Tensor) -> Tensor:
         """Unit embeddings as retrieval compares them, whatever the division: (B, D) raw -> (B, D) of norm 1, in fp32 at least."""
         self._check_embeddings(embeddings)
-        return inference(embeddings, self.masks.kind, self.masks.num_learners)
+        return self.masks.whole(embeddings)
 
     def penalty(self) -> Tensor:
         """Mean cosine between learned masks, to be added to the loss (times 0.01, as published), so that learners specialise.
 
         0 for one learner, for masks that are not learned, and while conquering.
         """
-        if self.conquering or self.masks.kind != "learned":
+        if self.conquering or not self.masks.learned:
             return self.masks.masks.new_zeros(())
         return self.masks.penalty(self.masks.level_masks(self.level))
 

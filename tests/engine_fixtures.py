@@ -16,7 +16,7 @@ from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.index import open_index
-from dnc_dist.data.readers import folder
+from dnc_dist.data.readers import read
 from dnc_dist.data.shards import write_shards
 from dnc_dist.engine.objective import DncObjective
 
@@ -36,7 +36,7 @@ def make_dataset(place: Path) -> Path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 pixels = pattern + generator.normal(0, 50, pattern.shape)
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-    write_shards(folder.read(place / "pictures"), place / "data")
+    write_shards(read("folder", place / "pictures"), place / "data")
     return place / "data"
 
 
@@ -91,7 +91,7 @@ def shake(objective: DncObjective, level: int) -> None:
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         masks = objective.masks
-        if masks.kind == "learned":
+        if masks.learned:
             parents = torch.randn(level, masks.embedding_dim, generator=generator) + 0.7
             masks.masks.copy_(parents.repeat_interleave(masks.num_learners // level, 0))
         for name, value in objective.named_parameters():

@@ -44,7 +44,19 @@ def stub(monkeypatch: pytest.MonkeyPatch, module: str, **names: Callable[..., An
     monkeypatch.setitem(sys.modules, module, fake)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["config", "--keys"], ["--version"], ["launch", "--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["config", "--keys"],
+        ["--version"],
+        ["launch", "--help"],
+        ["train", "--help"],
+        ["data", "prepare", "--help"],
+        ["config", "configs/quickstart.yaml"],
+        ["evaluate", "--help"],
+    ],
+)
 def test_what_only_prints_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys; from dnc_dist.cli import run; assert run(sys.argv[1:]) == 0; print({'torch', 'numpy', 'deepspeed'} & set(sys.modules))"

@@ -9,7 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dnc_dist.config import ConfigError, MarginLossConfig, ProxyAnchorLossConfig, describe_keys, dump_config, load_config, sections
+from dnc_dist.base import parts
+from dnc_dist.config import ConfigError, RunConfig, choices, dump_config, load_config, sections
+from dnc_dist.keys import describe_keys
 
 
 def write(folder: Path, text: str) -> Path:
@@ -33,7 +35,7 @@ def test_one_key_is_enough_and_the_run_is_named_after_the_file(minimal: Path) ->
     cfg = load_config(minimal)
     assert cfg.run.path == Path("runs/exp")
     assert cfg.data.root == Path("images")
-    assert isinstance(cfg.loss, MarginLossConfig)
+    assert cfg.loss.name == "margin"
 
 
 def test_all_problems_at_once_with_their_paths(tmp_path: Path) -> None:
@@ -54,7 +56,8 @@ def test_all_problems_at_once_with_their_paths(tmp_path: Path) -> None:
         ("modle: {backbone: x}", "modle: unknown key; did you mean 'model'?"),
         ("lr: 0.1", "lr: unknown key; did you mean 'optim.lr'?"),
         ("schedule: {batch: 8}", "schedule.batch: unknown key; did you mean 'schedule.batch_size'?"),
-        ("loss: {marginn: 0.1}", "loss.marginn: unknown key; did you mean 'loss.margin'?"),
+        ("loss: {name: proxy_anchor, scal: 9}", "loss.scal: unknown key; did you mean 'loss.scale'? proxy_anchor has margin, scale"),
+        ("model: {masks: {name: learned, x: 1}}", "model.masks.x: unknown key; learned has no options"),
         ("zzzzzz: 1", "zzzzzz: unknown key; `dnc-dist config --keys` lists all keys"),
         ("schedule: {batch_size: [8]}", "schedule.batch_size: Input should be a valid integer (got [8])"),
         ("optim: {lr: .nan}", "optim.lr: Input should be a finite number (got nan)"),
@@ -116,7 +119,7 @@ def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
             "division.conquer_from=180 is not below schedule.epochs=180; use a smaller epoch, or null for no conquer phase",
         ),
         (["schedule.warmup=180"], "schedule.warmup=180.0 must be less than schedule.epochs=180"),
-        (["loss.cutoff=1.5"], "loss.cutoff=1.5 must be below loss.nonzero_loss_cutoff=1.4"),
+        (["loss.cutoff=1.5"], "loss: cutoff=1.5 must be below nonzero_loss_cutoff=1.4"),
     ],
 )
 def test_sections_that_do_not_fit_together(minimal: Path, overrides: list[str], expected: str) -> None:
@@ -153,14 +156,30 @@ def test_set_creates_sections_and_reads_values_as_yaml(minimal: Path) -> None:
 
 
 def test_the_loss_is_chosen_by_name(minimal: Path) -> None:
-    assert load_config(minimal, ["loss.name=proxy_anchor", "loss.scale=16"]).loss == ProxyAnchorLossConfig(name="proxy_anchor", scale=16)
-    assert load_config(minimal, ["loss.beta=0.9"]).loss == MarginLossConfig(beta=0.9)
+    loss = load_config(minimal, ["loss.name=proxy_anchor", "loss.scale=16"]).loss
+    assert loss.model_dump() == {"name": "proxy_anchor", "margin": 0.1, "scale": 16}
+    assert load_config(minimal, ["loss=proxy_anchor", "loss.scale=16"]).loss == loss
+    assert load_config(minimal, ["loss.beta=0.9"]).loss.model_dump(exclude_defaults=True) == {"name": "margin", "beta": 0.9}
     text = message(minimal, "loss.name=proxy_anchor", "loss.beta=0.9")
-    assert text.endswith("  loss.beta: belongs to loss.name=margin, not to loss.name=proxy_anchor; leave it out")
-    assert message(minimal, "loss.scale=9").endswith(
-        "  loss.scale: belongs to loss.name=proxy_anchor, not to loss.name=margin; leave it out"
+    assert "  loss.beta: belongs to margin and multi_similarity, not to proxy_anchor; proxy_anchor has margin, scale" in text
+    assert "  loss.name: 'marginn' is no loss; did you mean margin? Allowed are margin, proxy_anchor, " in message(
+        minimal, "loss.name=marginn"
     )
-    assert "'margin', 'proxy_anchor'" in message(minimal, "loss.name=tripplet")
+
+
+def test_a_part_is_chosen_by_a_name_or_with_options(minimal: Path) -> None:
+    cfg = load_config(minimal, ["model.backbone=resnet18", "model.masks.name=fixed", "data.augment={name: light}"])
+    assert (cfg.model.backbone.name, cfg.model.masks.name, cfg.data.augment.name) == ("resnet18", "fixed", "light")
+    tree = yaml.safe_load(dump_config(cfg))
+    assert (tree["model"]["backbone"], tree["model"]["masks"], tree["data"]["augment"]) == ("resnet18", "fixed", "light")
+    assert message(minimal, "model.masks=lerned").endswith(
+        "  model.masks: 'lerned' is no mask; did you mean learned? Allowed are learned, fixed, sliced, or module:Class of your own"
+    )
+    assert message(minimal, "tracker.kind=3").endswith(
+        "  tracker.kind: '3' is no tracker; Allowed are wandb, jsonl, or module:Class of your own"
+    )
+    assert message(minimal, "data.protocol=[a]").endswith("  data.protocol: must be a name, or `name` with options")
+    assert message(minimal, "data.protocol={name: [a]}").endswith("  data.protocol.name: must be the name of one, or module:Class")
 
 
 @pytest.mark.parametrize(
@@ -214,13 +233,19 @@ def test_the_tree_is_frozen(minimal: Path) -> None:
 def test_the_reference_has_every_key_with_a_meaning() -> None:
     text = describe_keys()
     assert "None" not in text
-    for name, models in sections().items():
-        for model in models:
-            assert model.__doc__ and f"{name}: {model.__doc__}" in text
-            for key, field in model.model_fields.items():
-                assert field.description, f"{name}.{key} has no docstring"
-                assert f"  {name}.{key} = " in text
-                assert field.description in text
+    for name, model in sections().items():
+        assert model.__doc__ and f"{name}: {model.__doc__}" in text
+        for key, field in model.model_fields.items():
+            assert field.description, f"{name}.{key} has no docstring"
+            assert f"  {name}.{key} = " in text
+            assert field.description in text
+    paths = {choice.kind: path for path, choice in choices().items()} | {"reader": "--set "}
+    for kind, table in parts.TABLE.items():
+        for name in table:
+            assert parts.summary(kind, name) and f" {name}: {parts.summary(kind, name)}\n" in f"{text}\n", (kind, name)
+            for key, field in parts.options_of(kind, name).items():
+                assert field.description and f"\n      {field.description}" in text, (kind, name, key)
+                assert f"  {paths[kind]}{'' if kind == 'reader' else '.'}{key} = " in text
 
 
 def test_every_default_is_plain_yaml(minimal: Path) -> None:
@@ -232,7 +257,7 @@ def test_every_default_is_plain_yaml(minimal: Path) -> None:
         )
 
     tree = yaml.safe_load(dump_config(load_config(minimal)))
-    assert list(tree) == list(sections())
+    assert list(tree) == list(RunConfig.model_fields)
     assert {type(leaf) for leaf in leaves(tree)} <= {str, int, float, bool, type(None)}
 
 
@@ -253,7 +278,8 @@ def load(folder: Path, text: str) -> Any:
         ("run: {dir: 3}", "run.dir", Path("3")),
         ("run: {dir: 12:30}", "run.dir", Path("12:30")),
         ("model: {weights: none}", "model.weights", "none"),
-        ("model: {backbone: 'no'}", "model.backbone", "no"),
+        ("model: {backbone: 'no'}", "model.backbone.name", "no"),
+        ("model: {backbone: 2024-02-20}", "model.backbone.name", "2024-02-20"),
         ("tracker: {project: on}", "tracker.project", "on"),
         ("tracker: {project: !!str 3}", "tracker.project", "3"),
         ("optim: {lr: 1e-5}", "optim.lr", 1e-5),
@@ -279,8 +305,10 @@ def test_what_a_value_means(tmp_path: Path, text: str, key: str | None, expected
             load(tmp_path, text)
         assert str(caught.value).count("\n") == 1 and expected in str(caught.value)
     else:
-        section, name = key.split(".")
-        assert getattr(getattr(load(tmp_path, text), section), name) == expected
+        found = load(tmp_path, text)
+        for name in key.split("."):
+            found = getattr(found, name)
+        assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dnc_dist.config import load_config
 from dnc_dist.data.manifest import STAGING
-from dnc_dist.data.readers import folder
+from dnc_dist.data.readers import read
 from dnc_dist.data.shards import write_shards
 from dnc_dist.doctor.data import check_data
 from dnc_dist.doctor.table import Check, render
@@ -24,7 +24,7 @@ def checks(place: Path) -> dict[str, Check]:
 
 def test_every_finding_has_its_row(tmp_path: Path) -> None:
     pictures = draw_folder(tmp_path / "pictures", {f"a{number}": 4 for number in range(12)}, {"b": 4})
-    write_shards(folder.read(pictures), tmp_path / "data")
+    write_shards(read("folder", pictures), tmp_path / "data")
     found = checks(tmp_path)
     assert (found["duplicates"].value, found["duplicates"].status) == ("none", "ok")
     assert found["metadata"].status == "ok" and not {"left out", "skipped", "left behind"} & set(found)
@@ -33,7 +33,7 @@ def test_every_finding_has_its_row(tmp_path: Path) -> None:
     shutil.copy(pictures / "train/a0/1.png", pictures / "train/a0/9.png")
     (pictures / "train/a1/zero.png").write_bytes(b"")
     (pictures / "train/a1/phone.heic").write_bytes(b"x")
-    write_shards(folder.read(pictures), tmp_path / "data", force=True)
+    write_shards(read("folder", pictures), tmp_path / "data", force=True)
     (tmp_path / "data" / STAGING).mkdir()
     found = checks(tmp_path)
     assert found["duplicates"].status == "warning"
@@ -54,6 +54,6 @@ def test_metadata_of_an_earlier_version_is_found(tmp_path: Path, monkeypatch) ->
         Image.open(path).save(path.with_suffix(".jpg"), exif=exif)
         path.unlink()
     monkeypatch.setattr(images, "without_metadata", lambda data: data)
-    write_shards(folder.read(pictures), tmp_path / "data")
+    write_shards(read("folder", pictures), tmp_path / "data")
     row = checks(tmp_path)["metadata"]
     assert (row.value, row.status) == ("in 52 of the images that were read", "warning") and "--force" in row.hint

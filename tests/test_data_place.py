@@ -16,7 +16,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.data import place
 from dnc_dist.data.index import open_index
 from dnc_dist.data.manifest import MANIFEST, STAGING
-from dnc_dist.data.readers import Reading, Sample, folder
+from dnc_dist.data.readers import Reading, Sample, read
 from dnc_dist.data.shards import write_shards
 from tests.mounts import in_own_mounts, mount
 from tests.process_server import SERVER
@@ -214,10 +214,10 @@ def test_a_dead_writer_holds_nothing(tmp_path: Path) -> None:
 def _prepare_on(kind: str, sources: Path, out: Path) -> None:
     mount(out, {"small": "size=64k", "read-only": "ro,size=4m"}.get(kind, "size=4m"))
     if kind == "whole":
-        assert write_shards(folder.read(sources), out) and open_index(out).splits == ["train", "test"]
+        assert write_shards(read("folder", sources), out) and open_index(out).splits == ["train", "test"]
         return
     with pytest.raises(InputError, match=r"--out .* cannot be written: .*(No space left|Read-only)"):
-        write_shards(folder.read(sources), out)
+        write_shards(read("folder", sources), out)
     assert not any(out.iterdir())
 
 

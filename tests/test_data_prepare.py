@@ -15,7 +15,7 @@ from PIL import Image
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import decode, normalise
 from dnc_dist.data.index import hashed_share, open_index, train_view, validation_view
-from dnc_dist.data.readers import Reading, Sample, csv, folder, glyphs
+from dnc_dist.data.readers import Reading, Sample, read
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import shard_of_class, write_shards
 
@@ -50,7 +50,7 @@ def test_folder_round_trip(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "src", SPLIT_LAYOUT)
     (root / "train/a/.hidden.jpg").write_bytes(b"x")
     (root / "train/a/notes.txt").write_text("x")
-    assert write_shards(folder.read(root), tmp_path / "out")
+    assert write_shards(read("folder", root), tmp_path / "out")
     index = open_index(tmp_path / "out")
     assert index.splits == ["train", "test"]
     assert len(index) == 10
@@ -76,9 +76,9 @@ def test_folder_round_trip(tmp_path: Path) -> None:
 def test_same_bytes_on_every_run(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "src", SPLIT_LAYOUT)
     for name in ("one", "two"):
-        write_shards(folder.read(root), tmp_path / name)
+        write_shards(read("folder", root), tmp_path / name)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
-    write_shards(folder.read(root), tmp_path / "three", seed=1)
+    write_shards(read("folder", root), tmp_path / "three", seed=1)
     assert files_of(tmp_path / "one") != files_of(tmp_path / "three")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "src", "three", "two"]  # nothing partial is left
 
@@ -86,35 +86,35 @@ def test_same_bytes_on_every_run(tmp_path: Path) -> None:
 def test_existing_output(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "src", SPLIT_LAYOUT)
     out = tmp_path / "out"
-    assert write_shards(folder.read(root), out)
+    assert write_shards(read("folder", root), out)
     before = files_of(out)
-    assert not write_shards(folder.read(root), out)  # the very same: nothing to do
+    assert not write_shards(read("folder", root), out)  # the very same: nothing to do
     make_folder(root, {"train/z": 2})
     with pytest.raises(InputError, match="--force"):
-        write_shards(folder.read(root), out)
+        write_shards(read("folder", root), out)
     assert files_of(out) == before
-    assert write_shards(folder.read(root), out, force=True)
+    assert write_shards(read("folder", root), out, force=True)
     assert open_index(out).view("train").num_classes == 4
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/precious.txt").write_text("x")
     with pytest.raises(InputError, match="another --out"):
-        write_shards(folder.read(root), tmp_path / "mine", force=True)
+        write_shards(read("folder", root), tmp_path / "mine", force=True)
     assert (tmp_path / "mine/precious.txt").exists()
 
 
 def test_class_only_folder_states_its_rule(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "src", {f"c{number}": 2 for number in range(8)})
-    reading = folder.read(root, test_share=0.25)
+    reading = read("folder", root, test_share=0.25)
     splits = {sample.class_name: sample.split for sample in reading.samples}
     assert sorted(splits.values()).count("test") == 2
     assert "2 of 8 classes" in reading.notes[0]
-    assert {sample.class_name: sample.split for sample in folder.read(root, test_share=0.25).samples} == splits
-    assert {sample.split for sample in folder.read(root, test_share=0.0).samples} == {"train"}
+    assert {sample.class_name: sample.split for sample in read("folder", root, test_share=0.25).samples} == splits
+    assert {sample.split for sample in read("folder", root, test_share=0.0).samples} == {"train"}
 
 
 def test_query_and_gallery_folders(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "src", {"train/a": 2, "train/b": 2, "query/c": 1, "gallery/c": 2, "docs/x": 1})
-    reading = folder.read(root)
+    reading = read("folder", root)
     assert "docs" in reading.notes[0]
     write_shards(reading, tmp_path / "out")
     test = open_index(tmp_path / "out").view("test")
@@ -137,15 +137,15 @@ def test_nothing_to_learn_from(tmp_path: Path, layout: dict[str, int], message: 
     root = make_folder(tmp_path / "src", layout)
     root.mkdir(exist_ok=True)
     with pytest.raises(InputError, match=message):
-        write_shards(folder.read(root), tmp_path / "out")
+        write_shards(read("folder", root), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_sources(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder"):
-        folder.read(tmp_path / "nowhere")
+        read("folder", tmp_path / "nowhere")
     with pytest.raises(InputError, match="no file"):
-        csv.read(tmp_path / "nowhere.csv")
+        read("csv", tmp_path / "nowhere.csv")
     with pytest.raises(InputError, match="data prepare"):
         open_index(tmp_path)
 
@@ -155,7 +155,7 @@ def test_unreadable_images_are_counted(tmp_path: Path) -> None:
     whole = jpeg(1, size=(64, 64))
     (root / "train/a/broken.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "train/a/text.jpg").write_text("no image at all")
-    write_shards(folder.read(root), tmp_path / "out")
+    write_shards(read("folder", root), tmp_path / "out")
     manifest = open_index(tmp_path / "out").manifest
     assert manifest.num_rows == 10
     assert sorted(entry.source for entry in manifest.unreadable) == ["train/a/broken.jpg", "train/a/text.jpg"]
@@ -169,12 +169,12 @@ def test_all_training_images_unreadable(tmp_path: Path) -> None:
         for number in range(2):
             (root / "train" / name / f"{number}.jpg").write_text("x")
     with pytest.raises(InputError, match="4 unreadable"):
-        write_shards(folder.read(root), tmp_path / "out")
+        write_shards(read("folder", root), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
 def test_truncated_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    write_shards(folder.read(make_folder(tmp_path / "src", SPLIT_LAYOUT)), tmp_path / "out")
+    write_shards(read("folder", make_folder(tmp_path / "src", SPLIT_LAYOUT)), tmp_path / "out")
     shard = open_index(tmp_path / "out").shard_paths[1]
     data = shard.read_bytes()
     shard.write_bytes(data[:-512])
@@ -259,7 +259,7 @@ def make_table(root: Path, text: str) -> Path:
 
 
 def test_open_metric_learning_table(tmp_path: Path) -> None:
-    reading = csv.read(make_table(tmp_path / "src", OML))
+    reading = read("csv", make_table(tmp_path / "src", OML))
     assert any("validation split is the test split" in note for note in reading.notes)
     assert any("note" in note and "category" not in note for note in reading.notes)
     write_shards(reading, tmp_path / "out")
@@ -287,12 +287,12 @@ def test_open_metric_learning_table(tmp_path: Path) -> None:
 def test_bad_table(tmp_path: Path, old: str, new: str, message: str) -> None:
     table = make_table(tmp_path / "src", OML.replace(old, new, 1))
     with pytest.raises(InputError, match=message):
-        csv.read(table)
+        read("csv", table)
 
 
 def test_validation_classes(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "src", {**{f"train/{number}": 2 for number in range(10)}, "test/x": 2})
-    write_shards(folder.read(root), tmp_path / "out")
+    write_shards(read("folder", root), tmp_path / "out")
     index = open_index(tmp_path / "out")
     assert validation_view(index) is None
     train, held_out = train_view(index, 0.3), validation_view(index, 0.3)
@@ -334,8 +334,8 @@ def test_tar_holds_no_dates(tmp_path: Path) -> None:
 
 
 def test_glyphs(tmp_path: Path) -> None:
-    reading = glyphs.read(classes=20, image_size=24)
-    again = glyphs.read(classes=20, image_size=24)
+    reading = read("glyphs", classes=20, image_size=24)
+    again = read("glyphs", classes=20, image_size=24)
     assert reading.samples == again.samples
     by_class: dict[str, list[Sample]] = {}
     for sample in reading.samples:
@@ -354,6 +354,6 @@ def test_glyphs(tmp_path: Path) -> None:
 
 def test_bad_fonts_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--fonts"):
-        glyphs.read(fonts=tmp_path / "nowhere")
+        read("glyphs", fonts=tmp_path / "nowhere")
     with pytest.raises(InputError, match="holds no"):
-        glyphs.read(fonts=tmp_path)
+        read("glyphs", fonts=tmp_path)

@@ -23,7 +23,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import DECODE_ERRORS, decode, normalise
 from dnc_dist.data.index import open_index
 from dnc_dist.data.jpeg import without_metadata
-from dnc_dist.data.readers import Reading, Sample, csv, folder
+from dnc_dist.data.readers import Reading, Sample, read
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
 from tests.test_data_prepare import OML, jpeg, make_folder, make_table
@@ -33,7 +33,7 @@ LAYOUT = {"train/a": 3, "train/b": 2, "test/c": 2}
 
 def prepared(root: Path) -> tuple[dict[str, str], list[str]]:
     """What ``data prepare folder`` leaves out (source -> reason), and its notes."""
-    reading = folder.read(root)
+    reading = read("folder", root)
     out = root.parent / "out"
     write_shards(reading, out)
     index = open_index(out)
@@ -122,7 +122,7 @@ def test_links_to_folders(tmp_path: Path) -> None:
     (root / "train/a/one").symlink_to(elsewhere)
     (root / "train/a/two").symlink_to(elsewhere)
     (root / "train/a/one_more").symlink_to(elsewhere / "x")
-    reading = folder.read(root)
+    reading = read("folder", root)
     assert len(reading.samples) == 7 + 2  # each real folder once, whatever leads to it
     assert {sample.class_name for sample in reading.samples} == {"a", "b", "c"}
     assert any(note.startswith("skipped 4 link(s) to a folder above, first ") for note in reading.notes)
@@ -314,10 +314,10 @@ def test_bad_tables_give_one_message(name: str, tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().err
     assert said.count("error: ") == 1 and "Traceback" not in said and len(said) < 600
     with pytest.raises(InputError, match=message):
-        write_shards(csv.read(table), tmp_path / "out")
+        write_shards(read("csv", table), tmp_path / "out")
 
 
 def test_a_table_with_a_byte_order_mark(tmp_path: Path) -> None:
     table = make_table(tmp_path / "src", "")
     table.write_bytes(b"\xef\xbb\xbf" + OML.replace("\n", "\r\n").encode())
-    assert len(csv.read(table).samples) == 7
+    assert len(read("csv", table).samples) == 7

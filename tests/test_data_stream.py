@@ -68,8 +68,10 @@ def joined(parts: list[Batch]) -> Batch:
     tensors = [torch.cat([part[at][keep] for part, keep in zip(parts, real, strict=True)]) for at in range(6)]
     for rank, part in enumerate(parts):  # consecutive ranks share a learner, or all share all
         assert part.rows_of_ranks[rank % len(part.rows_of_ranks)] == len(part.rows)
+        assert part.rows_of_world == [len(other.rows) for other in parts]
     failed = sorted(key for part in parts for key in part.failed)
-    return Batch(*tensors, failed, parts[0].step, [len(tensors[0])])  # type: ignore[arg-type]
+    first, count = parts[0], [len(tensors[0])]
+    return Batch(*tensors, failed, first.step, count, max_positives=first.max_positives, rows_of_world=count)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 12])
@@ -158,7 +160,7 @@ def test_damaged_row_is_skipped_on_any_number_of_ranks(damaged: tuple[DatasetInd
         ranks = [batches(index, schedule, world, rank) for rank in range(world)]
         for number, whole in enumerate(alone):
             assert_equal(joined([rank[number] for rank in ranks]), whole)
-    passed = list(SequentialBatches(index, index.view("train"), Geometry("none", SIZE), block_size=4))
+    passed = list(SequentialBatches(index, index.view("train"), Geometry(None, SIZE), block_size=4))
     assert [key for batch in passed for key in batch.failed] == [index.key(row)]
 
 
@@ -177,7 +179,7 @@ def test_bugs_are_not_swallowed(index: DatasetIndex, schedule: EpochSchedule) ->
 @pytest.mark.parametrize("split", ["train", "held out"])
 def test_sequential_pass_has_every_row_once(index: DatasetIndex, split: str, world: int, workers: int) -> None:
     view = train_view(index, 0.35) if split == "held out" else index.view(split)
-    geometry = Geometry("none", SIZE)
+    geometry = Geometry(None, SIZE)
     reader = ShardReader(index)
     alone = {batch.step: batch for batch in SequentialBatches(index, view, geometry, block_size=3)}
     seen: list[int] = []
@@ -206,16 +208,16 @@ def test_sequential_pass_has_every_row_once(index: DatasetIndex, split: str, wor
 
 def test_streaming_equals_index_reads(index: DatasetIndex, caplog: pytest.LogCaptureFixture) -> None:
     view = index.view("train")
-    streamed = SequentialBatches(index, view, Geometry("none", SIZE), block_size=3, world=6)
+    streamed = SequentialBatches(index, view, Geometry(None, SIZE), block_size=3, world=6)
     assert streamed.streaming
     with caplog.at_level(logging.INFO):
-        ranks = [SequentialBatches(index, view, Geometry("none", SIZE), block_size=3, rank=rank, world=7) for rank in range(7)]
+        ranks = [SequentialBatches(index, view, Geometry(None, SIZE), block_size=3, rank=rank, world=7) for rank in range(7)]
     assert not any(loader.streaming for loader in ranks)
     assert [record.message for record in caplog.records] == [
         "train: 6 shards are fewer than 7 ranks x 1 workers; reading through the index"
     ]
     by_index = {batch.step: batch for loader in ranks for batch in loader}
-    for batch in SequentialBatches(index, view, Geometry("none", SIZE), block_size=3):
+    for batch in SequentialBatches(index, view, Geometry(None, SIZE), block_size=3):
         assert_equal(batch, by_index[batch.step])
 
 

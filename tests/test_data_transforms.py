@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dnc_dist.base.parts import TABLE
 from dnc_dist.base.rng import uniform
-from dnc_dist.data.transforms import AUGMENT_KINDS, CROP_UNIFORMS, Augment, Geometry, evaluation_box, to_tensor
+from dnc_dist.data.transforms import CROP_UNIFORMS, Augment, Geometry, evaluation_box, to_tensor
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -16,9 +17,9 @@ def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("kind", AUGMENT_KINDS)
+@pytest.mark.parametrize("kind", TABLE["augmentation"])
 def test_geometry(kind: str) -> None:
-    geometry = Geometry(kind, 16)  # type: ignore[arg-type]
+    geometry = Geometry(kind, 16)
     numbers = uniform((0, "crop", 5), torch.arange(20), CROP_UNIFORMS)
     for size in ((40, 30), (9, 50), (16, 16), (3, 3)):
         image = picture(*size)
@@ -32,7 +33,7 @@ def test_evaluation_geometry_is_centre_crop() -> None:
     assert evaluation_box(40, 30, 1.0) == (5, 0, 35, 30)
     assert evaluation_box(40, 40, 0.875) == (2.5, 2.5, 37.5, 37.5)
     image = picture(40, 30)
-    assert torch.equal(Geometry("none", 30)(image), to_tensor(image.crop((5, 0, 35, 30))))
+    assert torch.equal(Geometry(None, 30)(image), to_tensor(image.crop((5, 0, 35, 30))))
 
 
 def test_light_keeps_left_and_right() -> None:
@@ -45,9 +46,9 @@ def test_light_keeps_left_and_right() -> None:
     assert 5 < sum(rising) < 25
 
 
-@pytest.mark.parametrize("kind", AUGMENT_KINDS)
+@pytest.mark.parametrize("kind", TABLE["augmentation"])
 def test_augment_rows_are_independent(kind: str) -> None:
-    augment = Augment(kind)  # type: ignore[arg-type]
+    augment = Augment(kind)
     images = torch.stack([to_tensor(picture(24, 24, seed)) for seed in range(9)])
     numbers = uniform((0, "augment", 7), torch.arange(9), augment.num_uniforms)
     whole = augment(images, numbers)

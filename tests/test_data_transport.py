@@ -60,7 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_message_of_a_worker_is_the_message(root: Path) -> None:
     index = open_index(root)
-    loader = SequentialBatches(index, index.view("train"), Geometry("none", 8), block_size=4, workers=1)
+    loader = SequentialBatches(index, index.view("train"), Geometry(None, 8), block_size=4, workers=1)
     shard = index.shard_paths[0]
     data = shard.read_bytes()
     shard.write_bytes(b"x" * len(data))

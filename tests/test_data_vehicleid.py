@@ -11,7 +11,7 @@ import pytest
 from dnc_dist import cli
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.index import open_index
-from dnc_dist.data.readers import vehicleid
+from dnc_dist.data.readers import read, vehicleid
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
 from tests.vehicleid_fixtures import DISJOINT, NESTED, make_vehicleid
@@ -20,7 +20,7 @@ from tests.vehicleid_fixtures import DISJOINT, NESTED, make_vehicleid
 @pytest.mark.parametrize("lists", [NESTED, DISJOINT], ids=["nested", "disjoint"])
 def test_round_trip(lists: dict[str, range], tmp_path: Path) -> None:
     root = make_vehicleid(tmp_path / "src", lists)
-    assert write_shards(vehicleid.read(root), tmp_path / "out")
+    assert write_shards(read("vehicleid", root), tmp_path / "out")
     index = open_index(tmp_path / "out")
     train, test = index.view("train"), index.view("test")
     assert set(train.class_names) == {str(vehicle) for vehicle in lists["train"]} and not train.lists
@@ -47,16 +47,16 @@ def test_what_the_command_says(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_released_counts_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vehicleid, "RELEASED", {"train": (24, 6), "small": (12, 3), "medium": (20, 5), "large": (28, 7)})
-    notes = vehicleid.read(make_vehicleid(tmp_path / "src")).notes
+    notes = read("vehicleid", make_vehicleid(tmp_path / "src")).notes
     assert notes[0].startswith("as released: train_list.txt has 24 images of 6 ids")
 
 
 def test_the_lists_are_part_of_the_content(tmp_path: Path) -> None:
     root = make_vehicleid(tmp_path / "src")
-    write_shards(vehicleid.read(root), tmp_path / "one")
+    write_shards(read("vehicleid", root), tmp_path / "one")
     small = root / "train_test_split/test_list_800.txt"
     small.write_text("\n\n".join(small.read_text().splitlines()[:-1]) + "\r\n")  # blank lines and other line ends do not matter
-    write_shards(vehicleid.read(root), tmp_path / "two")
+    write_shards(read("vehicleid", root), tmp_path / "two")
     first, second = (open_index(tmp_path / name) for name in ("one", "two"))
     assert first.content_hash != second.content_hash
     assert [index.view("test").lists["small"].sum() for index in (first, second)] == [12, 11]
@@ -109,7 +109,7 @@ def test_a_bad_tree_gives_one_message(name: str, tmp_path: Path, capsys: pytest.
     root = make_vehicleid(tmp_path / "src")
     spoil(root)
     with pytest.raises(InputError, match=message):
-        vehicleid.read(root)
+        read("vehicleid", root)
     assert cli.run(["data", "prepare", "vehicleid", "--root", str(root), "--out", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("error: ") == 1 and "Traceback" not in captured.err + captured.out

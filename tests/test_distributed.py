@@ -34,9 +34,9 @@ def _in_pairs(rank: int) -> list[int]:
 def _everything(counts: list[int]) -> dict[str, object]:
     rank, world = distributed.rank(), distributed.world_size()
     local = _rows(rank, counts[rank]).requires_grad_()
-    gathered = {grad: distributed.gather_rows(local, grad=grad) for grad in ("none", "own")}  # type: ignore[arg-type]
+    gathered = {grad: distributed.gather_rows(local, grad=grad) for grad in ("none", "own", "sum")}  # type: ignore[arg-type]
     # Another function of the gathered rows on every rank.
-    (gradient,) = torch.autograd.grad(((rank + 1) * gathered["own"] ** 3).sum(), local)
+    gradients = {grad: torch.autograd.grad(((rank + 1) * gathered[grad] ** 3).sum(), local)[0] for grad in ("own", "sum")}
     assert torch.equal(distributed.gather_rows(local, counts=counts), gathered["none"])
     x = torch.tensor([1.0 + rank, 2.0], requires_grad=True)
     total = distributed.all_reduce_sum_autograd(x)
@@ -47,7 +47,7 @@ def _everything(counts: list[int]) -> dict[str, object]:
     return {
         "gathered": {grad: value.detach() for grad, value in gathered.items()},
         "none_has_grad": gathered["none"].requires_grad,
-        "gradient": gradient,
+        "gradients": gradients,
         "total": total.detach(),
         "x_grad": x.grad,
         "summed": summed,
@@ -75,7 +75,9 @@ def test_collectives(world: int) -> None:
             assert torch.equal(gathered, everything)
         assert not result["none_has_grad"]
         # This rank's own gradient, times the number of ranks.
-        torch.testing.assert_close(result["gradient"], world * (rank + 1) * 3 * own**2)
+        torch.testing.assert_close(result["gradients"]["own"], world * (rank + 1) * 3 * own**2)
+        # Those of all ranks.
+        torch.testing.assert_close(result["gradients"]["sum"], sum(range(1, world + 1)) * 3 * own**2)
         torch.testing.assert_close(result["total"], totals)
         torch.testing.assert_close(result["x_grad"], sum(range(1, world + 1)) * 2 * totals)
         assert result["summed"].tolist() == [sum(range(world)), world]

@@ -25,6 +25,7 @@ from dnc_dist.base.progress import Progress
 from dnc_dist.config import parse_tree
 from dnc_dist.data.index import open_index
 from dnc_dist.doctor import env, facts, parity, steps
+from dnc_dist.doctor.settings import plan_of_table
 from dnc_dist.doctor.table import Check, Section, as_json, render
 from dnc_dist.processes import distributed
 from tests.engine_fixtures import damage, make_dataset
@@ -309,10 +310,10 @@ def test_another_dataset_on_one_rank_is_found(place: Path) -> None:
 
 
 def test_what_does_not_fit_the_configuration_is_found(place: Path) -> None:
-    from dnc_dist.data.readers import folder
+    from dnc_dist.data.readers import read
     from dnc_dist.data.shards import write_shards
 
-    write_shards(folder.read(draw_folder(place / "few", {"a": 4, "b": 4, "c": 1}, {"d": 2})), place / "few" / "data")
+    write_shards(read("folder", draw_folder(place / "few", {"a": 4, "b": 4, "c": 1}, {"d": 2})), place / "few" / "data")
     done, *_ = ranks("data", "run.yaml", "--set", "data.root=few/data", "--json", folder=place, world=1)
     values = found(done, code=1)
     assert done.err.splitlines()[-1] == "error: 1 check(s) failed: data: division"
@@ -358,14 +359,17 @@ def test_wrong_numbers_from_the_network_are_found(place: Path) -> None:
 # ---------------------------------------------------------------- parity
 
 
+PLAN, _ = plan_of_table("default")
+
+
 def assert_parity(values: dict[str, Any], world: int) -> None:
     assert values["world_size"] == world
     # A case's own limit is measured with it; where that is no tight one, it would prove nothing.
     assert 0 < values["max_relative_error_gradient"] < values["limit"] < parity.HIGHEST
     assert values["max_relative_error_loss"] < values["limit"]
     assert all(max(case["loss"], case["gradient"]) < case["limit"] for case in values["cases"])
-    # 4 kinds of loss and masks, 2 of BatchNorm, 1 or 2 learners, 3 layouts of the rows; and the DeepSpeed engine.
-    assert len(values["cases"]) == 4 * 2 * 2 * 3 + 1
+    # 5 of loss and masks, 2 of BatchNorm, 1 or 2 learners, 3 layouts of the rows; and the DeepSpeed engine.
+    assert len(values["cases"]) == 5 * 2 * 2 * 3 + 1
 
 
 def test_two_ranks_equal_one(place: Path) -> None:
@@ -378,7 +382,9 @@ def _scale_the_loss_of_rank_1() -> None:
     from dnc_dist.doctor import steps
     from dnc_dist.engine.objective import DncObjective
 
-    steps.CASES[:] = steps.CASES[::12]  # one of each kind of loss and masks
+    every = steps.Plan.cases.fget
+    assert every is not None
+    steps.Plan.cases = property(lambda plan: every(plan)[::12])  # one of each kind of loss and masks
     forward = DncObjective.forward
 
     def scaled(self: DncObjective, *args: Any, **kwargs: Any) -> Any:
@@ -419,7 +425,7 @@ def _undecided(
 def _outcomes_of_seeds(seeds: Sequence[int]) -> dict[int, Any]:
     """By seed the outcomes in fp32, and on one rank those in float64 and whether a jump is close to any of its cases."""
     if distributed.world_size() > 1:
-        return {seed: steps.outcomes(Progress(False), seed=seed) for seed in seeds}
+        return {seed: steps.outcomes(PLAN, Progress(False), seed=seed) for seed in seeds}
     found: dict[int, Any] = {}
     loss, undecided = dnc_kernels.margin_loss, []
 
@@ -431,7 +437,7 @@ def _outcomes_of_seeds(seeds: Sequence[int]) -> dict[int, Any]:
     dnc_kernels.margin_loss = watched
     for seed in seeds:
         undecided.clear()
-        found[seed] = (*(steps.outcomes(Progress(False), dtype, seed) for dtype in (torch.float32, torch.float64)), any(undecided))
+        found[seed] = (*(steps.outcomes(PLAN, Progress(False), dtype, seed) for dtype in (torch.float32, torch.float64)), any(undecided))
     return found
 
 
@@ -446,7 +452,7 @@ def test_parity_holds_for_any_seed(seeds: Sequence[int], world: int, record_prop
     undecided = [seed for seed in seeds if reference[seed][2]]
     assert steps.SEED not in undecided, "the doctor's own seed must not hang on a jump"
     assert len(undecided) <= max(1, len(seeds) / 4)
-    judged = {seed: parity.compare(found[seed], *reference[seed][:2]) for seed in seeds if seed not in undecided}
+    judged = {seed: parity.compare(PLAN, found[seed], *reference[seed][:2]) for seed in seeds if seed not in undecided}
     record_property("largest share of the limit", max(error.share for errors in judged.values() for error in errors.values()))
     assert [(seed, name, error) for seed, errors in judged.items() for name, error in errors.items() if error.share >= 1] == []
     # Below what the smallest bug does: one row lost among twelve changes a gradient by several per cent.
@@ -461,7 +467,8 @@ def test_workers_that_the_doctor_starts_equal_one(place: Path, world: int) -> No
 
 @pytest.mark.slow
 def test_every_gradient_that_is_compared_is_one(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "dnc_dist.doctor.reference", tmp_path / "outcomes.pt"], check=True)
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    subprocess.run([sys.executable, "-m", "dnc_dist.doctor.reference", tmp_path / "plan.json", tmp_path / "outcomes.pt"], check=True)
     in_fp32, in_double = torch.load(tmp_path / "outcomes.pt")
     assert [name for name in in_fp32 if name not in in_double] == [steps.DEEPSPEED]
     for case, (loss, tensors) in in_fp32.items():

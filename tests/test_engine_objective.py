@@ -20,7 +20,6 @@ from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective, parameter_groups
-from dnc_dist.model.embedding import inference
 from tests.engine_fixtures import config, division_by_hand, make_dataset, shake
 from tests.rounding import EXACT
 
@@ -160,7 +159,7 @@ def test_conquer_trains_the_whole_embedding_without_masks(root: Path, kind: str)
     assert objective.masks.masks.grad is None
     assert "mask_orthogonality" not in stats
     # Training sees the unit vectors that retrieval compares.
-    z = inference(raw_embeddings(objective, batch), objective.masks.kind, 4)
+    z = objective.masks.whole(raw_embeddings(objective, batch))
     out = dnc_kernels.margin_loss(
         dnc_kernels.Rows(z, batch.labels, row_ids=batch.rows),
         beta=objective.loss.beta,

@@ -32,6 +32,12 @@ LOSSES: dict[str, dict[str, Any]] = {
     "margin, beta per class": {"learn_beta": "class"},
     "proxy anchor": {"name": "proxy_anchor", "scale": 16.0},
 }
+# The others are compared in test_loss_parity.py: what is around a loss does not know which one it is.
+OTHER_LOSSES: list[dict[str, Any]] = [
+    {"name": "multi_similarity"},
+    {"name": "tests.foreign_losses:LogisticLoss"},
+    {"name": "tests.foreign_losses:DroppedClassifierLoss"},
+]
 # Negatives beyond distance 0.02 are not drawn, and positives are active beyond 1.7 only.
 NOTHING_ACTIVE = {"beta": 1.9, "cutoff": 0.01, "nonzero_loss_cutoff": 0.02}
 
@@ -82,6 +88,13 @@ def _cases() -> dict[str, Case]:
             f"{loss}; no image can be decoded": Case({"loss": options}, data="unreadable"),
             f"{loss}; no image can be decoded, 2 learners": Case({"loss": options, "division": _together(2)}, data="unreadable"),
         }
+    for options in OTHER_LOSSES:
+        label = options["name"].rpartition(":")[2]
+        cases |= {
+            f"{label}; 1 of 4 learners": Case({"loss": options}, frozen=True),
+            f"{label}; 2 of 4 learners, undecodable images": Case({"loss": options, "division": _together(2)}, frozen=True, data="damaged"),
+            f"{label}; conquer, 10 rows": Case({"loss": options, "schedule": uneven}, conquer=True),
+        }
     sliced = {"model": {"masks": "sliced"}, "division": {"mode": "flat"}}
     return cases | {
         "margin; sliced masks": Case(sliced),
@@ -126,9 +139,9 @@ def step_outcome(case: Case, cfg: RunConfig, dtype: torch.dtype) -> Outcome:
     if dtype == torch.float64:
         in_double(objective)
     schedule = data.schedule(division_by_hand(data.train.labels, case.level, case.only), 0, conquer=case.conquer)
-    batch = next(data.train_batches(schedule, first_step=STEP, skip=0))
+    batch = next(data.train_batches(schedule, first_step=STEP, skip=0, group=_groups().get(schedule.turns.shape[1])))
     phase = Phase(STEP, case.level, case.conquer, case.frozen)
-    loss, stats = objective(batch, phase, group=_groups().get(schedule.turns.shape[1]))
+    loss, stats = objective(batch, phase)
     loss.backward()
     world = distributed.world_size()
     trained = {name: parameter for name, parameter in objective.named_parameters() if parameter.requires_grad}
@@ -160,9 +173,9 @@ def _curve(cfg: RunConfig, *, neighbour: bool = False) -> tuple[Tensor, dict[str
     schedule = data.schedule(division_by_hand(data.train.labels, LEARNERS), 0, conquer=False)
     losses = []
     for number in range(ZERO_STEPS):
-        batch = next(data.train_batches(schedule, first_step=number, skip=number % len(schedule)))
+        batch = next(data.train_batches(schedule, first_step=number, skip=number % len(schedule), group=_groups().get(2)))
         set_learning_rates(engine, {"backbone": 0.0 if number == 1 else LR, "embedding": LR, "masks": LR, "loss": LR})
-        loss, stats = engine(batch, Phase(number, LEARNERS, False, backbone_frozen=number == 1), group=_groups().get(2))
+        loss, stats = engine(batch, Phase(number, LEARNERS, False, backbone_frozen=number == 1))
         engine.backward(loss)
         engine.step()
         losses.append(stats["loss"])

@@ -14,7 +14,7 @@ from dnc_dist.processes import distributed
 from tests.engine_fixtures import config, division_by_hand, make_dataset
 from tests.spawn import spawn
 
-DIM, SAMPLES_PER_CLASS, BATCH, WORLD = 64, 3, 24, 4
+DIM, SAMPLES_PER_CLASS, BATCH, WORLD = 64, 3, 16, 4
 # Of every row: z in float32; label, learner and row number in int64; the drawn pairs, as many negatives as positives, in int32.
 ROW_BYTES = 4 * DIM + 3 * 8 + 2 * (SAMPLES_PER_CLASS - 1) * 4
 
@@ -39,10 +39,10 @@ def _of_a_step(root: str, loss: str, learners_per_step: int) -> Traffic:
     data = RunData(cfg)
     objective = build_objective(cfg, data.train.num_classes).train()
     schedule = data.schedule(division_by_hand(data.train.labels, 2), 0, conquer=False)
-    batch = next(data.train_batches(schedule, first_step=0, skip=0))
     group = distributed.rank_groups(learners_per_step).get(learners_per_step)
+    batch = next(data.train_batches(schedule, first_step=0, skip=0, group=group))
     start = distributed.traffic()
-    loss_value, _ = objective(batch, Phase(0, 2, False, False), group=group, max_positives=SAMPLES_PER_CLASS - 1)
+    loss_value, _ = objective(batch, Phase(0, 2, False, False))
     middle = distributed.traffic()
     loss_value.backward()
     end = distributed.traffic()
@@ -50,7 +50,7 @@ def _of_a_step(root: str, loss: str, learners_per_step: int) -> Traffic:
 
 
 def _steps(root: str) -> dict[tuple[str, int], Traffic]:
-    return {(loss, m): _of_a_step(root, loss, m) for loss in ("margin", "proxy_anchor") for m in (1, 2)}
+    return {(loss, m): _of_a_step(root, loss, m) for loss in ("margin", "supcon", "proxy_anchor") for m in (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,13 @@ def test_the_margin_loss_gathers_rows_and_drawn_pairs_and_its_backward_nothing(s
         assert drawn * 20 < dense
 
 
-@pytest.mark.parametrize("loss", ["margin", "proxy_anchor"])
+def test_a_loss_of_all_pairs_gathers_rows_and_its_backward_adds_up_their_gradients(steps: list[dict[tuple[str, int], Traffic]]) -> None:
+    for rank in steps:
+        assert rank["supcon", 1].forward["gather"] == (WORLD - 1) * (BATCH // WORLD) * (4 * DIM + 3 * 8)
+        assert rank["supcon", 1].backward == {"gather": 0, "reduce": 2 * (WORLD - 1) * BATCH * 4 * DIM // WORLD}
+
+
+@pytest.mark.parametrize("loss", ["margin", "supcon", "proxy_anchor"])
 def test_a_learner_is_gathered_inside_its_group_only(steps: list[dict[tuple[str, int], Traffic]], loss: str) -> None:
     for rank in steps:
         whole, group = rank[loss, 1].forward["gather"], rank[loss, 2].forward["gather"]

@@ -27,7 +27,6 @@ RDZV = "10.77.0.1:29500"
 ALPHA, BETA, GAMMA = (f"{name} (10.77.0.{number})" for number, name in enumerate(("alpha", "beta", "gamma"), 1))
 WAITING = f"1 of 2 machines is here ({ALPHA}); waiting for the others"
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "GLOO", "NCCL"))} | {
-    "OMP_NUM_THREADS": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 

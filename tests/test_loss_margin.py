@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 import dnc_kernels
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
-from dnc_dist.loss import MarginLoss, ProxyAnchorLoss, References, build_loss
+from dnc_dist.loss.base import StepRows
+from dnc_dist.loss.margin import MarginLoss
+from dnc_dist.loss.pairwise import LearnerSums
+from dnc_dist.loss.proxy_anchor import ProxyAnchorLoss
 
 
 def batch(num_rows: int = 24, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,56 +25,87 @@ def batch(num_rows: int = 24, dim: int = 8) -> tuple[torch.Tensor, torch.Tensor,
     return normalize(raw), torch.arange(num_rows) // 3, torch.arange(num_rows) // 12, torch.arange(num_rows) * 11
 
 
+def make(num_classes: int, **options: Any) -> MarginLoss:
+    return MarginLoss(MarginLoss.Options(**options), num_classes=num_classes, embedding_dim=8).double()
+
+
+class RowsOfThread(StepRows):
+    """Rows of a rank that is a thread; ``meet`` brings its rows and those of the other one together."""
+
+    meet: Callable[[torch.Tensor], torch.Tensor]
+    alone, start = False, 0
+
+    def gather(self, rows: torch.Tensor, grad: str = "none") -> torch.Tensor:
+        assert grad == "none"
+        return self.meet(rows.detach())
+
+
+def step_rows(
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    learner: torch.Tensor,
+    row_ids: torch.Tensor,
+    seed: int = 3,
+    kind: type[StepRows] = StepRows,
+    **more,
+) -> StepRows:
+    columns = {"labels": labels, "learner": learner, "row_ids": row_ids, "rows_of_ranks": [len(z)]}
+    return kind(z, None, num_learners=2, seed=seed, step=4, **columns, **more)
+
+
 @pytest.mark.parametrize(("learn_beta", "shape"), [("fixed", None), ("scalar", (1,)), ("class", (8,))])
 def test_beta(learn_beta, shape):
-    loss = MarginLoss(8, beta=1.1, learn_beta=learn_beta).double()
+    loss = make(8, beta=1.1, learn_beta=learn_beta)
     parameters = dict(loss.named_parameters())
     assert list(parameters) == ([] if shape is None else ["beta"]) and "beta" in loss.state_dict()
     z, labels, learner, row_ids = batch()
-    out = loss(z, labels, learner, row_ids, 2, 1, 2)
+    out = loss.learner_sums(step_rows(z, labels, learner, row_ids))
     expected = dnc_kernels.margin_loss(
-        dnc_kernels.Rows(z, labels, learner, row_ids), beta=1.1, num_learners=2, sampling=dnc_kernels.Sampling(seed=1, step=2)
+        dnc_kernels.Rows(z, labels, learner, row_ids), beta=1.1, num_learners=2, sampling=dnc_kernels.Sampling(seed=3, step=4)
     )
-    assert float(out.loss_sum.detach()) == pytest.approx(float(expected.loss_sum)) and out.learner_loss_sum.shape == (2,)
+    assert torch.allclose(out.sums, expected.learner_loss_sum) and torch.equal(out.counts, expected.learner_num_active)
     if shape is not None:
-        out.loss_sum.backward()
+        out.sums.sum().backward()
         assert parameters["beta"].shape == shape and bool(parameters["beta"].grad.any())
 
 
 def on_two_ranks(
-    loss: MarginLoss, rows: tuple[torch.Tensor, ...], cut: int, max_positives: int = 2
-) -> list[tuple[dnc_kernels.MarginLossOutput, torch.Tensor]]:
+    loss: MarginLoss, rows: tuple[torch.Tensor, ...], cut: int, max_positives: int | None = 2
+) -> list[tuple[LearnerSums, torch.Tensor]]:
     """What the loss gives for rows before and after ``cut``, each on a thread that meets the other one to gather; and its own z."""
     meeting, brought = threading.Barrier(2, timeout=30), {}
 
-    def rank(number: int) -> tuple[dnc_kernels.MarginLossOutput, torch.Tensor]:
+    def rank(number: int) -> tuple[LearnerSums, torch.Tensor]:
         def gather(part: torch.Tensor) -> torch.Tensor:
+            meeting.wait()
             brought[number] = part
             meeting.wait()
             return torch.cat([brought[0], brought[1]])
 
         own = slice(0, cut) if number == 0 else slice(cut, None)
         z = rows[0][own].clone().requires_grad_()
-        references = References(*rows, start=own.start, gather=gather)
-        return loss(z, *(column[own] for column in rows[1:]), 2, 3, 4, references, max_positives), z
+        mine = step_rows(z, *(column[own] for column in rows[1:]), kind=RowsOfThread, max_positives=max_positives)
+        mine.__dict__.update(meet=gather, start=own.start)
+        return loss.learner_sums(mine), z
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(rank, range(2)))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 23])
-def test_local_anchors_against_gathered_references_add_up(cut):
-    loss = MarginLoss(8, nonzero_loss_cutoff=1.8, learn_beta="class").double()
+@pytest.mark.parametrize("max_positives", [2, None])
+def test_local_anchors_against_gathered_references_add_up(cut, max_positives):
+    loss = make(8, nonzero_loss_cutoff=1.8, learn_beta="class")
     rows = batch()
-    weights = torch.tensor([1.0, -0.3])  # a learner's gradient must reach its own rows only
+    weights = torch.tensor([1.0, -0.3], dtype=torch.float64)  # a learner's gradient must reach its own rows only
     z = rows[0].clone().requires_grad_()
-    whole = loss(z, *rows[1:], 2, 3, 4)
-    beta_gradient, gradient = torch.autograd.grad(whole.learner_loss_sum @ weights.double(), [loss.beta, z])
-    parts = on_two_ranks(loss, rows, cut)
-    assert torch.allclose(sum(out.learner_loss_sum for out, _ in parts), whole.learner_loss_sum)
+    whole = loss.learner_sums(step_rows(z, *rows[1:]))
+    beta_gradient, gradient = torch.autograd.grad(whole.sums @ weights, [loss.beta, z])
+    parts = on_two_ranks(loss, rows, cut, max_positives)
+    assert torch.allclose(sum(out.sums for out, _ in parts), whole.sums)
     for name, value in whole.stats.items():
         assert sum(float(out.stats[name]) for out, _ in parts) == pytest.approx(float(value)), name
-    gradients = [torch.autograd.grad(out.learner_loss_sum @ weights.double(), [loss.beta, own]) for out, own in parts]
+    gradients = [torch.autograd.grad(out.sums @ weights, [loss.beta, own]) for out, own in parts]
     assert gradient.abs().sum(1).min() > 0
     torch.testing.assert_close(torch.cat([of_rows for _, of_rows in gradients]), gradient)
     torch.testing.assert_close(gradients[0][0] + gradients[1][0], beta_gradient)
@@ -76,35 +113,39 @@ def test_local_anchors_against_gathered_references_add_up(cut):
 
 def test_classes_of_one_row_have_no_pairs_on_any_rank():
     z, _, learner, row_ids = batch()
-    parts = on_two_ranks(MarginLoss(24).double(), (z, torch.arange(24), learner, row_ids), 7, max_positives=0)
-    assert all(int(out.num_active) == 0 and not out.learner_loss_sum.any() for out, _ in parts)
+    parts = on_two_ranks(make(24), (z, torch.arange(24), learner, row_ids), 7, max_positives=0)
+    assert all(not out.counts.any() and not out.sums.any() for out, _ in parts)
 
 
 def test_options_reach_the_sampling():
-    z, labels, learner, row_ids = batch()
-    far = MarginLoss(8, nonzero_loss_cutoff=0.7, cutoff=0.6)(z, labels, learner, row_ids, 2, 0, 0)
-    floors = MarginLoss(8, nonzero_loss_cutoff=0.7, cutoff=0.6, mode="reference")(z, labels, learner, row_ids, 2, 0, 0)
+    rows = step_rows(*batch(), seed=0)
+    far = make(8, nonzero_loss_cutoff=0.7, cutoff=0.6).learner_sums(rows)
+    floors = make(8, nonzero_loss_cutoff=0.7, cutoff=0.6, mode="reference").learner_sums(rows)
     assert int(far.stats["negative_shortfall"]) > 0 and int(floors.stats["negative_shortfall"]) == 0
 
 
-def test_build_loss():
-    loss = build_loss("margin", {"margin": 0.3, "learn_beta": "class"}, 5, 7)
-    assert isinstance(loss, MarginLoss) and loss.margin == 0.3 and loss.beta.shape == (5,) and loss.kind == "pairwise"
-    proxies = build_loss("proxy_anchor", {"scale": 16.0}, 5, 7)
-    assert isinstance(proxies, ProxyAnchorLoss) and proxies.proxies.shape == (5, 7) and proxies.kind == "whole_batch"
+def build(name, options):
+    return parts.build("loss", {"name": name, **options}, num_classes=5, embedding_dim=7)
+
+
+def test_a_loss_is_built_by_name():
+    loss = build("margin", {"margin": 0.3, "learn_beta": "class"})
+    assert isinstance(loss, MarginLoss) and loss.options.margin == 0.3 and loss.beta.shape == (5,)
+    proxies = build("proxy_anchor", {"scale": 16.0})
+    assert isinstance(proxies, ProxyAnchorLoss) and proxies.proxies.shape == (5, 7)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("margn", {}, "did you mean margin"),
-        ("margin", {"bta": 1}, "did you mean beta"),
-        ("proxy_anchor", {"beta": 1}, "loss.beta is no option of loss.name=proxy_anchor"),
-        ("margin", {"learn_beta": "yes"}, "fixed, scalar, class"),
-        ("margin", {"mode": "published"}, "paper, reference"),
-        ("margin", {"cutoff": 1.5}, "loss.cutoff=1.5"),
+        ("margin", {"bta": 1}, "did you mean 'beta'"),
+        ("proxy_anchor", {"beta": 1}, "beta: belongs to margin, not to proxy_anchor; proxy_anchor has margin, scale"),
+        ("margin", {"learn_beta": "yes"}, "'fixed', 'scalar' or 'class'"),
+        ("margin", {"mode": "published"}, "'paper' or 'reference'"),
+        ("margin", {"cutoff": 1.5}, "cutoff=1.5 must be below nonzero_loss_cutoff=1.4"),
     ],
 )
 def test_wrong_options_are_refused(name, options, message):
     with pytest.raises(InputError, match=message):
-        build_loss(name, options, 5, 7)
+        build(name, options)

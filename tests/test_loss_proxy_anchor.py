@@ -8,7 +8,7 @@ from pytorch_metric_learning import losses
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dnc_dist.loss import ProxyAnchorLoss
+from dnc_dist.loss.proxy_anchor import ProxyAnchorLoss
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -16,7 +16,8 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def both(num_classes: int = 7, dim: int = 6) -> tuple[ProxyAnchorLoss, losses.ProxyAnchorLoss]:
-    ours = ProxyAnchorLoss(num_classes, dim, margin=0.15, scale=20.0).double()
+    options = ProxyAnchorLoss.Options(margin=0.15, scale=20.0)
+    ours = ProxyAnchorLoss(options, num_classes=num_classes, embedding_dim=dim).double()
     peer = losses.ProxyAnchorLoss(num_classes, dim, margin=0.15, alpha=20).double()
     with torch.no_grad():
         ours.proxies.copy_(random(num_classes, dim, seed=5))

@@ -17,11 +17,11 @@ from typing import Literal
 import pytest
 import torch
 
-from dnc_dist.base import torchvision_guard
+from dnc_dist.base import parts, torchvision_guard
 from dnc_dist.base.errors import InputError
 from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d
-from dnc_dist.model.embedding import EmbeddingHead, inference
+from dnc_dist.model.embedding import EmbeddingHead
 from tests.process_server import SERVER
 from tests.rounding import EXACT
 
@@ -149,7 +149,7 @@ def test_dropout_is_a_function_of_the_given_uniforms() -> None:
 
 def test_inference_is_normalised_for_every_kind() -> None:
     embeddings = torch.randn(5, 8)
-    whole, sliced = inference(embeddings, "learned", 4), inference(embeddings, "sliced", 4)
+    whole, sliced = (parts.build("mask", kind, num_learners=4, embedding_dim=8).whole(embeddings) for kind in ("learned", "sliced"))
     torch.testing.assert_close(whole, embeddings / embeddings.norm(dim=1, keepdim=True))
     torch.testing.assert_close(sliced.norm(dim=1), torch.ones(5))
     torch.testing.assert_close(sliced.view(5, 4, 2).norm(dim=2), torch.full((5, 4), 0.5))

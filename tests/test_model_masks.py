@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.model.masks import SubspaceMasks
 
 GOLDEN = Path(__file__).parent / "golden" / "reference_values.npz"
+
+
+def make(kind: str, num_learners: int, embedding_dim: int) -> SubspaceMasks:
+    masks: SubspaceMasks = parts.build("mask", kind, num_learners=num_learners, embedding_dim=embedding_dim)
+    return masks
 
 
 def _loss(level_masks: torch.Tensor, seed: int) -> torch.Tensor:
@@ -21,7 +27,7 @@ def _loss(level_masks: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def test_leaves_move_as_one_parent_and_children_inherit_its_moments() -> None:
-    masks = SubspaceMasks("learned", 4, 12)
+    masks = make("learned", 4, 12)
     optimizer = torch.optim.Adam(masks.parameters(), lr=0.01, weight_decay=1e-4)
     parents = torch.nn.Parameter(torch.ones(2, 12))
     parent_optimizer = torch.optim.Adam([parents], lr=0.01, weight_decay=1e-4)
@@ -42,7 +48,7 @@ def test_leaves_move_as_one_parent_and_children_inherit_its_moments() -> None:
 
 
 def test_every_leaf_gets_the_full_gradient() -> None:
-    masks = SubspaceMasks("learned", 8, 5)
+    masks = make("learned", 8, 5)
     weights = torch.randn(2, 5)
     (masks.level_masks(2) * weights).sum().backward()
     assert masks.masks.grad is not None
@@ -51,7 +57,7 @@ def test_every_leaf_gets_the_full_gradient() -> None:
 
 @pytest.mark.parametrize("dim", [16, 19])
 def test_fixed_masks_are_halved_at_every_split(dim: int) -> None:
-    masks = SubspaceMasks("fixed", 8, dim)
+    masks = make("fixed", 8, dim)
     assert not masks.masks.requires_grad and torch.equal(masks.level_masks(1), torch.ones(1, dim))
     for level in (1, 2, 4):
         parents, children = masks.level_masks(level), masks.level_masks(2 * level)
@@ -62,14 +68,14 @@ def test_fixed_masks_are_halved_at_every_split(dim: int) -> None:
 
 
 def test_sliced_masks_are_flat() -> None:
-    masks = SubspaceMasks("sliced", 4, 8)
+    masks = make("sliced", 4, 8)
     assert torch.equal(masks.level_masks(4).nonzero()[:, 1], torch.arange(8))
     with pytest.raises(ValueError, match="no level 2"):
         masks.level_masks(2)
     with pytest.raises(InputError, match=r"model\.embedding_dim=100 .*multiple of 32"):
-        SubspaceMasks("sliced", 32, 100)
+        make("sliced", 32, 100)
     with pytest.raises(InputError, match="without a coordinate"):
-        SubspaceMasks("fixed", 32, 16)
+        make("fixed", 32, 16)
 
 
 def test_penalty_and_gradient_have_the_published_values() -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval import RetrievalResult, evaluate, nmi, resolve_protocol
+from dnc_dist.retrieval import Columns, Protocol, RetrievalResult, evaluate, nmi
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
 from tests.rounding import EPS
 from tests.spawn import spawn
@@ -33,7 +34,7 @@ def everything(n: int) -> np.ndarray:
 
 
 def leave_one_out(x: Tensor, labels: np.ndarray, recall_at: tuple[int, ...] = (1, 2, 4, 8)) -> RetrievalResult:
-    return evaluate(x, torch.arange(len(x)), labels, everything(len(x)), everything(len(x)), recall_at=recall_at)
+    return evaluate(x, torch.arange(len(x)), labels, everything(len(x)), everything(len(x)), protocol="leave-one-out", recall_at=recall_at)
 
 
 def test_golden_values() -> None:
@@ -66,7 +67,7 @@ def test_pytorch_metric_learning_agrees() -> None:
         assert ours[mine] == pytest.approx(peer[name], abs=allowed + 1e-6)
     query = np.arange(600) < 200
     peer = calculator.get_accuracy(x[:200], torch.from_numpy(labels[:200]), x[200:], torch.from_numpy(labels[200:]))
-    ours = evaluate(x, torch.arange(600), labels, query, ~query).metrics
+    ours = evaluate(x, torch.arange(600), labels, query, ~query, protocol="query-gallery").metrics
     allowed = undecided(x[:200], x[200:], labels)
     assert allowed < 0.02
     for name, mine in zip(names, ("recall@1", "map@r", "r_precision"), strict=True):
@@ -108,11 +109,11 @@ def test_queries_without_a_partner_are_left_out_and_counted() -> None:
 def test_rows_that_nobody_holds_are_neither_query_nor_gallery() -> None:
     x, labels = sample(80, 5)
     there = np.flatnonzero(np.arange(80) % 7 > 0)
-    some = evaluate(x[there], torch.from_numpy(there), labels, everything(80), everything(80))
+    some = evaluate(x[there], torch.from_numpy(there), labels, everything(80), everything(80), protocol="leave-one-out")
     assert some.metrics == leave_one_out(x[there], labels[there]).metrics
     assert some.num_gallery == len(there)
     with pytest.raises(ValueError, match="more than once"):
-        evaluate(x[:4], torch.tensor([0, 1, 1, 2]), labels, everything(80), everything(80))
+        evaluate(x[:4], torch.tensor([0, 1, 1, 2]), labels, everything(80), everything(80), protocol="leave-one-out")
 
 
 def test_the_sample_shows_the_true_neighbours() -> None:
@@ -129,11 +130,17 @@ def test_the_sample_shows_the_true_neighbours() -> None:
 
 def test_protocols() -> None:
     query, both = np.array([True, True, False]), everything(3)
-    assert resolve_protocol("auto", both, both) == "leave-one-out"
-    assert resolve_protocol("auto", query, both) == "query-gallery"
-    assert resolve_protocol("leave-one-out", query, ~query) == "leave-one-out"
+
+    def chosen(name: str, query: np.ndarray, gallery: np.ndarray) -> str:
+        columns = Columns("test", np.zeros(3, np.int64), query, gallery, {}, lambda: [])
+        protocol: Protocol = parts.build("protocol", name)
+        return protocol.for_data(columns).name
+
+    assert chosen("auto", both, both) == "leave-one-out"
+    assert chosen("auto", query, both) == "query-gallery"
+    assert chosen("leave-one-out", query, ~query) == "leave-one-out"
     with pytest.raises(InputError, match=r"data\.protocol"):
-        resolve_protocol("query-gallery", query, ~both)
+        chosen("query-gallery", query, ~both)
 
 
 def test_a_row_in_both_roles_does_not_find_itself() -> None:
@@ -158,8 +165,9 @@ def on_ranks() -> list[RetrievalResult]:
     owners = [np.arange(400) % world, np.where(query, 0, world - 1), np.full(400, world - 1), np.arange(400) ** 2 // 90_000 % world]
     for owner in owners:
         mine = torch.from_numpy(np.flatnonzero(owner == me)[::-1].copy())
+        columns = Columns("test", labels, query, ~query, {}, lambda: [])
         for protocol in ("leave-one-out", "query-gallery"):
-            results.append(evaluate(x[mine], mine, labels, query, ~query, protocol=protocol))
+            results += parts.build("protocol", protocol).measure(x[mine], mine, columns, (1, 2, 4, 8)).values()
     return results
 
 

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.exact import squared_distance
 from dnc_dist.base.rng import seed_for
-from dnc_dist.commands.evaluate import evaluate as evaluate_command
-from dnc_dist.config import Data, load_config
+from dnc_dist.config import load_config
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval import RetrievalResult, evaluate_lists, place_of_match, resolve_protocol, search, topk
-from dnc_dist.retrieval.vehicleid import TRIALS, headline
+from dnc_dist.retrieval import Columns, Protocol, RetrievalResult, place_of_match, search, topk
+from dnc_dist.retrieval.protocols.vehicleid_random10 import TRIALS
 from tests.run_fixtures import dnc, make_dataset, metrics, without_report, write_config
 from tests.spawn import spawn
 from tests.vehicleid_fixtures import make_vehicleid
 
-Protocol = Literal["vehicleid-loo", "vehicleid-random10"]
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+PROTOCOLS = ("vehicleid-loo", "vehicleid-random10")
 N = 240
 SOURCES = [f"image/{3 * row:07d}.jpg" for row in range(N)]
 
@@ -41,11 +40,23 @@ def sample(noise: float = 1.5) -> tuple[Tensor, np.ndarray, dict[str, np.ndarray
     return torch.nn.functional.normalize(x, dim=1), known, lists
 
 
+def columns_of(labels: np.ndarray, lists: dict[str, np.ndarray], sources: list[str]) -> Columns:
+    every = np.ones(len(labels), bool)
+    return Columns("test", labels, every, every, lists, lambda: sources)
+
+
+def evaluate_lists(
+    x: Tensor, rows: Tensor, labels: np.ndarray, lists: dict[str, np.ndarray], sources: list[str], *, protocol: str
+) -> dict[str, RetrievalResult]:
+    built: Protocol = parts.build("protocol", protocol)
+    return built.measure(x, rows, columns_of(labels, lists, sources), (1, 5))
+
+
 def distances(x: Tensor) -> np.ndarray:
     return squared_distance(x[:, None].numpy(), x[None].numpy()).astype(np.float32)
 
 
-def evaluated(protocol: Protocol) -> dict[str, RetrievalResult]:
+def evaluated(protocol: str) -> dict[str, RetrievalResult]:
     x, labels, lists = sample()
     return evaluate_lists(x, torch.arange(N), labels, lists, SOURCES, protocol=protocol)
 
@@ -123,7 +134,7 @@ def test_galleries_do_not_depend_on_the_order_of_rows() -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_undecodable_images_take_no_part(protocol: Protocol) -> None:
+def test_undecodable_images_take_no_part(protocol: str) -> None:
     x, labels, lists = sample()
     rows = np.flatnonzero(np.arange(N) % 4 > 0)
     some = evaluate_lists(x[rows], torch.from_numpy(rows), labels, lists, SOURCES, protocol=protocol)
@@ -184,23 +195,28 @@ def test_errors() -> None:
 
 
 def test_protocols_and_lists() -> None:
-    every = np.ones(3, bool)
-    assert resolve_protocol("auto", every, every, {"small": every}) == "vehicleid-loo"
-    assert resolve_protocol("leave-one-out", every, every, {"small": every}) == "leave-one-out"
+    every, large = np.ones(3, bool), {"large": np.ones(3, bool)}
+
+    def chosen(name: str, lists: dict[str, np.ndarray], view: str = "test") -> Protocol:
+        built: Protocol = parts.build("protocol", name)
+        return built.for_data(Columns(view, np.zeros(3, np.int64), every, every, lists, lambda: []))
+
+    assert chosen("auto", large).name == "vehicleid-loo"
+    assert chosen("leave-one-out", large).name == "leave-one-out"
     for protocol in PROTOCOLS:
-        assert resolve_protocol(protocol, every, every, ["large"]) == protocol
+        assert chosen(protocol, large).name == protocol
         with pytest.raises(InputError, match=rf"{protocol} needs the lists .* data\.protocol=auto"):
-            resolve_protocol(protocol, every, every)
-    assert headline(["small", "medium", "large"]) == "large" and headline(["validation"]) == "validation"
-    option = next(parameter for parameter in evaluate_command.params if parameter.name == "protocol")
-    assert ["auto", *option.type.choices] == list(get_args(Data.model_fields["protocol"].annotation))  # type: ignore[attr-defined]
+            chosen(protocol, {})
+        # Held-out training classes are in no list.
+        assert chosen(protocol, {}, "validation").headline(["validation"]) == "validation"
+        assert chosen(protocol, large).headline(["small", "medium", "large"]) == "large"
 
 
 def test_the_published_recipe() -> None:
     cfg = load_config(Path(__file__).parent.parent / "configs" / "vehicleid.yaml")
-    assert (cfg.model.backbone, cfg.model.embedding_dim, cfg.division.num_learners, cfg.division.every) == ("resnet50", 512, 32, 2)
+    assert (cfg.model.backbone.name, cfg.model.embedding_dim, cfg.division.num_learners, cfg.division.every) == ("resnet50", 512, 32, 2)
     assert (cfg.schedule.epochs, cfg.division.conquer_from, cfg.schedule.batch_size, cfg.schedule.samples_per_class) == (180, 80, 80, 2)
-    assert (cfg.optim.lr, cfg.optim.mask_lr_mult, cfg.division.mask_penalty, cfg.data.protocol) == (1e-5, 100, 0.01, "vehicleid-loo")
+    assert (cfg.optim.lr, cfg.optim.mask_lr_mult, cfg.division.mask_penalty, cfg.data.protocol.name) == (1e-5, 100, 0.01, "vehicleid-loo")
 
 
 def test_a_run_from_prepare_to_evaluate(tmp_path: Path) -> None:

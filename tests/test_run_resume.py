@@ -240,7 +240,7 @@ def test_two_processes_stopped_by_the_launcher(tmp_path_factory: pytest.TempPath
     place, _, undisturbed = glyphs_on_two_processes(tmp_path_factory)
     run = place / "runs" / "stopped"
     command = [sys.executable, "-m", "dnc_dist", "launch", "run.yaml", "--nproc", "2", "--set", "run.name=stopped"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     with subprocess.Popen(command, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
         wait_until(lambda: last_step(run) >= 11 or launcher.poll() is not None)
         launcher.terminate()

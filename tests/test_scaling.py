@@ -173,10 +173,11 @@ def _cfg(root: str, loss: str = "margin", together: int = 1, zero: int = 1) -> A
 def _one_step(root: str, loss: str, together: int) -> dict[str, int]:
     cfg = _cfg(root, loss, together)
     data = RunData(cfg)
-    batch = next(data.train_batches(data.schedule(division_by_hand(data.train.labels, LEARNERS), 0, conquer=False), first_step=0, skip=0))
-    objective = build_objective(cfg, data.train.num_classes).train()
     group = distributed.rank_groups(together).get(together)
-    return _difference(lambda: objective(batch, Phase(0, LEARNERS, False, False), group=group, max_positives=2)[0].backward())
+    schedule = data.schedule(division_by_hand(data.train.labels, LEARNERS), 0, conquer=False)
+    batch = next(data.train_batches(schedule, first_step=0, skip=0, group=group))
+    objective = build_objective(cfg, data.train.num_classes).train()
+    return _difference(lambda: objective(batch, Phase(0, LEARNERS, False, False))[0].backward())
 
 
 def _divide() -> None:
@@ -221,7 +222,7 @@ def _bytes_of_deepspeed(root: str) -> dict[int, dict[str, float]]:
         engine = build_engine(build_objective(cfg, data.train.num_classes).train(), cfg)
         set_learning_rates(engine, dict.fromkeys(("backbone", "embedding", "masks", "loss"), 1e-3))
         batch = next(data.train_batches(schedule, first_step=0, skip=0))
-        loss, _ = engine(batch, Phase(0, LEARNERS, False, False), max_positives=2)
+        loss, _ = engine(batch, Phase(0, LEARNERS, False, False))
         counted.update(gradients=0.0, parameters=0.0)
         engine.backward(loss)
         engine.step()

@@ -7,7 +7,7 @@ Plain values are null, true, false and decimal numbers. Everything else is text,
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ _NAMED_FLOAT = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _TAG = "tag:yaml.org,2002:"
 
 
-def read_yaml(path: Path, texts: Collection[str] = ()) -> Any:
+def read_yaml(path: Path, texts: Container[str] = ()) -> Any:
     """The value of a YAML file; see ``parse_yaml``.
 
     Raises:
@@ -41,7 +41,7 @@ def read_yaml(path: Path, texts: Collection[str] = ()) -> Any:
         raise InputError(f"{path}: cannot be read as YAML ({error})") from error
 
 
-def parse_yaml(text: str, texts: Collection[str] = (), under: tuple[str, ...] = ()) -> Any:
+def parse_yaml(text: str, texts: Container[str] = (), under: tuple[str, ...] = ()) -> Any:
     """YAML as dicts with text keys, lists and plain values.
 
     Args:
@@ -97,7 +97,7 @@ class _Composer(yaml.SafeLoader):
 class _Builder:
     """Values from nodes. An alias is built anew wherever it stands, and counted every time, so that few lines cannot mean billions."""
 
-    def __init__(self, texts: Collection[str]) -> None:
+    def __init__(self, texts: Container[str]) -> None:
         self._texts, self._count = texts, 0
 
     def value(self, node: Node, path: tuple[str, ...]) -> Any:

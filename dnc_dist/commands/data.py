@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
+
+from dnc_dist.base import parts
 
 
 @click.group()
@@ -13,67 +17,52 @@ def data() -> None:
     """Prepare data sets and look at them."""
 
 
-@data.command()
-@click.argument("name", metavar="glyphs|folder|csv|vehicleid", type=click.Choice(["glyphs", "folder", "csv", "vehicleid"]))
+def _options_of_readers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A flag for each option of each reader; what it may be, the reader says."""
+    helps: dict[str, list[str]] = {}
+    for name in parts.TABLE["reader"]:
+        for key, field in parts.options_of("reader", name).items():
+            helps.setdefault(key, []).append(f"{name}: {field.description} [default: {'none' if field.default is None else field.default}]")
+    for key, texts in reversed(helps.items()):
+        function = click.option(f"--{key.replace('_', '-')}", key, metavar="VALUE", help=" ".join(texts))(function)
+    return function
+
+
+class _Prepare(click.Command):
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write what each reader reads, in its own words."""
+        with formatter.section("Readers (NAME); my_module:MyReader takes one of your own"):
+            formatter.write_dl([(name, parts.summary("reader", name)) for name in parts.TABLE["reader"]])
+
+
+@data.command(cls=_Prepare)
+@click.argument("name", metavar="NAME")
 @click.option("--root", type=click.Path(path_type=Path), help="Source: the folder, or the CSV file (glyphs needs none).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the prepared data set goes.")
 @click.option("--seed", default=0, show_default=True, help="Order of the classes, and every random choice of the reader.")
 @click.option("--max-side", type=click.IntRange(min=16), help="Shrink larger images to this longer side (default: keep every size).")
-@click.option(
-    "--test-share",
-    default=0.5,
-    show_default=True,
-    type=click.FloatRange(0, 0.9),
-    help="folder: share of test classes, if not in split folders.",
-)
-@click.option("--images", type=click.Path(path_type=Path), help="csv: where relative paths begin (default: the folder of the CSV).")
-@click.option("--fonts", type=click.Path(path_type=Path), help="glyphs: a folder of further .ttf and .otf typefaces.")
-@click.option("--classes", type=click.IntRange(min=4), help="glyphs: at most this many characters.")
-@click.option("--image-size", default=64, show_default=True, type=click.IntRange(16, 512), help="glyphs: side of the images.")
+@_options_of_readers
+@click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the reader; repeatable.")
 @click.option("--force", is_flag=True, help="Replace the prepared data set that is there.")
 def prepare(
-    name: str,
-    root: Path | None,
-    out: Path,
-    seed: int,
-    max_side: int | None,
-    test_share: float,
-    images: Path | None,
-    fonts: Path | None,
-    classes: int | None,
-    image_size: int,
-    force: bool,
+    name: str, root: Path | None, out: Path, seed: int, max_side: int | None, settings: tuple[str, ...], force: bool, **flags: str | None
 ) -> None:
-    """Write shards, index and manifest.
-
-    \b
-    glyphs     characters drawn with the typefaces that matplotlib ships; no download
-    folder     split/class/*.jpg, or class/*.jpg with --test-share of the classes as test split
-    csv        columns path, label, split (an open-metric-learning table as it is)
-    vehicleid  the archive's own layout: image/*.jpg and train_test_split/*.txt
-    """
-    from dnc_dist.base.errors import InputError
+    """Write shards, index and manifest of what the reader NAME finds."""
     from dnc_dist.base.progress import Progress
     from dnc_dist.data.index import open_index
-    from dnc_dist.data.readers import csv, folder, glyphs, vehicleid
+    from dnc_dist.data.readers import read
     from dnc_dist.data.shards import write_shards
     from dnc_dist.data.summary import describe
 
+    options: dict[str, str] = {key: value for key, value in flags.items() if value is not None}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set {setting}: expected OPTION=VALUE, for example --set test_share=0.3")
+        options[key.strip()] = value
     progress = Progress(True)
     started = time.monotonic()
-    if name == "glyphs":
-        reading = glyphs.read(
-            fonts=fonts, classes=classes, image_size=image_size, seed=seed, progress=progress.counter("characters", "char")
-        )
-    elif root is None:
-        what = {"csv": "CSV file", "vehicleid": "folder with image/ and train_test_split/"}.get(name, "folder of images")
-        raise InputError(f"data prepare {name} needs --root, the {what}")
-    elif name == "folder":
-        reading = folder.read(root, test_share=test_share, seed=seed)
-    elif name == "vehicleid":
-        reading = vehicleid.read(root)
-    else:
-        reading = csv.read(root, images=images)
+    reading = read(name, root, seed=seed, progress=progress.counter("samples", "sample"), **options)
     for note in reading.notes:
         click.echo(f"{name}: {note}")
     written = write_shards(reading, out, seed=seed, max_side=max_side, force=force, progress=progress.counter("images", "img"))

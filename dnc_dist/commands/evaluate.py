@@ -7,14 +7,12 @@ from pathlib import Path
 
 import click
 
+from dnc_dist.base.parts import TABLE
+
 
 @click.command(short_help="Measure retrieval of a trained run.")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--protocol",
-    type=click.Choice(["leave-one-out", "query-gallery", "vehicleid-loo", "vehicleid-random10"]),
-    help="Retrieval protocol.  [default: the run's]",
-)
+@click.option("--protocol", metavar="NAME", help=f"Retrieval protocol: {', '.join(TABLE['protocol'])}, module:Class.  [default: the run's]")
 @click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True, help="Which checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def evaluate(run: Path, protocol: str | None, checkpoint: str, as_json: bool) -> None:

@@ -71,6 +71,11 @@ class EpochSchedule:
         _, count, _, ranks = self._share(step, rank, world)
         return [max(1, count * (other + 1) // ranks - count * other // ranks) for other in range(ranks)]
 
+    def rows_of_world(self, step: int, world: int) -> list[int]:
+        """Batch rows of every rank, also of those that serve other learners; dummies included."""
+        ranks = self._share(step, 0, world)[3]
+        return [rows for first in range(0, world, ranks) for rows in self.rows_of_ranks(step, first, world)]
+
     def max_rows_per_class(self, labels: NDArray[np.int64]) -> int:
         """The largest number of rows that one class has in any step, given ``labels`` (n,) of the view."""
         step = np.repeat(np.arange(len(self)), np.diff(self.starts))

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex
@@ -20,7 +21,9 @@ class Batch(NamedTuple):
     ``images`` (b, 3, S, S) uint8; ``labels`` (b,) of the view; ``learner`` (b,), -1: takes part in nothing; ``rows`` (b,) of the
     index, -1: dummy; ``positions`` (b,) in the step's global batch, in a sequential pass in the view; ``valid`` (b,) bool, False:
     a dummy or a row that failed to decode; ``failed`` the keys of the latter; ``step`` the global step or the number of the block;
-    ``rows_of_ranks`` b on each of the ranks that share the step's learners, in a sequential pass of this one alone.
+    ``rows_of_ranks`` b on each of the ranks that share the step's learners, in a sequential pass of this one alone; ``group`` those
+    ranks, None: all; ``rows_of_world`` b on every rank; ``max_positives`` an upper bound of the positives that a row has in the step's
+    global batch, equal on all ranks. The last two are None where nobody has counted.
     """
 
     images: Tensor
@@ -32,11 +35,14 @@ class Batch(NamedTuple):
     failed: list[str]
     step: int
     rows_of_ranks: list[int]
+    group: ProcessGroup | None = None
+    max_positives: int | None = None
+    rows_of_world: list[int] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on another device."""
         images, labels, learner, rows, positions, valid = (tensor.to(device, non_blocking=True) for tensor in self[:6])
-        return Batch(images, labels, learner, rows, positions, valid, self.failed, self.step, self.rows_of_ranks)
+        return self._replace(images=images, labels=labels, learner=learner, rows=rows, positions=positions, valid=valid)
 
 
 class Request(NamedTuple):

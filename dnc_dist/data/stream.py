@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import webdataset
+from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from dnc_dist.base.errors import InputError
@@ -38,7 +39,7 @@ class _StepDataset(Dataset[Batch]):
         if not len(request.rows):
             return dummy(request.step, size, request.rows_of_ranks)
         numbers = None
-        if self.geometry.kind != "none":
+        if self.geometry.uses_uniforms:
             numbers = uniform((self.seed, "crop", request.step), torch.from_numpy(request.positions), CROP_UNIFORMS)
         images = [
             load_image(self.reader.read(int(row)), self.geometry, None if numbers is None else numbers[at])
@@ -85,7 +86,16 @@ class TrainBatches:
             keep_workers=True,
         )
 
-    def epoch(self, schedule: EpochSchedule, *, first_step: int, skip: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def epoch(
+        self,
+        schedule: EpochSchedule,
+        *,
+        first_step: int,
+        skip: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        group: ProcessGroup | None = None,
+    ) -> Iterator[Batch]:
         """The batches of a schedule from its step ``skip`` on.
 
         Args:
@@ -93,10 +103,16 @@ class TrainBatches:
             first_step: global number of the schedule's step 0; random crops are keyed by the global number.
             skip: steps already done; resuming needs nothing else.
             rank: whose slice; ``world`` ranks share every step.
+            group: the ranks that share this rank's learners; None: all.
         """
         assert self._loader is not None, "closed"
         self._requests.requests = self._plan(schedule, first_step, skip, rank, world)
-        return batches_of(self._loader)
+        positives = schedule.max_rows_per_class(self.view.labels) - 1
+        # Here, as a process group cannot travel to a worker.
+        return (
+            batch._replace(group=group, max_positives=positives, rows_of_world=schedule.rows_of_world(batch.step - first_step, world))
+            for batch in batches_of(self._loader)
+        )
 
     def _plan(self, schedule: EpochSchedule, first_step: int, skip: int, rank: int, world: int) -> Iterator[Request]:
         for number in range(skip, len(schedule)):

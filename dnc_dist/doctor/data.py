@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable
 from dnc_dist.base.progress import Progress
@@ -25,9 +26,8 @@ from dnc_dist.data.manifest import DUPLICATES, MANIFEST, STAGING, read_manifest,
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.summary import told_duplicates
 from dnc_dist.doctor.table import Check, Section
-from dnc_dist.engine.dataset import LOCAL_DATA
+from dnc_dist.engine.dataset import LOCAL_DATA, columns_of
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval.protocols import resolve_protocol
 
 # Rows of each shard that a sample decodes, its first and its last among them.
 _SAMPLE = 8
@@ -124,7 +124,7 @@ def _contents(index: DatasetIndex, cfg: RunConfig) -> Iterator[Check]:
         yield Check("test", "none", "warning", "nothing will be evaluated; prepare the dataset with a test split")
     else:
         yield Check("test", f"{_counts(test)}; {test.query.sum():,} queries, {test.gallery.sum():,} in the gallery")
-        yield _fits("protocol", lambda: resolve_protocol(cfg.data.protocol, test.query, test.gallery, test.lists))
+        yield _fits("protocol", lambda: parts.build("protocol", cfg.data.protocol).for_data(columns_of(index, test)).name)
     yield _fits("division", lambda: _learners(train, cfg.division.num_learners))
     yield _stored_twice(index)
     if lost := index.manifest.unreadable:

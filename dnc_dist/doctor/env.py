@@ -168,8 +168,8 @@ def _note_or_error(function: Callable[[], str]) -> tuple[str, str]:
 
 
 def _wandb(cfg: RunConfig, version: str) -> Check:
-    if cfg.tracker.kind != "wandb":
-        return Check("W&B", f"not chosen (tracker.kind={cfg.tracker.kind})")
+    if cfg.tracker.kind.name != "wandb":
+        return Check("W&B", f"not chosen (tracker.kind={cfg.tracker.kind.name})")
     if version == ABSENT:
         return Check("W&B", version, "warning", "pip install wandb, or set tracker.kind=jsonl; without it metrics.jsonl is all there is")
     route = distributed.broadcast_object(wandb_route() if distributed.is_main() else "")

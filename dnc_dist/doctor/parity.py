@@ -13,19 +13,21 @@ would be no rounding of fp32 any more. A lost row or a wrong factor changes a gr
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dnc_dist.base.progress import Progress
-from dnc_dist.doctor.steps import DEEPSPEED, DEEPSPEED_CASE, DEEPSPEED_STEPS, SETTINGS, Outcome, outcomes
+from dnc_dist.doctor.steps import DEEPSPEED, DEEPSPEED_STEPS, Outcome, Plan, outcomes
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.processes import distributed
 
@@ -62,27 +64,31 @@ class Error(NamedTuple):
         return max(self.loss, self.gradient) / self.limit
 
 
-def check_parity() -> Section:
+def check_parity(plan: Plan, unchecked: Sequence[Check] = ()) -> Section:
     """Collective. Every case on all ranks against one rank.
+
+    Args:
+        plan: the cases.
+        unchecked: rows for what is no case, as it cannot be computed here.
 
     Raises:
         RuntimeError: the reference on one rank failed; with its output.
     """
     if not distributed.is_main():
-        outcomes(Progress(False))
+        outcomes(plan, Progress(False))
         return distributed.broadcast_object(None)
-    with _reference() as reference:
-        found = outcomes(Progress(True))
-        section = _judge(compare(found, *reference()))
+    with _reference(plan) as reference:
+        found = outcomes(plan, Progress(True))
+        section = _judge(plan, compare(plan, found, *reference()), unchecked)
     return distributed.broadcast_object(section)
 
 
-def compare(found: dict[str, Outcome], expected: dict[str, Outcome], exact: dict[str, Outcome]) -> dict[str, Error]:
+def compare(plan: Plan, found: dict[str, Outcome], expected: dict[str, Outcome], exact: dict[str, Outcome]) -> dict[str, Error]:
     """The errors of each case on W ranks relative to one rank, judged by those of one rank relative to float64."""
     errors = {}
     for name, outcome in found.items():
         # The steps of the engine add up the errors of their gradients.
-        measured, steps = (str(DEEPSPEED_CASE), DEEPSPEED_STEPS) if name == DEEPSPEED else (name, 1)
+        measured, steps = (str(plan.deepspeed_case), DEEPSPEED_STEPS) if name == DEEPSPEED else (name, 1)
         rounding = max(max(_errors(expected[measured], exact[measured]))[0], relative_error(expected[measured].loss, exact[measured].loss))
         loss, (gradient, tensor) = relative_error(outcome.loss, expected[name].loss), max(_errors(outcome, expected[name]))
         errors[name] = Error(loss, gradient, tensor, limit(rounding, steps))
@@ -107,10 +113,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return error if error < sys.float_info.max else sys.float_info.max
 
 
-def _judge(errors: dict[str, Error]) -> Section:
-    groups = {setting: {name: error for name, error in errors.items() if name.startswith(f"{setting};")} for setting in SETTINGS}
+def _judge(plan: Plan, errors: dict[str, Error], unchecked: Sequence[Check]) -> Section:
+    groups = {setting: {name: error for name, error in errors.items() if name.startswith(f"{setting};")} for setting in plan.settings}
     groups |= {DEEPSPEED: {DEEPSPEED: errors[DEEPSPEED]}}
-    checks = [_check(name, group) for name, group in groups.items()]
+    checks = [*(_check(name, group) for name, group in groups.items()), *unchecked]
     loss, gradient = max(error.loss for error in errors.values()), max(error.gradient for error in errors.values())
     values: dict[str, Any] = {
         "max_relative_error_loss": loss,
@@ -138,12 +144,15 @@ def _check(name: str, errors: dict[str, Error]) -> Check:
 
 
 @contextmanager
-def _reference() -> Iterator[Callable[[], list[dict[str, Outcome]]]]:
+def _reference(plan: Plan) -> Iterator[Callable[[], list[dict[str, Outcome]]]]:
     """Start the cases on one rank beside us; what is yielded waits for their outcomes, in fp32 and in float64."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_THE_LAUNCH)}
     with tempfile.TemporaryDirectory(prefix="dnc-dist-doctor-") as folder, open(f"{folder}/output", "w+", encoding="utf-8") as output:
         path = f"{folder}/outcomes.pt"
-        command = [sys.executable, "-m", "dnc_dist.doctor.reference", path]
+        Path(f"{folder}/plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        # It finds the modules of others where this process found them.
+        environment["PYTHONPATH"] = os.pathsep.join(place for place in sys.path if place)
+        command = [sys.executable, "-m", "dnc_dist.doctor.reference", f"{folder}/plan.json", path]
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
         def result() -> list[dict[str, Outcome]]:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.config import RunConfig
@@ -20,13 +20,24 @@ _NEEDS_RANKS = (
 )
 
 
-def run_checks(names: Sequence[str], cfg: RunConfig, *, decode_all: bool, json: bool) -> list[str]:
+class Wanted(NamedTuple):
+    """How much the checks look at."""
+
+    of_config: bool
+    """Whether a configuration was given; if not, what they are given as one holds defaults."""
+    decode_all: bool
+    """Whether data decodes every image, not a sample."""
+    all_losses: bool
+    """Whether parity looks at every loss of the table."""
+
+
+def run_checks(names: Sequence[str], cfg: RunConfig, wanted: Wanted, *, json: bool) -> list[str]:
     """Collective. Run the checks and show the results on stdout.
 
     Args:
         names: of the checks, in order.
         cfg: the configuration that they are about.
-        decode_all: whether data decodes every image, not a sample.
+        wanted: how much they look at.
         json: show one JSON object at the end, not a table after each check.
 
     Returns:
@@ -41,7 +52,7 @@ def run_checks(names: Sequence[str], cfg: RunConfig, *, decode_all: bool, json: 
     sections: list[Section] = []
     with _own_stdout() as out:
         for name in names:
-            sections.append(_run(name, cfg, decode_all))
+            sections.append(_run(name, cfg, wanted))
             if distributed.is_main() and not json:
                 out.write(f"{render(sections[-1])}\n")
                 out.flush()
@@ -65,7 +76,7 @@ def _own_stdout() -> Iterator[TextIO]:
             os.dup2(real.fileno(), 1)
 
 
-def _run(name: str, cfg: RunConfig, decode_all: bool) -> Section:
+def _run(name: str, cfg: RunConfig, wanted: Wanted) -> Section:
     """Collective. One check, the same on all ranks. Imported now: the environment comes first, and may lack what the others need."""
     if name in OF_SEVERAL and distributed.world_size() == 1:
         return Section(name, "not checked", [Check("workers", "1", "warning", _NEEDS_RANKS)], {})
@@ -76,11 +87,14 @@ def _run(name: str, cfg: RunConfig, decode_all: bool) -> Section:
     if name == "data":
         from dnc_dist.doctor.data import check_data
 
-        return check_data(cfg, decode_all=decode_all)
+        return check_data(cfg, decode_all=wanted.decode_all)
     if name == "network":
         from dnc_dist.doctor.network import check_network
 
         return check_network()
     from dnc_dist.doctor.parity import check_parity
+    from dnc_dist.doctor.settings import plan_of_config, plan_of_table
 
-    return check_parity()
+    if wanted.of_config:
+        return check_parity(plan_of_config(cfg))
+    return check_parity(*plan_of_table("all" if wanted.all_losses else "default"))

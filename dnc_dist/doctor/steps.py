@@ -27,17 +27,12 @@ from dnc_dist.processes import distributed
 Layout = Literal["even", "uneven", "a rank without rows"]
 BatchNorm = Literal["frozen", "global"]
 
-SIZE, CLASSES, ROWS, PER_CLASS = 16, 12, 12, 3
-LEARNERS = 4
+SIZE, PER_CLASS = 16, 3
 SEED = 7
-SETTINGS: dict[str, dict[str, Any]] = {
-    "margin, fixed beta, learned masks": {},
-    "margin, beta per class, learned masks": {"loss": {"name": "margin", "learn_beta": "class"}},
-    "margin, fixed beta, fixed masks": {"model": {"masks": "fixed"}},
-    "proxy_anchor, learned masks": {"loss": {"name": "proxy_anchor", "scale": 16.0}},
-}
 DEEPSPEED_STEPS = 3
 DEEPSPEED = f"DeepSpeed, ZeRO 1, {DEEPSPEED_STEPS} steps"
+_NORMS: tuple[BatchNorm, ...] = ("frozen", "global")
+_LAYOUTS: tuple[Layout, ...] = ("even", "uneven", "a rank without rows")
 
 
 class Case(NamedTuple):
@@ -53,11 +48,29 @@ class Case(NamedTuple):
         return f"{self.setting}; {self.batch_norm} batch norm; {self.learners} learner(s) a step; {rows}"
 
 
-_NORMS: tuple[BatchNorm, ...] = ("frozen", "global")
-_LAYOUTS: tuple[Layout, ...] = ("even", "uneven", "a rank without rows")
-# Of the steps of the engine.
-DEEPSPEED_CASE = Case("margin, beta per class, learned masks", "global", 2, "even")
-CASES = [Case(*parts) for parts in itertools.product(SETTINGS, _NORMS, (1, 2), _LAYOUTS)]
+class Plan(NamedTuple):
+    """What is checked: name -> changes of the configuration, numbers of learners that share a step, and of all learners."""
+
+    settings: dict[str, dict[str, Any]]
+    learners: tuple[int, ...] = (1, 2)
+    num_learners: int = 4
+    last: str = ""
+    """The setting of the steps of the engine; empty: the last one."""
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every setting with each BatchNorm, number of learners and layout."""
+        return [Case(*parts) for parts in itertools.product(self.settings, _NORMS, self.learners, _LAYOUTS)]
+
+    @property
+    def deepspeed_case(self) -> Case:
+        """Of the steps of the engine."""
+        return Case(self.last or list(self.settings)[-1], "global", self.learners[-1], "even")
+
+    @property
+    def rows(self) -> int:
+        """Of a step: two classes for each of the learners that share it."""
+        return 2 * PER_CLASS * max(2, *self.learners)
 
 
 class Outcome(NamedTuple):
@@ -70,10 +83,12 @@ class Outcome(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def outcomes(progress: Progress, dtype: torch.dtype = torch.float32, seed: int = SEED) -> dict[str, Outcome]:
+def outcomes(plan: Plan, progress: Progress, dtype: torch.dtype = torch.float32, seed: int = SEED) -> dict[str, Outcome]:
     """Collective. What every case gives on all ranks together, and last the steps of the DeepSpeed engine, which knows no float64.
 
     Args:
+        plan: the cases.
+        progress: shows how far it is.
         dtype: of the computation, torch.float32 or torch.float64.
         seed: of parameters and images.
     """
@@ -82,40 +97,50 @@ def outcomes(progress: Progress, dtype: torch.dtype = torch.float32, seed: int =
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     quiet_third_parties()
-    groups = distributed.rank_groups(max(case.learners for case in CASES))
+    groups = distributed.rank_groups(max(plan.learners))
     found = {}
-    with progress.phase("parity", len(CASES) + 1, "cases") as phase:
-        for case in CASES:
-            found[str(case)] = _outcome(case, groups, dtype, seed)
+    with progress.phase("parity", len(plan.cases) + 1, "cases") as phase:
+        for case in plan.cases:
+            found[str(case)] = _outcome(plan, case, groups, dtype, seed)
             phase.update()
         if dtype == torch.float32:
-            found[DEEPSPEED] = _deepspeed(DEEPSPEED_CASE, groups, seed)
+            found[DEEPSPEED] = _deepspeed(plan, groups, seed)
         phase.update()
     return found
 
 
-def _config(case: Case) -> RunConfig:
+def _config(plan: Plan, case: Case) -> RunConfig:
     tree: dict[str, dict[str, Any]] = {
         "data": {"root": ".", "image_size": SIZE, "augment": "none"},
-        "model": {"backbone": "conv4", "weights": "none", "embedding_dim": 16, "batch_norm": case.batch_norm, "dropout": 0.0},
+        "model": {"backbone": "conv4", "weights": "none", "embedding_dim": _width(plan), "batch_norm": case.batch_norm, "dropout": 0.0},
         "loss": {"name": "margin"},
         "division": {
-            "num_learners": LEARNERS,
+            "num_learners": plan.num_learners,
             "every": 1,
             "backbone_frozen_epochs": 0,
             "learners_per_step": case.learners,
             "mask_penalty": 0.3,
         },
-        "schedule": {"epochs": 1, "batch_size": ROWS, "samples_per_class": PER_CLASS},
+        "schedule": {"epochs": 1, "batch_size": plan.rows, "samples_per_class": PER_CLASS},
         "engine": {"zero": 1, "precision": "fp32"},
     }
-    changes: Mapping[str, dict[str, Any]] = SETTINGS[case.setting]
+    changes = plan.settings[case.setting]
     return parse_tree({name: {**section, **changes.get(name, {})} for name, section in tree.items()}, "doctor")
 
 
-def _objective(cfg: RunConfig, dtype: torch.dtype, seed: int) -> DncObjective:
+def _width(plan: Plan) -> int:
+    """Of the embedding: at least 16, and a multiple of the number of learners, as some masks need it."""
+    return -(-16 // plan.num_learners) * plan.num_learners
+
+
+def _classes(plan: Plan) -> int:
+    """Of the training set, of which a step has a part."""
+    return plan.rows // PER_CLASS * 3
+
+
+def _objective(cfg: RunConfig, classes: int, dtype: torch.dtype, seed: int) -> DncObjective:
     """The smooth network with masks, boundaries and statistics that are not those of the start, equal on every rank."""
-    objective = build_objective(cfg, CLASSES).train()
+    objective = build_objective(cfg, classes).train()
     smooth(objective.backbone)
     numbers = generator("doctor", "parameters", seed)
     state = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
@@ -151,22 +176,22 @@ def smooth(module: nn.Module) -> nn.Module:
     return module
 
 
-def _global_batch(learners: int, step: int, seed: int) -> Batch:
+def _global_batch(plan: Plan, learners: int, step: int, seed: int) -> Batch:
     """The step's rows in canonical order, learner by learner and class by class: noisy patterns, one per class."""
-    numbers = generator("doctor", "images", step, seed)
-    labels = torch.arange(ROWS) // PER_CLASS
-    patterns = torch.randint(40, 216, (ROWS // PER_CLASS, 3, 4, 4), generator=numbers).float()
-    pixels = patterns.repeat_interleave(4, 2).repeat_interleave(4, 3)[labels] + 50 * torch.randn(ROWS, 3, SIZE, SIZE, generator=numbers)
+    numbers, count = generator("doctor", "images", step, seed), plan.rows
+    labels = torch.arange(count) // PER_CLASS
+    patterns = torch.randint(40, 216, (count // PER_CLASS, 3, 4, 4), generator=numbers).float()
+    pixels = patterns.repeat_interleave(4, 2).repeat_interleave(4, 3)[labels] + 50 * torch.randn(count, 3, SIZE, SIZE, generator=numbers)
     return Batch(
         images=pixels.clamp(0, 255).to(torch.uint8),
         labels=labels,
-        learner=(torch.arange(ROWS) * learners // ROWS + step) % LEARNERS,
-        rows=torch.randperm(1000, generator=numbers)[:ROWS],
-        positions=torch.arange(ROWS),
-        valid=torch.ones(ROWS, dtype=torch.bool),
+        learner=(torch.arange(count) * learners // count + step) % plan.num_learners,
+        rows=torch.randperm(1000, generator=numbers)[:count],
+        positions=torch.arange(count),
+        valid=torch.ones(count, dtype=torch.bool),
         failed=[],
         step=step,
-        rows_of_ranks=[ROWS],
+        rows_of_ranks=[count],
     )
 
 
@@ -179,29 +204,29 @@ def _bounds(count: int, ranks: int, layout: Layout) -> list[int]:
     return [*_bounds(count, max(ranks - 1, 1), "even"), count][: ranks + 1]
 
 
-def _local_batch(learners: int, layout: Layout, grouped: bool, step: int, seed: int) -> Batch:
-    """This rank's part of the step. With groups, the group's ranks share the rows of one learner."""
-    whole = _global_batch(learners, step, seed)
+def _local_batch(plan: Plan, learners: int, layout: Layout, group: ProcessGroup | None, step: int, seed: int) -> Batch:
+    """This rank's part of the step. The ranks of a group share the rows of one learner; without one, all ranks those of all."""
+    whole = _global_batch(plan, learners, step, seed)
     world, rank = distributed.world_size(), distributed.rank()
-    parts = learners if grouped else 1
-    ranks, count = world // parts, ROWS // parts
-    group, me = divmod(rank, ranks)
+    parts = 1 if group is None else learners
+    ranks, count = world // parts, plan.rows // parts
+    number, me = divmod(rank, ranks)
     bounds = _bounds(count, ranks, layout)
     rows_of_ranks = [max(1, stop - start) for start, stop in itertools.pairwise(bounds)]
-    start, stop = group * count + bounds[me], group * count + bounds[me + 1]
-    if start == stop:
-        return dummy(step, SIZE, rows_of_ranks).to(distributed.device())
+    start, stop = number * count + bounds[me], number * count + bounds[me + 1]
     images, labels, learner, rows, positions, valid = (tensor[start:stop] for tensor in whole[:6])
     local = Batch(images, labels, learner, rows, positions, valid, failed=[], step=step, rows_of_ranks=rows_of_ranks)
-    return local.to(distributed.device())
+    if start == stop:
+        local = dummy(step, SIZE, rows_of_ranks)
+    return local._replace(group=group, max_positives=PER_CLASS - 1).to(distributed.device())
 
 
-def _outcome(case: Case, groups: Mapping[int, ProcessGroup], dtype: torch.dtype, seed: int) -> Outcome:
-    objective = _objective(_config(case), dtype, seed)
+def _outcome(plan: Plan, case: Case, groups: Mapping[int, ProcessGroup], dtype: torch.dtype, seed: int) -> Outcome:
+    objective = _objective(_config(plan, case), _classes(plan), dtype, seed)
     # A group may be of one rank, which cannot be without rows: there, all ranks share all learners.
     group = None if case.layout == "a rank without rows" else groups.get(case.learners)
-    batch = _local_batch(case.learners, case.layout, group is not None, step=1, seed=seed)
-    loss, _ = objective(batch, Phase(1, LEARNERS, conquer=False, backbone_frozen=False), group=group, max_positives=PER_CLASS - 1)
+    batch = _local_batch(plan, case.learners, case.layout, group, step=1, seed=seed)
+    loss, _ = objective(batch, Phase(1, plan.num_learners, conquer=False, backbone_frozen=False))
     loss.backward()
     world = distributed.world_size()
     trained = {name: value for name, value in objective.named_parameters() if value.requires_grad}
@@ -211,10 +236,11 @@ def _outcome(case: Case, groups: Mapping[int, ProcessGroup], dtype: torch.dtype,
     return Outcome((distributed.all_reduce_sum(loss) / world).cpu(), {name: part.cpu() for name, part in zip(trained, parts, strict=True)})
 
 
-def _deepspeed(case: Case, groups: Mapping[int, ProcessGroup], seed: int) -> Outcome:
+def _deepspeed(plan: Plan, groups: Mapping[int, ProcessGroup], seed: int) -> Outcome:
     """Losses of a few steps of the real engine, and what they changed."""
-    cfg = _config(case)
-    objective = _objective(cfg, torch.float32, seed)
+    case = plan.deepspeed_case
+    cfg = _config(plan, case)
+    objective = _objective(cfg, _classes(plan), torch.float32, seed)
     before = {name: value.detach().clone() for name, value in objective.named_parameters()}
     engine = build_engine(objective, cfg)
     for group in engine.optimizer.param_groups:
@@ -223,9 +249,8 @@ def _deepspeed(case: Case, groups: Mapping[int, ProcessGroup], seed: int) -> Out
     losses = []
     for step in range(DEEPSPEED_STEPS):
         set_learning_rates(engine, dict.fromkeys(("backbone", "embedding", "masks", "loss"), 10.0))
-        ranks = groups.get(case.learners)
-        batch = _local_batch(case.learners, case.layout, ranks is not None, step, seed)
-        loss, stats = engine(batch, Phase(step, LEARNERS, False, False), group=ranks, max_positives=PER_CLASS - 1)
+        batch = _local_batch(plan, case.learners, case.layout, groups.get(case.learners), step, seed)
+        loss, stats = engine(batch, Phase(step, plan.num_learners, False, False))
         engine.backward(loss)
         engine.step()
         losses.append(stats["loss"])

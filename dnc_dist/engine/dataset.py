@@ -9,20 +9,22 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
+from torch.distributed import ProcessGroup
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig
 from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.images import DECODE_ERRORS, decode
-from dnc_dist.data.index import DatasetIndex, RowView, open_index, train_view, validation_view
+from dnc_dist.data.index import DatasetIndex, RowView, open_index, text, train_view, validation_view
 from dnc_dist.data.manifest import read_manifest
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval.protocols import resolve_protocol
+from dnc_dist.retrieval.protocols import Columns
 
 # A folder on this machine's own disk with a copy of data.root; not a key, since the run is the same with and without it.
 LOCAL_DATA = "DNC_LOCAL_DATA"
@@ -49,6 +51,15 @@ def _decoded(data: bytes) -> Image | None:
         return None
 
 
+def columns_of(index: DatasetIndex, view: RowView) -> Columns:
+    """What a retrieval protocol may know of a view."""
+
+    def sources() -> list[str]:
+        return [text(source) for source in index.columns["source"][view.rows]]
+
+    return Columns(view.name, view.labels, view.query, view.gallery, view.lists, sources)
+
+
 class RunData:
     """Everything that a run reads.
 
@@ -69,7 +80,7 @@ class RunData:
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
         if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through
-            resolve_protocol(cfg.data.protocol, self.test.query, self.test.gallery, self.test.lists)
+            parts.build("protocol", cfg.data.protocol).for_data(columns_of(self.index, self.test))
         self._pin_memory = distributed.device().type == "cuda"
         self._train_batches = TrainBatches(
             self.index,
@@ -108,10 +119,10 @@ class RunData:
             length=sch.epoch,
         )
 
-    def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int) -> Iterator[Batch]:
-        """This rank's batches of an epoch, from step ``skip`` on."""
+    def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int, group: ProcessGroup | None = None) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from step ``skip`` on; ``group`` are the ranks that share its learners, None: all."""
         return self._train_batches.epoch(
-            schedule, first_step=first_step, skip=skip, rank=distributed.rank(), world=distributed.world_size()
+            schedule, first_step=first_step, skip=skip, rank=distributed.rank(), world=distributed.world_size(), group=group
         )
 
     def sequential(self, view: RowView) -> SequentialBatches:
@@ -119,7 +130,7 @@ class RunData:
         return SequentialBatches(
             self.index,
             view,
-            Geometry("none", self.cfg.data.image_size, self.cfg.data.crop),
+            Geometry(None, self.cfg.data.image_size, self.cfg.data.crop),
             block_size=self.cfg.evaluation.batch_size,
             rank=distributed.rank(),
             world=distributed.world_size(),
@@ -129,7 +140,7 @@ class RunData:
 
     def thumbnails(self, rows: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
         """(n..., side, side, 3) pictures of rows of the index; black for -1 and for a row that cannot be decoded."""
-        geometry, reader = Geometry("none", side, 1.0), ShardReader(self.index)
+        geometry, reader = Geometry(None, side, 1.0), ShardReader(self.index)
         pictures = np.zeros((rows.size, side, side, 3), np.uint8)
         for at, row in enumerate(rows.ravel().tolist()):
             image = _decoded(reader.read(row)) if row >= 0 else None

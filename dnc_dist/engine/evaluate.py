@@ -12,22 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.base.exact import nmi
 from dnc_dist.base.progress import Progress
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering import Features, kmeans
 from dnc_dist.config import RunConfig
-from dnc_dist.data.index import RowView, text
-from dnc_dist.engine.dataset import RunData
+from dnc_dist.data.index import RowView
+from dnc_dist.engine.dataset import RunData, columns_of
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.setup import build_objective
 from dnc_dist.engine.zero import load_weights, read_model
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
-from dnc_dist.retrieval.protocols import RetrievalResult, evaluate, resolve_protocol
-from dnc_dist.retrieval.vehicleid import evaluate_lists, headline
+from dnc_dist.retrieval.protocols import Protocol, RetrievalResult
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import load_run_config
 from dnc_dist.rundir.gallery import Gallery, save_gallery
@@ -66,37 +66,26 @@ def evaluate_view(
     Raises:
         Stopped: a rank was asked to stop; the evaluation is abandoned.
     """
-    lists = lists_of(view, protocol or cfg.data.protocol)
-    chosen = resolve_protocol(protocol or cfg.data.protocol, view.query, view.gallery, lists)
+    columns = columns_of(data.index, view)
+    chosen: Protocol = parts.build("protocol", protocol or cfg.data.protocol).for_data(columns)
     name = f"epoch {epoch}: evaluation on {view.name}"
     found = extract(objective, objective.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress)
     rows = found.start + torch.nonzero(found.valid).flatten()
     # Where every row was decoded, as almost always, the embeddings are not copied.
     embeddings = found.values if found.valid.all() else found.values[found.valid]
-    recall_at = cfg.evaluation.recall_at
-    if chosen == "vehicleid-loo" or chosen == "vehicleid-random10":
-        sources = [text(source) for source in data.index.columns["source"][view.rows]]
-        results = evaluate_lists(embeddings, rows, view.labels, lists, sources, protocol=chosen, recall_at=recall_at)
-        main = headline(results)
-        inside = torch.from_numpy(lists[main])[rows]
+    results = chosen.measure(embeddings, rows, columns, cfg.evaluation.recall_at)
+    main = chosen.headline(list(results))
+    if not (members := chosen.members(main, columns)).all():
+        inside = torch.from_numpy(members)[rows]
         embeddings, rows = embeddings[inside.to(embeddings.device)], rows[inside]
-    else:
-        main, results = "", {"": evaluate(embeddings, rows, view.labels, view.query, view.gallery, protocol=chosen, recall_at=recall_at)}
     metrics: dict[str, Any] = dict(results[main].metrics)
     if with_nmi:
         metrics["nmi"] = _nmi(embeddings, rows, view, cfg.run.seed, stop, epoch)
-    metrics |= {"protocol": chosen} | ({"list": main} if main else {}) | _counts(results[main])
+    metrics |= {"protocol": chosen.name} | ({"list": main} if main else {}) | _counts(results[main])
     if len(results) > 1:
         for list_name, result in results.items():
             metrics |= {f"{list_name}/{key}": value for key, value in (result.metrics | _counts(result)).items()}
     return Evaluation(metrics, results[main], found.failed)
-
-
-def lists_of(view: RowView, protocol: str) -> dict[str, np.ndarray]:
-    """The lists that a protocol measures; held-out training classes are in none, so for VehicleID's protocols they are one."""
-    if not view.lists and view.name == "validation" and protocol.startswith("vehicleid"):
-        return {view.name: np.ones(len(view), bool)}
-    return view.lists
 
 
 def _counts(result: RetrievalResult) -> dict[str, int]:

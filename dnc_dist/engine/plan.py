@@ -51,6 +51,15 @@ def division_needs_features(cfg: RunConfig, state: TrainState) -> bool:
     return div.num_learners > 1 and not first_of_hierarchy and not trains_whole_set(cfg, state.epoch)
 
 
+def subspaces_change(cfg: RunConfig, state: TrainState) -> bool:
+    """Whether the next step's embeddings lie in other subspaces than those before; False once it is done, also after a resume."""
+    if state.batches_done > 0:
+        return False
+    if conquering(cfg, state.epoch):
+        return state.epoch == cfg.division.conquer_from
+    return cfg.division.num_learners > 1 and state.division is not None and state.division.epoch == state.epoch
+
+
 def backbone_frozen(cfg: RunConfig, epoch: int) -> bool:
     """Whether the backbone waits in this epoch: the first ones after each division."""
     return not trains_whole_set(cfg, epoch) and epoch % cfg.division.every < cfg.division.backbone_frozen_epochs

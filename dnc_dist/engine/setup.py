@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 import dnc_kernels
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.device import Backend, choose_backend
 from dnc_dist.config import Model, RunConfig
 from dnc_dist.data.transforms import Augment
+from dnc_dist.engine.grad_cache import check_chunks
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.zero import PlainFiles
-from dnc_dist.loss import build_loss
 from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.batch_norm import BatchNormKind
 from dnc_dist.model.embedding import EmbeddingHead
-from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.processes import distributed
 
 
@@ -57,21 +57,26 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
         cfg: the configuration.
         num_classes: of the training set.
         initial_weights: False where those of a checkpoint follow: then ``model.weights`` is not needed any more.
+
+    Raises:
+        InputError: a value of the configuration does not fit the network.
     """
     torch.manual_seed(seed_for(cfg.run.seed, "model"))
     model = cfg.model
     backbone = build_backbone(
         model.backbone, model.weights if initial_weights else "none", batch_norm=batch_norm_kind(model), pooling=model.pooling
     )
+    check_chunks(backbone, cfg.engine.grad_cache_chunks, model.batch_norm)
     return DncObjective(
         backbone,
         EmbeddingHead(backbone.feature_dim, model.embedding_dim, model.dropout),
-        SubspaceMasks(model.masks, cfg.division.num_learners, model.embedding_dim),
-        build_loss(cfg.loss.name, cfg.loss.model_dump(exclude={"name"}), num_classes, model.embedding_dim),
+        parts.build("mask", model.masks, num_learners=cfg.division.num_learners, embedding_dim=model.embedding_dim),
+        parts.build("loss", cfg.loss, num_classes=num_classes, embedding_dim=model.embedding_dim),
         Augment(cfg.data.augment, cfg.data.mean, cfg.data.std),
         seed=seed_for(cfg.run.seed, "step"),
         mask_penalty=cfg.division.mask_penalty,
         autocast=autocast_dtype(cfg),
+        grad_cache_chunks=cfg.engine.grad_cache_chunks,
     ).to(distributed.device())
 
 

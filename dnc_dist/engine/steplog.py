@@ -56,7 +56,7 @@ class StepLog:
         if not self._stats:
             return
         seconds = max(time.monotonic() - self._since, 1e-9)
-        names = sorted({name for stats in self._stats for name in stats} - {"learner_loss", "stop"})
+        names = sorted({name for stats in self._stats for name in stats} - {"learner_loss"})
         values: dict[str, Any] = {
             name: float(torch.stack([stats[name].double() for stats in self._stats if name in stats]).mean()) for name in names
         }

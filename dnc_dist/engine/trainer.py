@@ -151,14 +151,15 @@ class Trainer:
         conquer = plan.conquering(cfg, state.epoch)
         schedule = self.data.schedule(state.division, state.epoch, conquer=conquer)
         rows_in_step = np.diff(schedule.starts)
-        max_positives = schedule.max_rows_per_class(self.data.train.labels) - 1
         first_step = state.step - state.batches_done
         guard = FiniteGuard(self.objective, self.engine, self.data, schedule, first_step, self.run_dir)
         log = StepLog(self.tracker, cfg.tracker.log_every, guard)
         # The ranks that share this rank's learner in a step of m learners; None: all of them.
         group = self.groups.get(schedule.turns.shape[1])
-        batches = TimedBatches(self.data.train_batches(schedule, first_step=first_step, skip=state.batches_done))
+        batches = TimedBatches(self.data.train_batches(schedule, first_step=first_step, skip=state.batches_done, group=group))
         self.objective.train()
+        if plan.subspaces_change(cfg, state):
+            self.objective.loss.forget()
         stopping: Tensor | None = None
         with self.progress.phase(f"epoch {state.epoch}", len(schedule), "steps") as phase:
             phase.update(state.batches_done)
@@ -166,13 +167,8 @@ class Trainer:
                 rates = plan.learning_rates(cfg, state, len(schedule))
                 set_learning_rates(self.engine, rates)
                 seed_libraries(cfg.run.seed, state.step)
-                loss, stats = self.engine(
-                    batch.to(distributed.device()),
-                    plan.phase(cfg, state),
-                    group=group,
-                    max_positives=max_positives,
-                    stop=self.stop.requested,
-                )
+                loss, stats = self.engine(batch.to(distributed.device()), plan.phase(cfg, state))
+                asked = distributed.count_ranks(self.stop.requested)
                 self.engine.backward(loss)
                 self.engine.step()
                 rows = int(rows_in_step[state.batches_done])
@@ -184,7 +180,7 @@ class Trainer:
                 if stopping is not None and bool(stopping):
                     log.flush(state.step, state.epoch)
                     raise Stopped(f"in epoch {state.epoch} after step {state.step}")
-                stopping = stats["stop"]
+                stopping = asked
                 if cfg.checkpoint.every_steps and state.step % cfg.checkpoint.every_steps == 0 and state.batches_done < len(schedule):
                     # What a resume from here does not see again; and a loss that is not finite must not reach a checkpoint.
                     log.flush(state.step, state.epoch)

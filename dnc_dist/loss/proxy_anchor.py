@@ -2,53 +2,52 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-import dnc_kernels
+from dnc_dist.loss.whole_batch import BatchLoss
 
 
-class ProxyAnchorLoss(nn.Module):
-    """Whole-batch: one learned proxy per class is the anchor, the rows of the batch are its positives and negatives.
+class ProxyAnchorLoss(BatchLoss):
+    """One learned proxy per class is the anchor, the rows of the batch are its positives and negatives."""
 
-    Args:
-        num_classes: C.
-        embedding_dim: D.
-        margin: δ of equation 4.
-        scale: α of equation 4.
-    """
+    class Options(BatchLoss.Options):
+        """Proxy-Anchor loss (Kim et al., CVPR 2020), computed on the whole global batch."""
 
-    kind: ClassVar[str] = "whole_batch"
+        margin: float = Field(0.1, ge=0)
+        """Margin on the cosine similarity."""
+        scale: float = Field(32.0, gt=0)
+        """Factor on the similarities."""
 
-    def __init__(self, num_classes: int, embedding_dim: int, *, margin: float = 0.1, scale: float = 32.0) -> None:
-        super().__init__()
-        self.margin, self.scale = margin, scale
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"scale": 16.0},)
+    options: Options
+
+    def __init__(self, options: Options, *, num_classes: int, embedding_dim: int) -> None:
+        super().__init__(options, num_classes=num_classes, embedding_dim=embedding_dim)
         self.proxies = nn.Parameter(torch.empty(num_classes, embedding_dim))
         nn.init.kaiming_normal_(self.proxies, mode="fan_out")  # as the authors do
 
     def forward(self, z: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss () of one learner's whole batch (equation 4).
+        """The loss () of one learner's whole batch (equation 4, with margin δ and scale α). See ``BatchLoss.forward``.
 
-        Args:
-            z: (n, D), projected into the learner's subspace and normalised.
-            labels: (n,) int64, 0 to C-1; a row with a negative label counts nowhere.
-            mask: (D,) the learner's subspace mask, which projects the proxies as it did z; None: the whole embedding.
+        A row with a negative label counts nowhere.
 
         Raises:
             ValueError: on CPU, a label without proxy.
         """
-        num_classes = self.proxies.shape[0]
+        num_classes, margin, scale = self.num_classes, self.options.margin, self.options.scale
         if labels.device.type == "cpu" and labels.numel() and int(labels.max()) >= num_classes:
             raise ValueError(f"labels contains {int(labels.max())}; allowed are 0 to {num_classes - 1}, one per proxy")
-        proxies = dnc_kernels.project(self.proxies, None, None if mask is None else mask[None])
+        proxies = self.project(self.proxies, mask)
         dtype = torch.promote_types(z.dtype, proxies.dtype)
         cosine = z.to(dtype) @ proxies.to(dtype).T  # (n, C)
         present = (labels >= 0)[:, None]
         positive = labels[:, None] == torch.arange(num_classes, device=labels.device)
-        attraction = (-self.scale * (cosine - self.margin)).masked_fill(~positive, -torch.inf)
-        repulsion = (self.scale * (cosine + self.margin)).masked_fill(positive | ~present, -torch.inf)
+        attraction = (-scale * (cosine - margin)).masked_fill(~positive, -torch.inf)
+        repulsion = (scale * (cosine + margin)).masked_fill(positive | ~present, -torch.inf)
         with_positives = positive.any(0).sum().clamp_min(1)
         return _log_one_plus_sum(attraction).sum() / with_positives + _log_one_plus_sum(repulsion).sum() / num_classes
 

@@ -1,12 +1,9 @@
-"""From features to embeddings in training, and from embeddings to what retrieval compares."""
+"""From features to embeddings."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-
-from dnc_dist.model.masks import MaskKind
 
 
 class EmbeddingHead(nn.Module):
@@ -36,19 +33,3 @@ class EmbeddingHead(nn.Module):
 def at_least_fp32(x: Tensor) -> Tensor:
     """The tensor in fp32, or in float64 if it came so."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def inference(embeddings: Tensor, kind: MaskKind, num_learners: int) -> Tensor:
-    """Unit embeddings for retrieval: the whole embedding, normalised; of sliced learners the unit slices side by side / sqrt(K).
-
-    Args:
-        embeddings: (B, D) raw.
-
-    Returns:
-        (B, D) with rows of norm 1, in fp32 at least.
-    """
-    embeddings = at_least_fp32(embeddings)
-    if kind != "sliced":
-        return F.normalize(embeddings, dim=1)
-    slices = F.normalize(embeddings.view(len(embeddings), num_learners, -1), dim=2)
-    return slices.reshape(embeddings.shape) / num_learners**0.5

@@ -170,12 +170,6 @@ def all_reduce_sum_autograd(tensor: Tensor, group: ProcessGroup | None = None) -
     return _AllReduceSum.apply(tensor, group) if group_size(group) > 1 else tensor
 
 
-def _row_counts(local: Tensor, group: ProcessGroup | None) -> list[int]:
-    counts = torch.zeros(group_size(group), dtype=torch.int64, device=local.device)
-    counts[dist.get_rank(group)] = local.shape[0]
-    return all_reduce_sum(counts, group).tolist()
-
-
 def _all_gather_rows(local: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
     most, ranks = max(counts), len(counts)
     if most == 0:
@@ -190,27 +184,29 @@ def _all_gather_rows(local: Tensor, counts: Sequence[int], group: ProcessGroup |
     return torch.cat([part[:count] for part, count in zip(every.split(most), counts, strict=True)])
 
 
-class _GatherOwnRows(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, local: Tensor, grad: str, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
         me = dist.get_rank(group)
-        ctx.size, ctx.start, ctx.stop = len(counts), sum(counts[:me]), sum(counts[: me + 1])
+        ctx.grad, ctx.group, ctx.size, ctx.start, ctx.stop = grad, group, len(counts), sum(counts[:me]), sum(counts[: me + 1])
         return _all_gather_rows(local.detach(), counts, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0][ctx.start : ctx.stop] * ctx.size, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.grad == "own":
+            return ctx.size * grads[0][ctx.start : ctx.stop], None, None, None
+        return all_reduce_sum(grads[0], ctx.group)[ctx.start : ctx.stop], None, None, None
 
 
 def gather_rows(
-    local: Tensor, *, grad: Literal["none", "own"] = "none", counts: Sequence[int] | None = None, group: ProcessGroup | None = None
+    local: Tensor, *, grad: Literal["none", "own", "sum"] = "none", counts: Sequence[int] | None = None, group: ProcessGroup | None = None
 ) -> Tensor:
-    """Collective. The rows of all ranks in rank order; ranks may hold different numbers of rows, also none.
+    """Collective, with "sum" in the backward, too. The rows of all ranks in rank order; ranks may hold different numbers, also none.
 
     Args:
         local: (n_r, ...) this rank's rows.
-        grad: "none", or "own": the gradient of this rank alone for its own rows, times the group's size (every rank computes the
-            whole loss, and the engine averages over ranks).
+        grad: "none"; "own": what this rank alone has for its rows, times the group's size (every rank computes the whole loss, and
+            the engine averages over ranks); "sum": what all ranks have for this rank's rows (each computes a part of the loss).
         counts: n_r of every rank of the group; None: they are exchanged first, for which the host waits.
 
     Returns:
@@ -218,10 +214,9 @@ def gather_rows(
     """
     if group_size(group) == 1:
         return local.detach() if grad == "none" else local
-    known = _row_counts(local, group) if counts is None else counts
-    if grad == "none":
-        return _all_gather_rows(local.detach(), known, group)
-    return _GatherOwnRows.apply(local, known, group)
+    if counts is None:
+        counts = _all_gather_rows(torch.full((1,), len(local), device=local.device), [1] * group_size(group), group).tolist()
+    return _all_gather_rows(local.detach(), counts, group) if grad == "none" else _GatherRows.apply(local, grad, counts, group)
 
 
 def exchange_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -261,9 +256,14 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def count_ranks(flag: bool) -> Tensor:
+    """Collective. On how many ranks the flag is set, () int64; nothing waits for the device before it is read."""
+    return all_reduce_sum(torch.full((), int(flag), device=device()))
+
+
 def any_rank(flag: bool) -> bool:
     """Collective. Whether the flag is set on at least one rank."""
-    return bool(all_reduce_sum(torch.tensor(int(flag), device=device())).item())
+    return bool(count_ranks(flag))
 
 
 def on_main(function: Callable[..., Any], *args: Any) -> Any:

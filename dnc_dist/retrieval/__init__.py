@@ -1,8 +1,9 @@
 """How well embeddings find images of the same class."""
 
-from dnc_dist.retrieval.metrics import nmi
-from dnc_dist.retrieval.protocols import RetrievalResult, evaluate, resolve_protocol
-from dnc_dist.retrieval.search import Neighbours, place_of_match, topk
-from dnc_dist.retrieval.vehicleid import evaluate_lists
+from __future__ import annotations
 
-__all__ = ["Neighbours", "RetrievalResult", "evaluate", "evaluate_lists", "nmi", "place_of_match", "resolve_protocol", "topk"]
+from dnc_dist.retrieval.metrics import nmi
+from dnc_dist.retrieval.protocols import Columns, Protocol, RetrievalResult, RolesProtocol, evaluate
+from dnc_dist.retrieval.search import Neighbours, place_of_match, topk
+
+__all__ = ["Columns", "Neighbours", "Protocol", "RetrievalResult", "RolesProtocol", "evaluate", "nmi", "place_of_match", "topk"]

@@ -144,7 +144,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{run_dir} is no run directory: it has no config.yaml; give the folder that `dnc-dist launch` printed")
-    return load_config(path)
+    return load_config(path, code_beside=False)
 
 
 def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:

@@ -14,12 +14,13 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlparse
 
 import numpy as np
 from torch import Tensor
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import replacing, write_text
 from dnc_dist.base.foreign import JSON_OBJECT, parse_json, read_json, read_lines
@@ -72,11 +73,25 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     return (line for _, line in metric_lines(path) if line is not None)
 
 
-class Tracker:
-    """What rank 0 logs to, and (this class itself) what every other rank logs to: nothing."""
+class TrackedRun(NamedTuple):
+    """What a tracker is told of its run. ``resume_step``: of the checkpoint that is resumed; None: a run from its start."""
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
+    folder: Path
+    id: str
+    resume_step: int | None
+    project: str
+    name: str
+    config: Mapping[str, Any]
+
+
+class Tracker:
+    """Base of trackers, which rank 0 logs to, and (this class itself) what every other rank logs to: nothing."""
+
+    class Options(parts.Options):
+        """Default, range and meaning of every option."""
+
+    def __init__(self, options: parts.Options, *, run: TrackedRun) -> None:
+        self.run_id = run.id
 
     def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Record values (numbers, 0-d tensors, lists of them) of one kind at a step; tensors are read from the device here."""
@@ -86,14 +101,14 @@ class Tracker:
 
 
 class JsonlTracker(Tracker):
-    """Appends to ``metrics.jsonl``, a line at a time, each flushed."""
+    """`metrics.jsonl` alone: a line at a time, each flushed."""
 
-    def __init__(self, run_dir: Path, run_id: str, resume_step: int | None) -> None:
-        super().__init__(run_id)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / METRICS_FILE
+    def __init__(self, options: parts.Options, *, run: TrackedRun) -> None:
+        super().__init__(options, run=run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        self._path = run.folder / METRICS_FILE
         # A division or evaluation made right at the checkpoint is made again after the resume: it is the same one.
-        self._already = _cut(self._path, -1 if resume_step is None else resume_step)
+        self._already = _cut(self._path, -1 if run.resume_step is None else run.resume_step)
         self._file = self._path.open("ab", buffering=0)
 
     def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
@@ -155,43 +170,43 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 
 class WandbTracker(Tracker):
-    """``metrics.jsonl`` and a W&B run of the same id. W&B failing in any way costs one warning, never the training.
+    """`metrics.jsonl` and a W&B run of the same id, offline unless an API key is there.
+
+    W&B failing in any way costs one warning, never the training.
 
     W&B cannot take steps back. What it was given before a resume is kept in ``wandb_steps.json`` as the last step of
     each kind, over any number of resumes, and is not sent again.
     """
 
-    def __init__(
-        self, run_dir: Path, run_id: str, resume_step: int | None, *, project: str, run_name: str, config: Mapping[str, Any]
-    ) -> None:
-        marks_path = run_dir / _WANDB_MARKS_FILE
+    def __init__(self, options: parts.Options, *, run: TrackedRun) -> None:
+        marks_path = run.folder / _WANDB_MARKS_FILE
         self._marks: dict[str, int] = {}
-        if resume_step is not None:
+        if run.resume_step is not None:
             if marks_path.exists():
                 cure = "delete it; W&B may then get a step twice"
                 self._marks = read_json(marks_path, dict[str, int], cure)
-            if (run_dir / METRICS_FILE).exists():
-                for line in read_metrics(run_dir / METRICS_FILE):
+            if (run.folder / METRICS_FILE).exists():
+                for line in read_metrics(run.folder / METRICS_FILE):
                     self._marks[line["kind"]] = max(line["step"], self._marks.get(line["kind"], -1))
             write_text(marks_path, json.dumps(self._marks) + "\n")
         elif marks_path.exists():
             marks_path.unlink()
-        super().__init__(run_id)
-        self._jsonl = JsonlTracker(run_dir, run_id, resume_step)
+        super().__init__(options, run=run)
+        self._jsonl = JsonlTracker(options, run=run)
         self._run: Any = None
         try:
-            self._run = self._start(run_dir, project, run_name, config)
+            self._run = self._start(run)
         except Exception as error:  # W&B must never stop a training, whatever it raises
             self._give_up("starting it failed", error)
 
-    def _start(self, run_dir: Path, project: str, run_name: str, config: Mapping[str, Any]) -> Any:
+    def _start(self, tracked: TrackedRun) -> Any:
         import wandb
 
         wanted = {"init_timeout": INIT_SECONDS, "finish_timeout": 60.0, "quiet": True, "silent": True, "console": "off"}
         settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
         mode = _wandb_mode(settings.base_url)
-        common: dict[str, Any] = {"project": project, "name": run_name, "id": self.run_id, "resume": "allow", "dir": str(run_dir)}
-        common |= {"config": dict(config), "settings": settings}
+        common: dict[str, Any] = {"project": tracked.project, "name": tracked.name, "id": self.run_id, "resume": "allow"}
+        common |= {"dir": str(tracked.folder), "config": dict(tracked.config), "settings": settings}
         try:
             run = wandb.init(**common, mode=mode)
         except Exception as error:
@@ -237,7 +252,7 @@ def _first_line(error: Exception) -> str:
 
 
 def build_tracker(
-    kind: Literal["wandb", "jsonl"],
+    chosen: parts.Named | str,
     run_dir: Path,
     *,
     project: str,
@@ -249,13 +264,14 @@ def build_tracker(
     """Collective. The tracker of this rank; its ``run_id`` is the same on all of them and belongs into the checkpoint.
 
     Args:
+        chosen: which one, and its options.
         run_id: of the run that is resumed; None: a new one.
         resume_step: step of the checkpoint that is resumed; lines of later steps are cut from ``metrics.jsonl``. None: a
             run from its start, of whose earlier attempts nothing is kept.
     """
     run_id = distributed.broadcast_object(run_id or secrets.token_hex(4))
+    run = TrackedRun(Path(run_dir), run_id, resume_step, project, run_name, config)
     if not distributed.is_main():
-        return Tracker(run_id)
-    if kind == "jsonl":
-        return JsonlTracker(Path(run_dir), run_id, resume_step)
-    return WandbTracker(Path(run_dir), run_id, resume_step, project=project, run_name=run_name, config=config)
+        return Tracker(Tracker.Options(), run=run)
+    tracker: Tracker = parts.build("tracker", chosen, run=run)
+    return tracker

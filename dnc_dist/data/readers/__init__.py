@@ -1,11 +1,15 @@
-"""Readers: one module per kind of source, each with a ``read`` function that lists samples for the shard writer."""
+"""Readers: one file for each kind of source. A reader lists samples for the shard writer."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
+from dnc_dist.base import parts
+from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable, read_bytes
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -66,3 +70,43 @@ class Reading:
     samples: list[Sample]
     options: dict[str, str | int | float | None]
     notes: list[str] = field(default_factory=list)
+
+
+class Reader:
+    """Base of readers: ``dnc-dist data prepare`` calls ``read`` and writes what it lists."""
+
+    class Options(parts.Options):
+        """Default, range and meaning of every option."""
+
+    source: ClassVar[str] = "folder of images"
+    """What ``root`` has to be, in words; empty: the reader needs none."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    def read(self, root: Path | None, *, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
+        """List the samples of a source.
+
+        Args:
+            root: where it is; None only for readers without a ``source``.
+            seed: of every random choice.
+            progress: may be called with (done, in all) by a reader that takes long.
+
+        Raises:
+            InputError: the source cannot be read.
+        """
+        raise NotImplementedError
+
+
+def read(
+    name: str, root: Path | None = None, *, seed: int = 0, progress: Callable[[int, int], None] | None = None, **options: Any
+) -> Reading:
+    """What the reader of this name finds.
+
+    Raises:
+        InputError: no such reader, an option that it does not take, or a source that it cannot read.
+    """
+    reader: Reader = parts.build("reader", {**options, "name": name})
+    if root is None and reader.source:
+        raise InputError(f"data prepare {name} needs --root, the {reader.source}")
+    return reader.read(root, seed=seed, progress=progress)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import read_text, shorten
-from dnc_dist.data.readers import TEST, VALIDATION, Reading, Sample, plain
+from dnc_dist.data.readers import TEST, VALIDATION, Reader, Reading, Sample, plain
 from dnc_dist.data.readers.folder import SPLIT_NAMES
 
 _LABEL = ("label", "class", "class_name")
@@ -58,7 +60,21 @@ def _rows(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     return list(reader.fieldnames or []), rows
 
 
-def read(table: Path, *, images: Path | None = None) -> Reading:
+class CsvReader(Reader):
+    """A table with the columns path, label, split; one of open-metric-learning as it is."""
+
+    class Options(parts.Options):
+        images: Path | None = None
+        """Where relative paths begin; null: the folder of the table."""
+
+    source = "CSV file"
+
+    def read(self, root: Path | None, *, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
+        assert root is not None
+        return _read(root, self.options.images)
+
+
+def _read(table: Path, images: Path | None) -> Reading:
     """List the images of a table.
 
     Columns: ``path`` (absolute, or relative to ``images``, else to the table's folder), ``label`` or ``class``, ``split`` (train,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import Field
+
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import hashed_share
-from dnc_dist.data.readers import TEST, TRAIN, VALIDATION, Reading, Sample, plain
+from dnc_dist.data.readers import TEST, TRAIN, VALIDATION, Reader, Reading, Sample, plain
 
 # Folder name (lower case) -> split, asked as a query, searched as gallery.
 SPLIT_NAMES = {
@@ -84,7 +88,19 @@ class _Walk:
         return True
 
 
-def read(root: Path, *, test_share: float = 0.5, seed: int = 0) -> Reading:
+class FolderReader(Reader):
+    """Image folders: split/class/*.jpg, or class/*.jpg with `test_share` of the classes as test split."""
+
+    class Options(parts.Options):
+        test_share: float = Field(0.5, ge=0, le=0.9)
+        """Share of test classes, if not in split folders."""
+
+    def read(self, root: Path | None, *, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
+        assert root is not None
+        return _read(root, self.options.test_share, seed)
+
+
+def _read(root: Path, test_share: float, seed: int) -> Reading:
     """List the images of a folder.
 
     A folder called ``train`` makes it ``split/class/*``, with the split names of ``SPLIT_NAMES``; otherwise every folder is a class,

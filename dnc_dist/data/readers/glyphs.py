@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import Field
 
+from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import numpy_generator
 from dnc_dist.data.images import encode
 from dnc_dist.data.index import hashed_share
-from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample, plain
+from dnc_dist.data.readers import TEST, TRAIN, Reader, Reading, Sample, plain
 
 MIN_FACES = 10  # a code point is a candidate if this many typefaces have it
 MIN_DRAWINGS = 5  # and a class if this many of them draw it differently
@@ -135,25 +137,31 @@ def _code_points(faces: list[_Face]) -> list[int]:
     return sorted(at for at, count in counts.items() if count >= MIN_FACES and unicodedata.category(chr(at))[0] not in "CMZ")
 
 
-def read(
-    *,
-    fonts: Path | None = None,
-    classes: int | None = None,
-    image_size: int = 64,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Reading:
-    """Draw every character that at least 10 typefaces have; half of the classes, by a seeded hash, are the test split.
+class GlyphsReader(Reader):
+    """Characters drawn with the typefaces that matplotlib ships; no download.
+
+    Every character that at least 10 typefaces have; half of the classes, by a seeded hash, are the test split.
+    """
+
+    class Options(parts.Options):
+        fonts: Path | None = None
+        """A folder of further .ttf and .otf typefaces."""
+        classes: int | None = Field(None, ge=4)
+        """At most this many characters."""
+        image_size: int = Field(64, ge=16, le=512)
+        """Side of the images, pixels."""
+
+    source = ""
+
+    def read(self, root: Path | None, *, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
+        return _read(self.options.fonts, self.options.classes, self.options.image_size, seed, progress)
+
+
+def _read(fonts: Path | None, classes: int | None, image_size: int, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
+    """Draw the characters.
 
     A character that some typeface draws exactly like another one (Latin A, Greek Alpha, Cyrillic A) is left out for the one with
     the lower code point. A class has up to 10 samples: different drawings, chosen by the seed.
-
-    Args:
-        fonts: a folder of further .ttf and .otf files.
-        classes: at most this many classes, chosen by the seed.
-        image_size: side of the images in pixels.
-        seed: of everything random.
-        progress: called with (classes drawn, classes in all).
 
     Raises:
         InputError: ``fonts`` is no folder with typefaces, or too few classes remain.
@@ -169,8 +177,6 @@ def read(
             kept[code_point] = drawings
             taken |= marks
     if classes is not None and classes < len(kept):
-        if classes < 4:
-            raise InputError(f"--classes {classes}: at least 4 are needed, two to train and two to test")
         chosen = hashed_share([str(at) for at in kept], classes / len(kept), seed, "classes")
         kept = {at: drawings for at, drawings in kept.items() if str(at) in chosen}
     test = hashed_share([str(at) for at in kept], 0.5, seed, "split")

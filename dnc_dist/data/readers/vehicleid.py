@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import read_text, shorten
 from dnc_dist.data.index import LISTS
-from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample, plain
+from dnc_dist.data.readers import TEST, TRAIN, Reader, Reading, Sample, plain
 
 FILES = {"train": "train_list.txt", "small": "test_list_800.txt", "medium": "test_list_1600.txt", "large": "test_list_2400.txt"}
 # (images, ids). The paper counts otherwise: vehicles with fake plates were found after it, and every list was made anew.
@@ -64,7 +65,17 @@ def _notes(images: dict[str, set[int]], vehicle_of: dict[int, int], num_unlisted
     return notes
 
 
-def read(root: Path) -> Reading:
+class VehicleIdReader(Reader):
+    """The archive of VehicleID as it is: image/*.jpg and train_test_split/*.txt."""
+
+    source = "folder with image/ and train_test_split/"
+
+    def read(self, root: Path | None, *, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
+        assert root is not None
+        return _read(root)
+
+
+def _read(root: Path) -> Reading:
     """List the images of the training list and of the three test lists, each once; ``lists`` says in which test lists an image is.
 
     Raises:

@@ -1,10 +1,6 @@
-"""Who asks and who is searched, and the metrics over all queries: the same digits for any number of ranks."""
+"""Exact metrics over all queries of given roles: the same digits for any number of ranks. What most protocols stand on."""
 
 from __future__ import annotations
-
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,53 +10,11 @@ from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.rng import numpy_generator
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
+from dnc_dist.retrieval.protocols.base import SAMPLE_NEIGHBOURS, RetrievalResult
 from dnc_dist.retrieval.search import topk_blocks
 
-SAMPLE_NEIGHBOURS = 10
 CHECKED_ROWS = 1 << 15
 """Embeddings that are looked at together: the masks of a check are as large as what they check."""
-
-Protocol = Literal["leave-one-out", "query-gallery", "vehicleid-loo", "vehicleid-random10"]
-
-
-@dataclass(frozen=True, eq=False)
-class RetrievalResult:
-    """The metrics of one evaluation and a sample of queries with their neighbours, to look at."""
-
-    protocol: str
-    metrics: dict[str, float]  # "recall@1", …, "map@r", "r_precision"
-    num_queries: int
-    num_gallery: int
-    num_left_out: int  # queries without a gallery row of their class
-    sample_queries: np.ndarray  # (s,) int64 rows
-    sample_neighbours: np.ndarray  # (s, 10) int64 rows, nearest first; -1: the gallery has no more
-    sample_distances: np.ndarray  # (s, 10) float32, squared
-    trials: dict[str, np.ndarray] = field(default_factory=dict)  # metric -> (trials,) float64, of protocols that draw galleries
-
-
-def resolve_protocol(protocol: str, query: np.ndarray, gallery: np.ndarray, lists: Collection[str] = ()) -> Protocol:
-    """``auto`` is vehicleid-loo for rows in ``lists``, else query-gallery as soon as one row is not both (N,) query and gallery.
-
-    Raises:
-        InputError: query-gallery without queries or gallery, or a protocol of VehicleID without lists.
-    """
-    if protocol == "auto":
-        protocol = "vehicleid-loo" if lists else "leave-one-out" if query.all() and gallery.all() else "query-gallery"
-    if protocol == "leave-one-out":
-        return "leave-one-out"
-    if protocol in ("vehicleid-loo", "vehicleid-random10"):
-        if not lists:
-            raise InputError(
-                f"the protocol {protocol} needs the lists small, medium and large, but the data has none; set data.protocol=auto, or let "
-                f"data.root name what `dnc-dist data prepare vehicleid` wrote"
-            )
-        return "vehicleid-loo" if protocol == "vehicleid-loo" else "vehicleid-random10"
-    if not query.any() or not gallery.any():
-        raise InputError(
-            f"the protocol query-gallery needs queries and a gallery, but the data has {query.sum()} and {gallery.sum()} such rows; "
-            f"set data.protocol=leave-one-out or give the roles when the data is prepared"
-        )
-    return "query-gallery"
 
 
 def evaluate(
@@ -70,7 +24,7 @@ def evaluate(
     query: np.ndarray,
     gallery: np.ndarray,
     *,
-    protocol: str = "auto",
+    protocol: str,
     recall_at: tuple[int, ...] = (1, 2, 4, 8),
     sample: int = 24,
 ) -> RetrievalResult:
@@ -80,8 +34,9 @@ def evaluate(
         embeddings_local: (n, D) of this rank's rows, normalised or not; n may be 0.
         rows_local: (n,) int64 which rows these are; rows that are on no rank (undecodable) are neither query nor gallery.
         labels: (N,) int64 of all rows.
-        query: (N,) bool.
-        gallery: (N,) bool; both are ignored by leave-one-out, in which every row asks all others.
+        query: (N,) bool: the rows that ask.
+        gallery: (N,) bool: the rows that are searched; a row that is both does not find itself.
+        protocol: the name of whose roles these are, for the result.
         recall_at: the k of recall@k.
         sample: how many queries come back with their neighbours; which ones does not depend on the embeddings.
 
@@ -89,14 +44,10 @@ def evaluate(
         InputError: no query has a gallery row of its class.
         RunError: embeddings that are not finite.
     """
-    chosen = resolve_protocol(protocol, query, gallery)
     rows_local = rows_local.cpu()
     check_finite(embeddings_local)
     present = present_rows(rows_local, len(labels))
-    if chosen == "leave-one-out":
-        is_query = is_gallery = present
-    else:
-        is_query, is_gallery = present & query, present & gallery
+    is_query, is_gallery = present & query, present & gallery
     relevant = _relevant(labels, is_query, is_gallery)
     asking = is_query & (relevant > 0)
     if not asking.any():
@@ -134,7 +85,7 @@ def evaluate(
     sample_queries, neighbours = in_row_order(sample_rows, torch.cat(near_ids))
     _, distances = in_row_order(sample_rows, torch.cat(near_distance))
     return RetrievalResult(
-        chosen,
+        protocol,
         metrics,
         num_queries=len(all_rows),
         num_gallery=int(is_gallery.sum()),
@@ -145,7 +96,7 @@ def evaluate(
     )
 
 
-def sample_of(query_rows: np.ndarray, count: int) -> np.ndarray:
+def sample_of(query_rows: np.ndarray, count: int = 24) -> np.ndarray:
     """Some of all queries (Q,), ascending, to look at; the embeddings have no say."""
     return np.sort(numpy_generator("retrieval sample", len(query_rows)).permutation(query_rows)[:count])
 

@@ -1,0 +1,80 @@
+"""The reference of all keys and parts, as ``dnc-dist config --keys`` prints it: all of it follows from the classes themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from dnc_dist.base import part_modules, parts
+from dnc_dist.base.errors import InputError
+from dnc_dist.config import RunConfig, choices, chosen, sections
+
+
+def describe_keys(only: str = "", cfg: RunConfig | None = None) -> str:
+    """Default and meaning of every key, and every part with its options.
+
+    Args:
+        only: of this section, key or kind of part, or of this part, which may be a ``module:Class``.
+        cfg: also the parts of others that this configuration chooses.
+
+    Raises:
+        InputError: ``only`` is nothing of the kind.
+    """
+    if ":" in only:
+        return "\n".join(_foreign(only))
+    blocks = [block for block in _blocks(cfg) if not only or only in block[0]]
+    if not blocks:
+        words = [*RunConfig.model_fields, *parts.TABLE]
+        raise InputError(f"{only} is no section, key, kind of part or part; sections and kinds are {', '.join(dict.fromkeys(words))}")
+    return "\n\n".join("\n".join(lines) for _, lines in blocks)
+
+
+def _blocks(cfg: RunConfig | None) -> Iterator[tuple[set[str], list[str]]]:
+    """What belongs together: the words that choose it, and its lines."""
+    for name in RunConfig.model_fields:
+        if model := sections().get(name):
+            lines = [f"{name}: {(model.__doc__ or '').strip()}"]
+            for key, field in model.model_fields.items():
+                lines += _key(f"{name}.{key}", field, default=choice.default if (choice := choices().get(f"{name}.{key}")) else None)
+            yield {name, *(f"{name}.{key}" for key in model.model_fields)}, lines
+        for path, choice in choices().items():
+            if path == name or path.startswith(f"{name}."):
+                foreign = [] if cfg is None or chosen(cfg, path).name in parts.TABLE[choice.kind] else [chosen(cfg, path).name]
+                for part in [*parts.TABLE[choice.kind], *foreign]:
+                    where = f"{path}.name" if choice.section else path
+                    yield {name, path, choice.kind, part}, [*_part(choice.kind, part, where, path)]
+    for part in parts.TABLE["reader"]:
+        yield {"reader", part}, [*_part("reader", part, "data prepare", "--set ")]
+
+
+def _part(kind: str, name: str, where: str, prefix: str) -> Iterator[str]:
+    """The lines of a part and its options."""
+    yield f"{where} {name}: {parts.summary(kind, name)}" if where == "data prepare" else f"{where} = {name}: {parts.summary(kind, name)}"
+    for key, field in parts.options_of(kind, name).items():
+        yield from _key(f"{prefix}{key}" if prefix.endswith(" ") else f"{prefix}.{key}", field)
+
+
+def _foreign(name: str) -> Iterator[str]:
+    """The lines of a part of somebody else's, whose kind its base tells."""
+    kinds = [kind for kind in parts.TABLE if _is(kind, name)]
+    if not kinds:
+        parts.load("loss", name)
+        raise InputError(f"{name} is no part; derive it from {' or '.join(base.replace(':', '.') for base in parts.BASES.values())}")
+    paths = {choice.kind: path for path, choice in choices().items()}
+    for kind in kinds:
+        path = paths.get(kind, "")
+        where = f"{path}.name" if path and choices()[path].section else path or "data prepare"
+        yield from _part(kind, name, where, path or "--set ")
+
+
+def _is(kind: str, name: str) -> bool:
+    return parts.is_kind(kind, part_modules.find(name))
+
+
+def _key(path: str, field: Any, default: str | None = None) -> list[str]:
+    """A key with its default, what is allowed if it is one of a few words, and its meaning."""
+    value = default if default is not None else field.default
+    shown = "required" if field.is_required() else json.dumps(value, default=str)
+    words = f" {list(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
+    return [f"  {path} = {shown}{words}", f"      {field.description}"]

@@ -1,0 +1,94 @@
+"""What every protocol is: who asks, who is searched, and what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from dnc_dist.base import parts
+
+SAMPLE_NEIGHBOURS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class RetrievalResult:
+    """The metrics of one evaluation and a sample of queries with their neighbours, to look at."""
+
+    protocol: str
+    metrics: dict[str, float]  # "recall@1", …, "map@r", "r_precision"
+    num_queries: int
+    num_gallery: int
+    num_left_out: int  # queries without a gallery row of their class
+    sample_queries: np.ndarray  # (s,) int64 rows
+    sample_neighbours: np.ndarray  # (s, 10) int64 rows, nearest first; -1: the gallery has no more
+    sample_distances: np.ndarray  # (s, 10) float32, squared
+    trials: dict[str, np.ndarray] = field(default_factory=dict)  # metric -> (trials,) float64, of protocols that draw galleries
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What a protocol may know of the N rows of a view; a row is its place in it, 0 to N - 1."""
+
+    view: str  # "train", "validation" or "test"
+    labels: np.ndarray  # (N,) int64
+    query: np.ndarray  # (N,) bool: roles that the data gives
+    gallery: np.ndarray  # (N,) bool
+    lists: Mapping[str, np.ndarray]  # name -> (N,) bool: lists that are measured one by one; they may overlap
+    sources: Callable[[], Sequence[str]]  # -> (N,) what names an image everywhere
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Protocol:
+    """Base of retrieval protocols."""
+
+    class Options(parts.Options):
+        """Default, range and meaning of every option."""
+
+    def __init__(self, options: parts.Options) -> None:
+        self.options = options
+
+    @property
+    def name(self) -> str:
+        """How results name the protocol."""
+        return parts.name_of("protocol", type(self))
+
+    @classmethod
+    def suits(cls, columns: Columns) -> bool:
+        """Whether `auto` takes this protocol for such data; at most one of all may say so."""
+        return False
+
+    def for_data(self, columns: Columns) -> Protocol:
+        """The protocol that measures such data: itself, or whichever it stands for.
+
+        Raises:
+            InputError: it cannot be measured so.
+        """
+        return self
+
+    def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:
+        """Collective. The results of each list, by its name; of data without lists one, called "".
+
+        Args:
+            embeddings: (n, D) of this rank's rows; n may be 0.
+            rows: (n,) int64 which rows of the view these are; a row on no rank could not be decoded and takes no part.
+            columns: of all rows.
+            recall_at: the k of recall@k.
+
+        Raises:
+            InputError: nothing can be retrieved.
+            RunError: embeddings that are not finite.
+        """
+        raise NotImplementedError
+
+    def headline(self, lists: Sequence[str]) -> str:
+        """Which of the lists stands for all."""
+        return lists[0]
+
+    def members(self, name: str, columns: Columns) -> np.ndarray:
+        """(N,) bool: the rows of a list that ``measure`` names."""
+        return np.ones(len(columns), bool)
