@@ -140,7 +140,7 @@ def test_a_loss_is_built_by_name():
     [
         ("margn", {}, "did you mean margin"),
         ("margin", {"bta": 1}, "did you mean 'beta'"),
-        ("proxy_anchor", {"beta": 1}, "beta: belongs to margin, not to proxy_anchor; proxy_anchor has margin, scale"),
+        ("proxy_anchor", {"beta": 1}, "beta: belongs to margin and multi_similarity, not to proxy_anchor; proxy_anchor has margin, scale"),
         ("margin", {"learn_beta": "yes"}, "'fixed', 'scalar' or 'class'"),
         ("margin", {"mode": "published"}, "'paper' or 'reference'"),
         ("margin", {"cutoff": 1.5}, "cutoff=1.5 must be below nonzero_loss_cutoff=1.4"),
