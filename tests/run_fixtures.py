@@ -113,7 +113,7 @@ def _main(arguments: list[str], folder: str, out: str, err: str, environment: di
     os.chdir(folder)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.update(environment, PYTHONUNBUFFERED="1")
-    for name in (*_RANK_VARIABLES, "WANDB_MODE", "WANDB_API_KEY"):
+    for name in (*_RANK_VARIABLES, "WANDB_MODE", "WANDB_API_KEY", "DNC_KERNELS"):
         if name not in environment:
             os.environ.pop(name, None)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -167,7 +167,7 @@ def without_report() -> None:
 def on_a_smooth_network(before: Callable[[], None], *, neighbour: bool = False) -> None:
     """For ``before``: runs that differ by rounding stay close to each other (see ``rounding.py``); another ``before`` comes after."""
     from dnc_dist.doctor.steps import smooth
-    from dnc_dist.model.backbone import Conv4
+    from dnc_dist.model.backbone.conv4 import Conv4
 
     init = Conv4.__init__
 

@@ -57,7 +57,7 @@ def test_what_comes_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
 def test_a_file_of_our_name_that_comes_at_the_last_moment_stays(tmp_path: Path, force: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the files are forced to the disk, which may take minutes."""
     out = tmp_path / "out"
-    sync, mine = place._sync, out / "train-000000.tar"
+    sync, mine = place.sync, out / "train-000000.tar"
     if force:
         assert write_shards(reading(), out)
         mine = out / "train-999999.tar"
@@ -66,7 +66,7 @@ def test_a_file_of_our_name_that_comes_at_the_last_moment_stays(tmp_path: Path, 
         mine.write_text("mine")
         sync(path)
 
-    monkeypatch.setattr(place, "_sync", late)
+    monkeypatch.setattr(place, "sync", late)
     with pytest.raises(InputError, match=r"other files \('train-"):
         write_shards(reading(1), out, force=force)
     assert mine.read_text() == "mine"
@@ -154,7 +154,7 @@ def _kill_at(count: int, patch: pytest.MonkeyPatch, kill: Callable[[], None]) ->
 
     for name in ("rename", "unlink", "rmdir"):
         patch.setattr(os, name, counting(getattr(os, name)))
-    patch.setattr(place, "_sync", counting(lambda path: None))
+    patch.setattr(place, "sync", counting(lambda path: None))
 
 
 def _die() -> None:
@@ -163,7 +163,7 @@ def _die() -> None:
 
 @pytest.mark.parametrize("old", [True, False])
 def test_killed_at_any_moment(tmp_path: Path, old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "_sync", lambda path: None)  # that nothing is lost with the power cannot be seen here, and takes long
+    monkeypatch.setattr(place, "sync", lambda path: None)  # that nothing is lost with the power cannot be seen here, and takes long
     seen = set()
     count, killed = 0, True
     lock = place._lock

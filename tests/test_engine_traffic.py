@@ -14,7 +14,7 @@ from dnc_dist.processes import distributed
 from tests.engine_fixtures import config, division_by_hand, make_dataset
 from tests.spawn import spawn
 
-DIM, SAMPLES_PER_CLASS, BATCH, WORLD = 64, 3, 16, 4
+DIM, SAMPLES_PER_CLASS, BATCH, WORLD = 64, 3, 24, 4
 # Of every row: z in float32; label, learner and row number in int64; the drawn pairs, as many negatives as positives, in int32.
 ROW_BYTES = 4 * DIM + 3 * 8 + 2 * (SAMPLES_PER_CLASS - 1) * 4
 

@@ -231,7 +231,7 @@ def test_any_loss_and_miner_of_the_library(options: dict[str, Any]) -> None:
         ({"loss": "CircleLoss", "miner": "AngularMiner", "miner_options": {"angel": 3}}, "did you mean angle?"),
         ({"loss": "CrossBatchMemory"}, "is no loss of"),
         ({"loss": "RankedListLoss"}, "loss.loss_options={} is refused by RankedListLoss"),
-        ({}, "loss.loss={}: Field required"),
+        ({}, "loss: missing; the loss pml needs it"),
     ],
 )
 def test_wrong_names_of_the_library_are_refused(options: dict[str, Any], message: str) -> None:

@@ -84,7 +84,7 @@ def test_a_name_that_nobody_has(kind: str) -> None:
 def test_a_part_beside_the_configuration(tmp_path: Path) -> None:
     path = write(tmp_path, "beside_it")
     cfg = load_config(path, ["loss.power=3", "loss.label='07'"])
-    assert cfg.loss.model_dump() == {"name": "beside_it:Dummy", "power": 3.0, "label": "07"}
+    assert cfg.loss.model_dump() == {"name": "beside_it:Dummy", "memory": 0, "memory_from": 0, "power": 3.0, "label": "07"}
     loss = parts.build("loss", cfg.loss, num_classes=4, embedding_dim=8)
     assert type(loss).__name__ == "Dummy" and loss.options.power == 3 and isinstance(loss.options, type(loss).Options)
     copy = tmp_path / "copy.yaml"
@@ -101,7 +101,9 @@ def test_a_part_beside_the_configuration(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_a_part_of_somebody_else(tmp_path: Path) -> None:
     path = write(tmp_path, "wrong_one")
-    assert message(path, "loss.pover=1").endswith("  loss.pover: unknown key; did you mean 'loss.power'? wrong_one:Dummy has power, label")
+    assert message(path, "loss.pover=1").endswith(
+        "  loss.pover: unknown key; did you mean 'loss.power'? wrong_one:Dummy has memory, memory_from, power, label"
+    )
     assert "loss.power: Input should be greater than 0 (got -1)" in message(path, "loss.power=-1")
     assert "loss.margin: belongs to margin and " in message(path, "loss.margin=1")
     assert "has no class Dumy; did you mean Dummy?" in message(path, "loss.name=wrong_one:Dumy")
@@ -121,7 +123,7 @@ def test_what_is_wrong_with_a_part_of_somebody_else(tmp_path: Path) -> None:
 
 def test_a_part_inherits_options_and_takes_them_by_mapping(tmp_path: Path) -> None:
     (tmp_path / "other_net.py").write_text(
-        "from dnc_dist import parts\n"
+        "from dnc_dist.base import parts\n"
         "from dnc_dist.model.backbone import Backbone\n"
         "class Net(Backbone):\n"
         "    class Options(parts.Options):\n"

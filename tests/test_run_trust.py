@@ -27,7 +27,7 @@ from dnc_dist.clustering.division import Division
 from dnc_dist.config import load_config
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.zero import read_model
-from dnc_dist.model.backbone import Conv4
+from dnc_dist.model.backbone.conv4 import Conv4
 from dnc_dist.rundir import folder as run_folder
 from dnc_dist.rundir.checkpoints import Checkpoints
 from tests.run_fixtures import Done, Running, assert_same_run, dnc, last_step, make_dataset, metrics, start, without_report, write_config
@@ -408,7 +408,7 @@ def test_nmi_may_take_longer_than_the_ranks_wait(place: Path) -> None:
 
 
 def test_a_trained_run_needs_no_initial_weights(place: Path) -> None:
-    torch.save(Conv4().state_dict(), place / "initial.pth")
+    torch.save(Conv4(Conv4.Options(), pretrained=False).state_dict(), place / "initial.pth")
     arguments = change("model.weights=initial.pth", "model.batch_norm=auto", "schedule.epochs=1")
     assert end(train(place, "initial", *arguments)).code == 0
     (place / "initial.pth").unlink()

@@ -196,7 +196,7 @@ def _evaluate() -> None:
     labels, asks = np.arange(total) // 25, np.arange(total) % 5 == 0
     start, stop = distributed.local_range(total)
     x = torch.randn(total, DIM, generator=torch.Generator().manual_seed(0))[start:stop]
-    evaluate(x, torch.arange(start, stop), labels, asks, ~asks, sample=0)
+    evaluate(x, torch.arange(start, stop), labels, asks, ~asks, protocol="query-gallery", sample=0)
 
 
 def _bytes_of_deepspeed(root: str) -> dict[int, dict[str, float]]:
