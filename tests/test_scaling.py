@@ -176,6 +176,8 @@ def _one_step(root: str, loss: str, together: int) -> dict[str, int]:
     group = distributed.rank_groups(together).get(together)
     schedule = data.schedule(division_by_hand(data.train.labels, LEARNERS), 0, conquer=False)
     batch = next(data.train_batches(schedule, first_step=0, skip=0, group=group))
+    # The bound of this step, which is balanced; that of the epoch counts steps that are filled up.
+    batch = batch._replace(max_positives=2)
     objective = build_objective(cfg, data.train.num_classes).train()
     return _difference(lambda: objective(batch, Phase(0, LEARNERS, False, False))[0].backward())
 
@@ -222,6 +224,8 @@ def _bytes_of_deepspeed(root: str) -> dict[int, dict[str, float]]:
         engine = build_engine(build_objective(cfg, data.train.num_classes).train(), cfg)
         set_learning_rates(engine, dict.fromkeys(("backbone", "embedding", "masks", "loss"), 1e-3))
         batch = next(data.train_batches(schedule, first_step=0, skip=0))
+        # The bound of this step, which is balanced; that of the epoch counts steps that are filled up.
+        batch = batch._replace(max_positives=2)
         loss, _ = engine(batch, Phase(0, LEARNERS, False, False))
         counted.update(gradients=0.0, parameters=0.0)
         engine.backward(loss)
@@ -260,7 +264,8 @@ def test_the_bytes_of_a_division_are_those_that_are_counted(counted: list[Counte
     # Two Lloyd steps (the last one finds that no row moves or that it may not go on), the means at the end, and a few numbers.
     sums = 2 * lloyd_bytes(LEARNERS, FEATURES) + 8 * LEARNERS * FEATURES
     for rank in counted:
-        assert rank.division["gather"] == (world - 1) * (sizes["sample"] + sizes["ids"]) // world
+        # Beside them the ranks tell each other in a few numbers whether their features can be used.
+        assert 0 <= rank.division["gather"] - (world - 1) * (sizes["sample"] + sizes["ids"]) // world < 100
         assert 0 <= rank.division["reduce"] - 2 * (world - 1) * sums // world < 500
 
 
@@ -269,7 +274,7 @@ def test_the_bytes_of_an_evaluation_are_those_that_are_counted(counted: list[Cou
     sizes = evaluation_bytes(Workload(queries=QUERIES, gallery=GALLERY, dim=DIM, neighbours=PER_CLASS))
     for rank in counted:
         gathered = sizes["queries"] + sizes["lists"] + sizes["values"]
-        assert 0 <= rank.evaluation["gather"] - (world - 1) * gathered // world < 100
+        assert 0 <= rank.evaluation["gather"] - (world - 1) * gathered // world < 500
         assert 0 <= rank.evaluation["reduce"] - 2 * (world - 1) * sizes["presence"] // world < 1000
 
 
