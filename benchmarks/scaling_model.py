@@ -16,8 +16,8 @@ from scipy.optimize import nnls
 from dnc_dist.clustering.centroids import SAMPLE_ROWS, SAMPLE_ROWS_PER_CENTROID
 from dnc_dist.clustering.features import REPLICATED_ROWS
 
-# Statistics of a step besides losses, counts and presence of each learner, and the vote on stopping, all in float64.
-PAIRWISE_STATS, VOTES = 14, 1
+# Statistics of a step besides losses, counts and presence of each learner, in float64: those of the draws, and the active pairs.
+PAIRWISE_STATS = 15
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def step_bytes(work: Workload, ranks: int, rows: int, level: int | None = None) 
     peers = work.group(ranks) - 1
     if work.loss == "margin":
         row = 4 * work.dim + 3 * 8 + 2 * (work.samples_per_class - 1) * 4  # z; label, learner, row number; drawn pairs
-        stats = 8 * (3 * k + PAIRWISE_STATS + VOTES)
+        stats = 8 * (3 * k + PAIRWISE_STATS)
     else:
-        row, stats = 4 * work.dim + 2 * 8, 8 * (2 * k + VOTES)
+        row, stats = 4 * work.dim + 2 * 8, 8 * 2 * k
     return {"gather": peers * rows * row, "reduce": 2 * (ranks - 1) * stats // ranks}
 
 
