@@ -16,7 +16,7 @@ from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.parts import TABLE
 from dnc_dist.loss.base import Loss, StepRows
-from dnc_dist.loss.pairwise import PairwiseLoss
+from dnc_dist.loss.pairwise import ReferencesLoss
 from tests.rounding import EXACT
 
 CLASSES, DIM = 7, 6
@@ -264,7 +264,7 @@ def test_few_rows_stay_finite(name: str, options: dict[str, Any], few: str, dtyp
     assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
     if few == "no row in a learner":
         assert value == 0 and not any(gradient.any() for gradient in gradients if gradient is not None)
-    elif isinstance(loss, PairwiseLoss) and few in ("one row", "no class twice"):
+    elif isinstance(loss, ReferencesLoss) and few in ("one row", "no class twice"):
         pulls = [] if name in ("contrastive", "multi_similarity") and few == "no class twice" else [value]  # negatives alone push
         assert all(pull == 0 for pull in pulls)
 

@@ -47,6 +47,10 @@ class Double(Dummy):
 
 class Nothing:
     pass
+
+
+class Unfinished(PairwiseLoss):
+    pass
 '''
 
 
@@ -108,6 +112,9 @@ def test_what_is_wrong_with_a_part_of_somebody_else(tmp_path: Path) -> None:
     assert "loss.margin: belongs to margin and " in message(path, "loss.margin=1")
     assert "has no class Dumy; did you mean Dummy?" in message(path, "loss.name=wrong_one:Dumy")
     assert "wrong_one:Nothing is no loss; derive the class from dnc_dist.loss.base.Loss" in message(path, "loss.name=wrong_one:Nothing")
+    assert "wrong_one:Unfinished lacks anchor_values, which every class of its kind has to" in message(
+        path, "loss.name=wrong_one:Unfinished"
+    )
     assert "wrong_one:Dummy is no mask; derive the class from dnc_dist.model.masks.base.SubspaceMasks" in message(
         path, "model.masks=wrong_one:Dummy"
     )
@@ -128,6 +135,8 @@ def test_a_part_inherits_options_and_takes_them_by_mapping(tmp_path: Path) -> No
         "class Net(Backbone):\n"
         "    class Options(parts.Options):\n"
         "        width: int = 3\n"
+        "    def forward(self, images):\n"
+        "        return images.mean((2, 3))\n"
         "class Same(Net):\n"
         "    pass\n"
     )

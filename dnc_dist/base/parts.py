@@ -134,11 +134,13 @@ def load(kind: str, name: str) -> type[Any]:
     """Import the class of a part.
 
     Raises:
-        InputError: no such name, module or class, or a class of another kind.
+        InputError: no such name, module or class, a class of another kind, or one that lacks a method.
     """
     cls: type[Any] = find(_address(kind, name))
     if not is_kind(kind, cls):
         raise InputError(f"{name} is no {kind}; derive the class from {BASES[kind].replace(':', '.')}")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise InputError(f"{name} lacks {' and '.join(missing)}, which every class of its kind has to define; see docs/extending.md")
     if not issubclass(getattr(cls, "Options", Options), Options):
         raise InputError(f"the class Options of {name} must derive from dnc_dist.base.parts.Options")
     return cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,7 +67,7 @@ class StepRows:
         return distributed.gather_rows(rows, counts=self.rows_of_ranks if self.group is None else self.rows_of_world)
 
 
-class Loss(nn.Module):
+class Loss(nn.Module, ABC):
     """Base of all losses; write one as a ``PairwiseLoss`` or a ``BatchLoss``. What it learns are parameters of the module.
 
     Args:
@@ -89,6 +90,7 @@ class Loss(nn.Module):
     def forget(self) -> None:
         """Drop what is kept of past embeddings: those that follow lie in other subspaces."""
 
+    @abstractmethod
     def of_step(self, rows: StepRows) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective. This rank's loss of a step, and statistics.
 
@@ -99,4 +101,3 @@ class Loss(nn.Module):
             The loss (), and tensors that are equal on all ranks and carry no factor W: ``loss`` () and ``learner_loss`` (K,), NaN
             for learners without rows.
         """
-        raise NotImplementedError

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
 import dnc_kernels
 from dnc_dist.loss.base import StepRows
-from dnc_dist.loss.pairwise import LearnerSums, PairwiseLoss, References
+from dnc_dist.loss.pairwise import LearnerSums, References, ReferencesLoss
 
 
-class DrawnPairsLoss(PairwiseLoss):
+class DrawnPairsLoss(ReferencesLoss):
     """Write ``draw``, ``on_pairs``, and ``draw_and_sum`` for ranks that are alone, where both may be one kernel.
 
     The drawn pairs travel between ranks instead of gradients of references: 4 bytes for each of an anchor's slots against 4 D
     bytes for each reference.
     """
 
+    @abstractmethod
     def draw(self, rows: StepRows, references: References) -> dnc_kernels.Pairs:
         """Pairs of the rows with references, in as many slots for each row, positives and negatives in the same ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_pairs(
         self, anchors: References, pairs: dnc_kernels.Pairs, ref_z: Tensor, num_learners: int, *, learn: bool
     ) -> dnc_kernels.MarginLossOutput:
         """Sums per learner over given pairs. With ``learn``, the loss's own parameters get their gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw_and_sum(self, rows: StepRows) -> dnc_kernels.MarginLossOutput:
         """What ``on_pairs`` gives for what ``draw`` draws, where the rows are the only references."""
-        raise NotImplementedError
 
     def learner_sums(self, rows: StepRows) -> LearnerSums:
         """Collective. The sums of this rank's anchors; every row gets its gradient as a reference of other ranks' anchors, too."""

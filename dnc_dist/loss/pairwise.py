@@ -6,6 +6,7 @@ W/m * Σ_a s[r,a] / max(1, N_a) over the m learners of the step: the factor W un
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -74,8 +75,8 @@ class LearnerSums(NamedTuple):
     stats: dict[str, Tensor]
 
 
-class PairwiseLoss(Loss):
-    """Write ``anchor_values``: the value of each anchor's pairs. Ranks, learners and gradients of references are done here."""
+class ReferencesLoss(Loss):
+    """Base of losses of pairs: what anchors are compared with, and the loss of a step from the sums of this rank's anchors."""
 
     class Options(Loss.Options):
         """Options of all losses of pairs."""
@@ -103,16 +104,6 @@ class PairwiseLoss(Loss):
     def remembers(self, rows: StepRows) -> bool:
         """Whether this step compares with past embeddings."""
         return self.memory is not None and rows.step >= self.options.memory_from
-
-    def anchor_values(self, pairs: PairMatrix) -> tuple[Tensor, Tensor]:
-        """The loss of a learner is the sum of its anchors' values divided by the sum of their counts.
-
-        Anchors of no learner are in no pair; what is returned for them counts nowhere, but must be finite.
-
-        Returns:
-            value (b,) and count (b,), what it is a sum of: 1 for an anchor, or a number of pairs or triplets.
-        """
-        raise NotImplementedError
 
     def of_step(self, rows: StepRows) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective, with references from other ranks also in the backward. See ``Loss.of_step``."""
@@ -156,8 +147,26 @@ class PairwiseLoss(Loss):
             memory.store(references.z if rows.group is None else rows.gather_world(rows.z), labels, learner)
         return extended
 
+    @abstractmethod
     def learner_sums(self, rows: StepRows) -> LearnerSums:
-        """Collective. The values of this rank's anchors, added up by learner."""
+        """Collective. The values of this rank's anchors, added up by learner; gradients reach the ranks of the references, too."""
+
+
+class PairwiseLoss(ReferencesLoss):
+    """Write ``anchor_values``: the value of each anchor's pairs. Ranks, learners and gradients of references are done here."""
+
+    @abstractmethod
+    def anchor_values(self, pairs: PairMatrix) -> tuple[Tensor, Tensor]:
+        """The loss of a learner is the sum of its anchors' values divided by the sum of their counts.
+
+        Anchors of no learner are in no pair; what is returned for them counts nowhere, but must be finite.
+
+        Returns:
+            value (b,) and count (b,), what it is a sum of: 1 for an anchor, or a number of pairs or triplets.
+        """
+
+    def learner_sums(self, rows: StepRows) -> LearnerSums:
+        """Collective. See ``ReferencesLoss.learner_sums``."""
         references = self.references(rows, "sum")
         mine, learner = rows.z, rows.learner[:, None]
         together = (learner == references.learner) & (learner >= 0) & (rows.row_ids[:, None] != references.row_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,7 @@ class BatchLoss(Loss):
     Rows come in the order of the global batch. What torch draws in ``forward`` is equal on every rank and for any number of ranks.
     """
 
+    @abstractmethod
     def forward(self, z: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss () of one learner.
 
@@ -28,7 +30,6 @@ class BatchLoss(Loss):
             labels: (n,) int64, 0 to C-1.
             mask: (D,) the learner's subspace mask, for ``project``; None: the whole embedding.
         """
-        raise NotImplementedError
 
     @staticmethod
     def project(weights: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from PIL import Image
@@ -10,7 +11,7 @@ from torch import Tensor
 from dnc_dist.base import parts
 
 
-class Augmentation:
+class Augmentation(ABC):
     """Base of augmentations: a function of an image and of uniform numbers that are drawn by its position, never of a state.
 
     So pixels are the same on any number of ranks.
@@ -27,6 +28,7 @@ class Augmentation:
     def __init__(self, options: parts.Options) -> None:
         self.options = options
 
+    @abstractmethod
     def geometry(self, image: Image.Image, size: int, crop: float, u: list[float]) -> Image.Image:
         """One RGB image at ``size`` x ``size``, in a loader's worker.
 
@@ -36,7 +38,6 @@ class Augmentation:
             crop: share of the shorter side that the evaluation shows.
             u: CROP_UNIFORMS numbers in [0, 1).
         """
-        raise NotImplementedError
 
     def pixels(self, pixels: Tensor, images: Tensor, u: Tensor) -> Tensor:
         """The pixels of a batch on its device, changed; row i depends on image i and on its own numbers alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class Reading:
     notes: list[str] = field(default_factory=list)
 
 
-class Reader:
+class Reader(ABC):
     """Base of readers: ``dnc-dist data prepare`` calls ``read`` and writes what it lists."""
 
     class Options(parts.Options):
@@ -84,6 +85,7 @@ class Reader:
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    @abstractmethod
     def read(self, root: Path | None, *, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
         """List the samples of a source.
 
@@ -95,7 +97,6 @@ class Reader:
         Raises:
             InputError: the source cannot be read.
         """
-        raise NotImplementedError
 
 
 def read(

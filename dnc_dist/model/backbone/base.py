@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from dnc_dist.base import parts
 Pooling = Literal["avg", "max", "avg+max"]
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """Base of backbones: ``forward`` makes features (B, F) of images (B, 3, H, W).
 
     Args:
@@ -33,6 +34,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.pretrained = pretrained
         self.pooling: Pooling = pooling
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, F) features."""
 
     def network_of_weights(self) -> nn.Module:
         """The module that a file of ``model.weights`` is loaded into."""

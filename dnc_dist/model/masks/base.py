@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.model.embedding import at_least_fp32
 
 
-class SubspaceMasks(nn.Module):
+class SubspaceMasks(nn.Module, ABC):
     """Base of the masks of K learners (TPAMI 2021, section 3.4); ``masks`` (K, D) exists whole from the start, at every level.
 
     Args:
@@ -33,21 +34,21 @@ class SubspaceMasks(nn.Module):
         self.num_learners, self.embedding_dim = num_learners, embedding_dim
         self.masks = nn.Parameter(self.first(), requires_grad=self.learned)
 
+    @abstractmethod
     def first(self) -> Tensor:
         """(K, D) the masks at the start.
 
         Raises:
             InputError: the embedding cannot be divided among so many learners.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def level_masks(self, level: int) -> Tensor:
         """(k, D) masks while ``level`` = k of the K learners exist; learner a of the level stands for K/k leaf rows.
 
         Raises:
             ValueError: there is no such level.
         """
-        raise NotImplementedError
 
     def whole(self, embeddings: Tensor) -> Tensor:
         """(B, D) raw embeddings -> (B, D) as retrieval compares them: the whole embedding, with rows of norm 1, in fp32 at least."""

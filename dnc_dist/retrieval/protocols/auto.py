@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from dnc_dist.base import parts
-from dnc_dist.retrieval.protocols.base import Columns, Protocol
+from dnc_dist.retrieval.protocols.base import Columns, Protocol, RetrievalResult
 
 
 class Auto(Protocol):
@@ -13,3 +15,6 @@ class Auto(Protocol):
         name = next(name for name in parts.TABLE["protocol"] if parts.load("protocol", name).suits(columns))
         chosen: Protocol = parts.build("protocol", name)
         return chosen.for_data(columns)
+
+    def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:
+        return self.for_data(columns).measure(embeddings, rows, columns, recall_at)

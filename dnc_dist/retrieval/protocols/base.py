@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -43,7 +44,7 @@ class Columns:
         return len(self.labels)
 
 
-class Protocol:
+class Protocol(ABC):
     """Base of retrieval protocols."""
 
     class Options(parts.Options):
@@ -70,6 +71,7 @@ class Protocol:
         """
         return self
 
+    @abstractmethod
     def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:
         """Collective. The results of each list, by its name; of data without lists one, called "".
 
@@ -83,7 +85,6 @@ class Protocol:
             InputError: nothing can be retrieved.
             RunError: embeddings that are not finite.
         """
-        raise NotImplementedError
 
     def headline(self, lists: Sequence[str]) -> str:
         """Which of the lists stands for all."""

@@ -5,6 +5,7 @@ With one right answer per query, recall@k is what re-identification calls CMC@k,
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -52,10 +53,10 @@ class VehicleId(Protocol):
             results[name] = self.measure_list(name, embeddings[mine.to(embeddings.device)], rows[mine], columns, at)
         return results
 
+    @abstractmethod
     def measure_list(self, name: str, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> RetrievalResult:
         """Collective. The result of one list from the embeddings (n, D) of this rank's rows (n,) of it.
 
         Raises:
             InputError: no query has a gallery row of its class.
         """
-        raise NotImplementedError
