@@ -37,21 +37,17 @@ def test_the_kernels_draw_from_batch_and_memory_what_the_reference_draws(monkeyp
     rows = steps[-1]
     references = loss.references(rows, "none")
     assert len(references.z) == ROWS + SIZE and bool((references.learner[ROWS:] < 0).any()) == (count == 3)
-    own = {"learner": rows.learner, "row_ids": rows.row_ids}
-    others = {f"ref_{name}": getattr(references, name) for name in ("z", "labels", "learner", "row_ids")}
-    given = {name: value.cpu() for name, value in (own | others).items()}
-    pairs = assert_same(
-        rows.z.detach().cpu(), rows.labels.cpu(), **given, nonzero_loss_cutoff=1.9, seed=3, step=rows.step, max_positives=SIZE + ROWS
-    )
+    anchors = dnc_kernels.Rows(rows.z.detach().cpu(), rows.labels.cpu(), rows.learner.cpu(), rows.row_ids.cpu())
+    others = dnc_kernels.Rows(*(getattr(references, name).cpu() for name in ("z", "labels", "learner", "row_ids")))
+    pairs = assert_same(anchors, others, nonzero_loss_cutoff=1.9, seed=3, step=rows.step, max_positives=SIZE + ROWS)
     assert int((pairs.other >= ROWS).sum()) > ROWS
 
     found = {}
     pairs = type(pairs)(*(column.to(DEVICE) for column in pairs[:3]))
     for kind in ("reference", "triton"):
         monkeypatch.setenv("DNC_KERNELS", kind)
-        out = dnc_kernels.margin_loss_on_pairs(
-            rows.z, rows.labels, pairs, beta=loss.beta, learner=rows.learner, num_learners=2, ref_z=references.z
-        )
+        batch = dnc_kernels.Rows(rows.z, rows.labels, rows.learner)
+        out = dnc_kernels.margin_loss_on_pairs(batch, pairs, references.z, beta=loss.beta, num_learners=2)
         found[kind] = (out.loss_sum, *torch.autograd.grad(out.loss_sum, rows.z))
     terms = len(pairs.other)
     for reference, triton in zip(*found.values(), strict=True):
