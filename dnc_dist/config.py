@@ -131,8 +131,8 @@ class Schedule(Section):
 
     epochs: int = Field(180, ge=1)
     """Number of epochs."""
-    epoch: Literal["dataset", "over", "under"] = "dataset"
-    """Length of an epoch: as many rows as the training set has, or until the largest (`over`) or smallest (`under`) cluster is through."""
+    epoch_length: Literal["dataset", "over"] = "dataset"
+    """Length of an epoch: as many rows as the training set has, or (`over`) until the largest cluster is through."""
     batch_size: int = Field(80, ge=2)
     """Rows of one step over all ranks and learners."""
     samples_per_class: int = Field(4, ge=2)

@@ -34,7 +34,7 @@ def make_division(seed: int, num_rows: int, classes: int, learners: int) -> tupl
     st.sampled_from([4, 8, 12]),
     st.integers(1, 5),
     st.integers(1, 2),
-    st.sampled_from(["dataset", "over", "under"]),
+    st.sampled_from(["dataset", "over"]),
 )
 def test_properties(seed: int, num_rows: int, classes: int, learners: int, batch: int, per_class: int, m: int, length: str) -> None:
     learner_of, labels = make_division(seed, num_rows, classes, learners)
@@ -123,7 +123,6 @@ def test_epoch_lengths() -> None:
 
     assert steps("dataset") == 6  # 130 // 20, the rows left out included
     assert steps("over") == 2 * 5  # 90 rows need 5 turns of 20
-    assert steps("under") == 2 * 1
     assert steps("over", m=2) == 9  # turns of 10 rows, both learners in every step
 
 

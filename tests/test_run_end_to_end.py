@@ -183,13 +183,13 @@ def test_conquer_batches(batches: str, expected: list[int], place: Path) -> None
 
 def test_length_of_an_epoch(place: Path) -> None:
     lengths = {}
-    for length in ("under", "dataset", "over"):
+    for length in ("dataset", "over"):
         run, _ = run_of(
-            place, length, epochs=2, schedule={"epochs": 2, "epoch": length}, division={"num_learners": 2, "conquer_from": None}
+            place, length, epochs=2, schedule={"epochs": 2, "epoch_length": length}, division={"num_learners": 2, "conquer_from": None}
         )
         lengths[length] = sum(line["epoch"] == 1 for line in metrics(run, "train"))
         sizes = metrics(run, "division")[1]["sizes"]
-    assert sizes[0] != sizes[1] and lengths["under"] < lengths["dataset"] < lengths["over"]
+    assert sizes[0] != sizes[1] and lengths["dataset"] < lengths["over"]
 
 
 def test_a_frozen_backbone_stays_as_it_is(place: Path) -> None:

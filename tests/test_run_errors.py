@@ -26,7 +26,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_dataset(folder)
     make_dataset(folder / "other", classes=12, seed=6)
     write_config(
-        folder, root, division={"num_learners": 1, "conquer_from": None}, schedule={"epochs": 1, "epoch": "dataset"}, checkpoint={"keep": 1}
+        folder,
+        root,
+        division={"num_learners": 1, "conquer_from": None},
+        schedule={"epochs": 1, "epoch_length": "dataset"},
+        checkpoint={"keep": 1},
     )
     done = dnc("train", "run.yaml", folder=folder, before=without_report)
     assert done.code == 0, done
@@ -142,7 +146,7 @@ def test_what_only_a_start_can_find(changes: list[str], message: str, place: Pat
         (change("division.mask_penalty=0.5"), "runs/run holds a run with other values of division.mask_penalty (0.01 -> 0.5); undo"),
         (change("model.embedding_dim=32", "run.seed=1"), "model.embedding_dim (16 -> 32), run.seed (0 -> 1)"),
         (change("engine.zero=0"), "engine.zero (1 -> 0)"),
-        (change("schedule.epoch=over"), "schedule.epoch (dataset -> over)"),
+        (change("schedule.epoch_length=over"), "schedule.epoch_length (dataset -> over)"),
         (change("data.root=other/data"), "data.root=other/data holds other images or labels than the run in runs/run began with"),
         (["--resume", "never"], "runs/run already holds a run; use --resume auto to go on with it, or set run.name to start another"),
         (["--resume", "nowhere"], "--resume nowhere is no checkpoint of runs/run"),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dnc_dist.base.rng import numpy_generator
 
-EpochLength = Literal["dataset", "over", "under"]
+EpochLength = Literal["dataset", "over"]
 
 
 class Step(NamedTuple):
@@ -154,7 +154,7 @@ def num_steps(sizes: NDArray[np.int64], num_rows: int, batch_size: int, learners
     """Steps of an epoch.
 
     ``dataset``: ``num_rows // batch_size``, whatever the division. ``over``: every learner has as many turns as the largest one
-    needs to see all its rows; ``under``: as the smallest one fills. At least 1 in each case.
+    needs to see all its rows. At least 1 in each case.
 
     Args:
         sizes: (k,) rows of every learner that has any.
@@ -163,7 +163,7 @@ def num_steps(sizes: NDArray[np.int64], num_rows: int, batch_size: int, learners
     if length == "dataset":
         return max(1, num_rows // batch_size)
     share = max(1, batch_size // learners_per_step)
-    turns = -(-int(sizes.max()) // share) if length == "over" else max(1, int(sizes.min()) // share)
+    turns = -(-int(sizes.max()) // share)
     return max(1, -(-turns * len(sizes) // learners_per_step))
 
 

@@ -116,7 +116,7 @@ class RunData:
             batch_size=sch.batch_size,
             samples_per_class=sch.samples_per_class,
             learners_per_step=1 if conquer else self.cfg.division.learners_per_step,
-            length=sch.epoch,
+            length=sch.epoch_length,
         )
 
     def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int, group: ProcessGroup | None = None) -> Iterator[Batch]:

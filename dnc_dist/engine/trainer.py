@@ -210,7 +210,7 @@ class Trainer:
         self.tracker.log("evaluation", state.step, state.epoch + 1 if trained else 0, metrics)
         if metrics:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
-            _log.info(f"{f'epoch {state.epoch}' if trained else 'untrained'}: {shown}")
+            _log.info(f"{f'after {state.epoch + 1} epoch(s)' if trained else 'untrained'}: {shown}")
         return metrics
 
     def save(self, *, best: bool = False) -> Path:

@@ -157,7 +157,7 @@ def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
                 changes.append(f"{section}.{key} ({old.get(key)} -> {new.get(key)})")
     if before.run.seed != now.run.seed:
         changes.append(f"run.seed ({before.run.seed} -> {now.run.seed})")
-    for key in ("batch_size", "samples_per_class", "epoch"):
+    for key in ("batch_size", "samples_per_class", "epoch_length"):
         # A checkpoint counts the batches of its epoch, and these say what a batch is.
         if getattr(before.schedule, key) != getattr(now.schedule, key):
             changes.append(f"schedule.{key} ({getattr(before.schedule, key)} -> {getattr(now.schedule, key)})")
