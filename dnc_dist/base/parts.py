@@ -108,8 +108,11 @@ OTHER_NAMES = {"backbone": "dnc_dist.model.backbone.timm:TimmBackbone"}
 
 
 def is_own(kind: str, name: str) -> bool:
-    """Whether the name stands for a part of dnc-dist, so that its options can be read without importing it."""
-    return _address(kind, name).startswith("dnc_dist.")
+    """Whether the name stands for a part of dnc-dist, so that its options can be read without importing it.
+
+    Only of an address of our own: a text in a configuration may lead to any file.
+    """
+    return _address(kind, name) in (*TABLE[kind].values(), OTHER_NAMES.get(kind))
 
 
 def _address(kind: str, name: str) -> str:

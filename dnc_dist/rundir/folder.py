@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import TextIO
 
+from dnc_dist.base import part_modules
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import is_part_of, write_text
 from dnc_dist.config import RunConfig, dump_config, load_config
@@ -136,7 +137,7 @@ def write_config(cfg: RunConfig) -> None:
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run directory was made with.
+    """The configuration that a run directory was made with. The directory may be somebody else's: no code in it is executed.
 
     Raises:
         InputError: this is no run directory, or its ``config.yaml`` was damaged.
@@ -144,6 +145,7 @@ def load_run_config(run_dir: Path) -> RunConfig:
     path = run_dir / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{run_dir} is no run directory: it has no config.yaml; give the folder that `dnc-dist launch` printed")
+    part_modules.never_from(run_dir)
     return load_config(path, code_beside=False)
 
 
