@@ -83,6 +83,8 @@ def test_a_name_that_nobody_has(kind: str) -> None:
         first = next(iter(parts.TABLE[kind]))
         with pytest.raises(InputError, match=rf"'{first}x' is no {kind}; did you mean {first}\?.* Allowed are {first}.* module:Class"):
             parts.load(kind, f"{first}x")
+        with pytest.raises(InputError, match=rf"'zzzzzz' is no {kind}; allowed are {first}"):
+            parts.load(kind, "zzzzzz")
 
 
 def test_a_part_beside_the_configuration(tmp_path: Path) -> None:

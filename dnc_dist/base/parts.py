@@ -129,8 +129,8 @@ def _address(kind: str, name: str) -> str:
     if kind in OTHER_NAMES:
         return OTHER_NAMES[kind]
     close = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise InputError(f"{shorten(name)} is no {kind}; {hint}Allowed are {', '.join(table)}, or module:Class of your own")
+    allowed = f"did you mean {close[0]}? Allowed are" if close else "allowed are"
+    raise InputError(f"{shorten(name)} is no {kind}; {allowed} {', '.join(table)}, or module:Class of your own")
 
 
 def load(kind: str, name: str) -> type[Any]:
