@@ -55,7 +55,8 @@ def _blocks(cfg: RunConfig | None) -> Iterator[tuple[set[str], list[str]]]:
 
 def _part(kind: str, name: str, where: str, prefix: str) -> Iterator[str]:
     """The lines of a part and its options."""
-    yield f"{where} {name}: {parts.summary(kind, name)}" if where == "data prepare" else f"{where} = {name}: {parts.summary(kind, name)}"
+    summary = f": {text}" if (text := parts.summary(kind, name)) else ""
+    yield f"{where}{' ' if where == 'data prepare' else ' = '}{name}{summary}"
     for key, field in parts.options_of(kind, name).items():
         yield from _key(f"{prefix}{key}" if prefix.endswith(" ") else f"{prefix}.{key}", field)
 
@@ -79,7 +80,7 @@ def _is(kind: str, name: str) -> bool:
 
 def _key(path: str, field: Any, default: str | None = None) -> list[str]:
     """A key with its default, what is allowed if it is one of a few words, and its meaning."""
-    value = default if default is not None else field.default
+    value = default if default is not None else field.get_default(call_default_factory=True)
     shown = "required" if field.is_required() else json.dumps(value, default=str)
     words = f" {list(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
-    return [f"  {path} = {shown}{words}", f"      {field.description}"]
+    return [f"  {path} = {shown}{words}", *([f"      {field.description}"] if field.description else [])]

@@ -45,6 +45,11 @@ class Double(Dummy):
     pass
 
 
+class Bare(Dummy):
+    class Options(Dummy.Options):
+        sizes: list[int] = Field(default_factory=lambda: [1, 2])
+
+
 class Nothing:
     pass
 
@@ -103,6 +108,9 @@ def test_a_part_beside_the_configuration(tmp_path: Path) -> None:
         assert "loss.name = beside_it:Dummy: A loss of somebody else." in text
         assert "  loss.power = 2.0\n      Of the distance between a positive pair." in text
     assert "beside_it:Dummy" not in describe_keys()
+    # Without docstrings: neither what it inherits nor None.
+    lines = describe_keys("beside_it:Bare").split("\n")
+    assert lines[0] == "loss.name = beside_it:Bare" and lines[-1] == "  loss.sizes = [1, 2]"
 
 
 def test_what_is_wrong_with_a_part_of_somebody_else(tmp_path: Path) -> None:

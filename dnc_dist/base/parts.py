@@ -201,7 +201,8 @@ def summary(kind: str, name: str) -> str:
         text = part_text.docstring(*_address(kind, name).split(":"))
     else:
         cls = load(kind, name)
-        text = getattr(vars(cls).get("Options"), "__doc__", None) or inspect.getdoc(cls)
+        # Not what it inherits: a base says how to derive from it.
+        text = getattr(vars(cls).get("Options"), "__doc__", None) or cls.__doc__
     return " ".join((text or "").split("\n\n")[0].split())
 
 
