@@ -11,7 +11,8 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.processes import distributed
 
 _ROOT = logging.getLogger("dnc_dist")
-_DEAF = logging.CRITICAL + 1
+_NOTHING = logging.CRITICAL + 1
+"""A level that no message has."""
 
 
 class _LogFile(logging.FileHandler):
@@ -22,8 +23,8 @@ class _LogFile(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif self.level != _DEAF:
-            self.setLevel(_DEAF)
+        elif self.level != _NOTHING:
+            self.setLevel(_NOTHING)
             _ROOT.warning("%s cannot be written (%s); the run goes on without it", self.baseFilename, error.strerror)
 
     def close(self) -> None:
