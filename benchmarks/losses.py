@@ -14,8 +14,8 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.division import ROOT, train
-from benchmarks.record import RESULTS, append, machine
+from benchmarks.division import train
+from benchmarks.record import RESULTS, ROOT, append, machine
 from dnc_dist.base.parts import TABLE
 
 ARMS = {"one learner": "glyph64_one", "1 → 2 → 4 learners, conquer": "glyph64_divided"}
