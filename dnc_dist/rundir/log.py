@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.processes import distributed
+from dnc_dist.rundir import LOG_FILE
 
 _ROOT = logging.getLogger("dnc_dist")
 _NOTHING = logging.CRITICAL + 1
@@ -43,10 +44,10 @@ def open_log(run_dir: Path) -> None:
     _ROOT.setLevel(logging.INFO)
     _ROOT.propagate = False
     try:
-        file = _LogFile(run_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(run_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(
-            f"rank {distributed.rank()} cannot write {run_dir / 'log.txt'} ({error.strerror}); "
+            f"rank {distributed.rank()} cannot write {run_dir / LOG_FILE} ({error.strerror}); "
             "run.dir must be a folder that all machines share"
         ) from error
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {distributed.rank()}: %(message)s"))
