@@ -42,7 +42,7 @@ class Run(Section):
 
     dir: Path = Path("runs")
     """Folder that holds run directories."""
-    name: str = Field("", pattern=r"^[\w.+-]*$")
+    name: str = Field("", pattern=r"^(\.*[\w+-][\w.+-]*)?$")
     """Name of the run's directory; empty: the name of the configuration file."""
     seed: int = Field(0, ge=0)
     """Every random number of the run derives from it."""

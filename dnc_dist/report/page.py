@@ -16,6 +16,7 @@ from dnc_dist.report.gallery import confident_mistakes, query_html
 from dnc_dist.report.markup import Html, element, join
 from dnc_dist.report.story import story_html
 from dnc_dist.report.style import CSS
+from dnc_dist.rundir import METRICS_FILE, REPORT_FILE
 from dnc_dist.rundir.gallery import Gallery
 from dnc_dist.rundir.record import RunRecord, number, read_run
 
@@ -173,7 +174,7 @@ def _config(run: RunRecord) -> Html:
 def _footer(run: RunRecord) -> Html:
     passed_over = f" {run.passed_over:,} lines of it are none of a run and are left out." if run.passed_over else ""
     words = f"Written by dnc-dist {__version__} from {run.path}. All numbers are in "
-    return element("footer", words, element("code", "metrics.jsonl"), ".", passed_over)
+    return element("footer", words, element("code", METRICS_FILE), ".", passed_over)
 
 
 def build_report(run_dir: Path) -> Path:
@@ -194,6 +195,6 @@ def build_report(run_dir: Path) -> Path:
     )
     parts = [part(run) for part in (_header, story_html, _curves, _divisions, _gallery, _config, _footer)]
     page = element("html", head, element("body", element("main", *parts)), lang="en")
-    path = run.path / "report.html"
+    path = run.path / REPORT_FILE
     write_text(path, f"<!doctype html>{page}\n")
     return path
