@@ -33,8 +33,7 @@ class PmlLoss(BatchLoss):
         loss: str
         """Class in `pytorch_metric_learning.losses`, such as `MultiSimilarityLoss`."""
         loss_options: dict[str, Any] = {}
-        """Arguments of its constructor, such as `{margin: 0.1, distance: {name: LpDistance, power: 2}}`; the embedding's width and the
-        number of classes are given."""
+        """Arguments of its constructor, such as `{distance: {name: LpDistance, power: 2}}`, without embedding width and classes."""
         miner: str | None = None
         """Class in `pytorch_metric_learning.miners`, such as `MultiSimilarityMiner`; null: all pairs."""
         miner_options: dict[str, Any] = {}
