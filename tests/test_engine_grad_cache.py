@@ -227,6 +227,19 @@ def test_a_parameter_that_changes_before_the_backward_pass_is_an_error() -> None
         loss.backward()
 
 
+@pytest.mark.parametrize("of", ["instance statistics", "spectral norm"])
+def test_a_network_that_changes_with_every_pass_is_refused(of: str) -> None:
+    """Its gradient would not be that of the features which the loss saw, or statistics would move several times a step."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)) if of == "spectral norm" else nn.Conv2d(3, 4, 3)
+    norm = nn.InstanceNorm2d(4, track_running_stats=True) if of == "instance statistics" else nn.Identity()
+    network = nn.Sequential(layer, norm, nn.Flatten())
+    images = torch.randn(6, 3, 8, 8)
+    with pytest.raises(InputError, match=r"engine\.grad_cache_chunks=2 .* every pass changes (0\.parametrizations|1\.running_mean)"):
+        in_chunks(network, [images], 2, network)
+    # In evaluation mode, or with statistics that stand, it is as any other.
+    in_chunks(network.eval(), [images], 2, network)
+
+
 @pytest.mark.parametrize(
     ("norm", "says"), [("global", "model.batch_norm=global needs"), ("auto", "model.batch_norm=auto, which is global")]
 )

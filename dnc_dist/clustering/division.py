@@ -127,7 +127,7 @@ def check_num_learners(labels: np.ndarray, num_learners: int) -> None:
     if classes < MIN_CLASSES:
         raise InputError(
             f"the training set has {classes} classes with at least 2 images; at least {MIN_CLASSES} are needed: "
-            f"let data.root name a set with more classes or more images per class"
+            f"take a data set (data.root) with more classes or more images per class"
         )
     if classes < MIN_CLASSES * num_learners:
         raise InputError(

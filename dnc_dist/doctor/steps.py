@@ -151,7 +151,7 @@ def _objective(cfg: RunConfig, classes: int, dtype: torch.dtype, seed: int) -> D
                 value.copy_(shift + 0.7)
             elif name.endswith("running_var"):
                 value.mul_(0.5 + shift.abs())
-            elif value.dim() == 1:  # beta, BatchNorm, the bias
+            elif value.dim() == 1 and value.is_floating_point():  # beta, BatchNorm, the bias
                 value.add_(0.1 * shift)
             elif name.startswith("backbone") and value.requires_grad:
                 value.mul_(2.0)
