@@ -41,9 +41,9 @@ def make_dataset(place: Path) -> Path:
 
 
 def damage(root: Path, place: Path, train: Sequence[int], test: Sequence[int] = ()) -> Path:
-    """A copy of a dataset in which these positions of the views hold bytes that are no image; sizes are unchanged."""
+    """A copy of a dataset in which these places of the views hold bytes that are no image; sizes are unchanged."""
     index = open_index(root)
-    broken = [int(index.view(name).rows[at]) for name, positions in (("train", train), ("test", test)) for at in positions]
+    broken = [int(index.view(name).rows[at]) for name, places in (("train", train), ("test", test)) for at in places]
     place.mkdir(parents=True)
     for path in root.iterdir():
         (place / path.name).symlink_to(path)

@@ -141,7 +141,7 @@ def test_an_undecodable_image_counts_as_if_it_were_not_there(root: Path, loss: d
     broken[[3, 7]] = True
     with_broken = batch._replace(valid=~broken, learner=torch.where(broken, -1, batch.learner))
     without = batch._replace(
-        **{name: getattr(batch, name)[~broken] for name in ("images", "labels", "learner", "rows", "positions", "valid")}
+        **{name: getattr(batch, name)[~broken] for name in ("images", "labels", "learner", "rows", "slots", "valid")}
     )
     phase = Phase(STEP, 4, conquer=False, backbone_frozen=False)
     (found, stats), (expected, oracle) = objective(with_broken, phase), objective(without, phase)
@@ -178,7 +178,7 @@ def test_dropout_and_augmentation_depend_on_step_and_position_only(root: Path) -
     first = loss(1, batch)
     assert loss(1, batch) == first
     assert loss(2, batch) != first
-    assert loss(1, batch._replace(positions=batch.positions + 1)) != first
+    assert loss(1, batch._replace(slots=batch.slots + 1)) != first
 
 
 def test_every_trained_parameter_is_in_one_group(root: Path) -> None:

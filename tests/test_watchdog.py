@@ -327,7 +327,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(workers: int, place: Path) -
     for rank in range(2):
         batch = next(data._train_batches.epoch(schedule, first_step=0, skip=6, rank=rank, world=2))
         with np.load(run / "not-finite" / f"step-00000007-rank-{rank}.npz") as kept:
-            for name in ("images", "labels", "learner", "rows", "positions", "valid"):
+            for name in ("images", "labels", "learner", "rows", "slots", "valid"):
                 np.testing.assert_array_equal(kept[name], getattr(batch, name).numpy())
             assert kept["keys"].tolist() == [data.index.key(int(row)) for row in batch.rows]
             assert (int(kept["step"]), int(kept["epoch"])) == (7, 0)

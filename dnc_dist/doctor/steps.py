@@ -187,7 +187,7 @@ def _global_batch(plan: Plan, learners: int, step: int, seed: int) -> Batch:
         labels=labels,
         learner=(torch.arange(count) * learners // count + step) % plan.num_learners,
         rows=torch.randperm(1000, generator=numbers)[:count],
-        positions=torch.arange(count),
+        slots=torch.arange(count),
         valid=torch.ones(count, dtype=torch.bool),
         failed=[],
         step=step,
@@ -214,8 +214,8 @@ def _local_batch(plan: Plan, learners: int, layout: Layout, group: ProcessGroup 
     bounds = _bounds(count, ranks, layout)
     rows_of_ranks = [max(1, stop - start) for start, stop in itertools.pairwise(bounds)]
     start, stop = number * count + bounds[me], number * count + bounds[me + 1]
-    images, labels, learner, rows, positions, valid = (tensor[start:stop] for tensor in whole[:6])
-    local = Batch(images, labels, learner, rows, positions, valid, failed=[], step=step, rows_of_ranks=rows_of_ranks)
+    images, labels, learner, rows, slots, valid = (tensor[start:stop] for tensor in whole[:6])
+    local = Batch(images, labels, learner, rows, slots, valid, failed=[], step=step, rows_of_ranks=rows_of_ranks)
     if start == stop:
         local = dummy(step, SIZE, rows_of_ranks)
     return local._replace(group=group, max_positives=PER_CLASS - 1).to(distributed.device())

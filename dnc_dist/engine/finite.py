@@ -102,7 +102,7 @@ def save_batch(path: Path, batch: Batch, data: RunData, step: int, epoch: int) -
 
     ``keys`` names the images as the dataset does; the dummy of a rank without rows has none.
     """
-    fields = {name: getattr(batch, name).numpy() for name in ("images", "labels", "learner", "rows", "positions", "valid")}
+    fields = {name: getattr(batch, name).numpy() for name in ("images", "labels", "learner", "rows", "slots", "valid")}
     keys = [data.index.key(int(row)) if row >= 0 else "" for row in batch.rows]
     path.parent.mkdir(exist_ok=True)
     np.savez(path, **fields, keys=np.array(keys, dtype=np.str_), step=step, epoch=epoch)

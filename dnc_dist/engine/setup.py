@@ -193,7 +193,7 @@ def seed_libraries(seed: int, step: int) -> None:
 
 
 def libraries_note(objective: DncObjective) -> str | None:
-    """What a backbone's own dropout and drop-path mean for a run; None without any. Everything else is drawn by a row's position."""
+    """What a backbone's own dropout and drop-path mean for a run; None without any. All else is drawn by a row's slot in the batch."""
     random = {
         type(layer).__name__
         for layer in objective.backbone.modules()
