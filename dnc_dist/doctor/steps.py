@@ -21,7 +21,8 @@ from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.loading import Batch, dummy
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
-from dnc_dist.engine.setup import build_engine, build_objective, quiet_third_parties, set_learning_rates
+from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
+from dnc_dist.engine.zero import quiet_third_parties
 from dnc_dist.processes import distributed
 
 Layout = Literal["even", "uneven", "a rank without rows"]

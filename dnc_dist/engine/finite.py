@@ -14,7 +14,7 @@ from dnc_dist.base.errors import RunError
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.stream import Batch
 from dnc_dist.engine.dataset import RunData
-from dnc_dist.engine.setup import gradient_is_finite
+from dnc_dist.engine.zero import gradient_is_finite
 from dnc_dist.processes import distributed
 from dnc_dist.rundir.folder import RunDirectory
 
