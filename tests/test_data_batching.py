@@ -14,7 +14,7 @@ from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 
 
 def same(one: EpochSchedule, other: EpochSchedule) -> bool:
-    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("rows", "starts", "turns", "sizes"))
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("places", "starts", "turns", "sizes"))
 
 
 def make_division(seed: int, num_rows: int, classes: int, learners: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
