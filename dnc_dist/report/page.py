@@ -15,7 +15,7 @@ from dnc_dist.report.divisions import division_chart, division_table
 from dnc_dist.report.gallery import confident_mistakes, query_html
 from dnc_dist.report.markup import Html, element, join
 from dnc_dist.report.style import CSS
-from dnc_dist.rundir.gallery import Gallery
+from dnc_dist.rundir.gallery import PictureGallery
 from dnc_dist.rundir.record import RunRecord, number, read_run
 
 NUM_QUERIES = 12
@@ -113,7 +113,7 @@ def _divisions(run: RunRecord) -> Html:
     return join([element("h2", "Divisions"), element("div", _chart(chart), cls="grid"), element("details", *numbers)])
 
 
-def _queries(title: str, note: str, gallery: Gallery, queries: np.ndarray) -> Html:
+def _queries(title: str, note: str, gallery: PictureGallery, queries: np.ndarray) -> Html:
     if len(queries) == 0:
         return Html()
     rows = [query_html(gallery, int(query)) for query in queries]
