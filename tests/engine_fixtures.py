@@ -80,8 +80,8 @@ def division_by_hand(labels: NDArray[np.int64], level: int, only: int | None = N
     learner = labels % level
     if only is not None:
         for a in range(level):
-            rows = np.flatnonzero(learner == a)
-            learner[np.setdiff1d(rows, rows[[0, 1, PER_CLASS][:only]])] = -1
+            places = np.flatnonzero(learner == a)
+            learner[np.setdiff1d(places, places[[0, 1, PER_CLASS][:only]])] = -1
     sizes = np.bincount(learner[learner >= 0], minlength=level)
     return Division(learner.astype(np.int16), level, np.empty((level, 0), np.float32), 0, sizes, int((learner < 0).sum()))
 
