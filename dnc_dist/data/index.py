@@ -24,10 +24,11 @@ LISTS = "lists"  # an extra column: names, separated by spaces, of the lists tha
 
 @dataclass(frozen=True)
 class RowView:
-    """Some rows of the index in ascending order, with labels of their own, contiguous from 0. Where a row stands here is its place.
+    """Some rows of the index with labels of their own: contiguous from 0, in the order of the rows.
 
     ``rows`` (n,) int64 ascending, ``labels`` (n,) int64 in 0..C-1, ``class_names`` of length C, ``query`` and ``gallery``
-    (n,) bool, ``shards`` (n,) int32; ``lists``: name -> (n,) bool, the smaller list first; lists may overlap.
+    (n,) bool, ``shards`` (n,) int32; ``lists``: name -> (n,) bool, the smaller list first; lists may overlap. Where a row stands in
+    these arrays is its place.
     """
 
     name: str
