@@ -37,7 +37,7 @@ class _Packed(NamedTuple):
     others: list[Any]
 
 
-def _pack(batch: Batch | DecodedBlock) -> Batch | DecodedBlock | _Packed:
+def _pack(batch: Any) -> Batch | DecodedBlock | _Packed:
     """The batch as it travels from a worker; itself if there is none."""
     if get_worker_info() is None:
         return batch
@@ -56,7 +56,7 @@ def _unpack(packed: Batch | DecodedBlock | _Packed) -> Batch | DecodedBlock:
     if not isinstance(images, Tensor):
         _tell_of_pipes()
         images = torch.from_numpy(images)
-    return packed.kind(images, *(torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in packed.others))
+    return packed.kind._make([images, *(torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in packed.others)])
 
 
 def loader(

@@ -157,8 +157,8 @@ def _local_batch(plan: Plan, learners: int, layout: Layout, group: ProcessGroup 
     if start == stop:
         local = dummy(step, SIZE, rows_of_ranks)
     else:
-        tensors = (tensor[start:stop] for tensor in _global_batch(plan, learners, step, seed)[:6])
-        local = Batch(*tensors, failed=[], step=step, rows_of_ranks=rows_of_ranks)  # type: ignore[arg-type]
+        images, labels, learner, rows, slots, valid = (tensor[start:stop] for tensor in _global_batch(plan, learners, step, seed)[:6])
+        local = Batch(images, labels, learner, rows, slots, valid, failed=[], step=step, rows_of_ranks=rows_of_ranks)
     return local._replace(group=group, max_positives=PER_CLASS - 1)
 
 
