@@ -17,7 +17,7 @@ import torch
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.processes.launch import launch_workers, verdict, workers, workers_here
-from dnc_dist.processes.launch.verdict import Failure, Report
+from dnc_dist.processes.launch.verdict import Failure, LaunchReport
 
 PRELUDE = """
 import os, signal, sys, time
@@ -279,7 +279,7 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure
     ],
 )
 def test_verdict(codes: dict[int, int | None], errors: dict[int, Failure], stopping: bool, expected: tuple[int, str]) -> None:
-    assert verdict(Report(codes, errors), stopping=stopping) == expected
+    assert verdict(LaunchReport(codes, errors), stopping=stopping) == expected
 
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
@@ -302,4 +302,4 @@ def test_verdict_of_two_machines(
     codes: dict[int, int | None], errors: dict[int, Failure], stopping: bool, expected: tuple[int, str]
 ) -> None:
     lost = {} if 3 in codes else {"b": "gone"}
-    assert verdict(Report(codes, errors, lost=lost), stopping=stopping, hosts=HOSTS) == expected
+    assert verdict(LaunchReport(codes, errors, lost=lost), stopping=stopping, hosts=HOSTS) == expected

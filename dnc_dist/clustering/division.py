@@ -1,4 +1,4 @@
-"""A division says which learner trains on which row; it is a value: made once, saved, compared, never changed."""
+"""A division says which learner trains on which row of the training view; it is a value: made once, saved, compared, never changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIN_CLASSES = 2
 class Division:
     """Rows to learners, and how that came about."""
 
-    learner_of: np.ndarray  # (N,) int16; -1: left out until the next division
+    learner_of: np.ndarray  # (N,) int16, by place in the view; -1: left out until the next division
     num_learners: int
     centroids: np.ndarray  # (k, F) float32, means of the rows; (k, 0) if no features were needed
     epoch: int
