@@ -148,7 +148,7 @@ def _classes(kind: str) -> dict[str, type[nn.Module]]:
         raise InputError(
             f"loss.name=pml needs pytorch-metric-learning, which cannot be imported ({error}); pip install 'dnc-dist[pml]'"
         ) from error
-    base = getattr(module, _BASES[kind])
+    base: type[nn.Module] = getattr(module, _BASES[kind])
     found = {name: value for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)}
     return {name: value for name, value in found.items() if name not in _LEFT_OUT}
 
