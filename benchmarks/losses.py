@@ -22,8 +22,8 @@ ARMS = {"one learner": "glyph64_one", "1 → 2 → 4 learners, conquer": "glyph6
 # Six epochs: a division at the start of each of the first three that follow the first, from the fifth on the whole embedding.
 BUDGET = ["schedule.epochs=6", "evaluation.every=6"]
 DIVIDED = ["division.every=1", "division.conquer_from=4"]
-# Proxies and class weights start at random and learn with a rate of their own: 1e-2, as the authors of proxy_anchor and soft_triple have it.
-OPTIONS = dict.fromkeys(("proxy_anchor", "arcface", "soft_triple"), ["optim.loss_lr_mult=10"])
+# Proxies and class weights start at random and learn at a rate of their own: 1e-2, as with the authors of proxy_anchor and soft_triple.
+OPTIONS = {loss: ["optim.loss_lr_mult=10"] for loss in ("proxy_anchor", "arcface", "soft_triple")}
 
 
 def main() -> None:
