@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from dnc_dist import __version__
 from tests.run_fixtures import (
     Done,
     divisions,
@@ -108,6 +109,20 @@ def test_evaluate_and_report_find_what_the_run_found(launched: tuple[Path, Done,
     assert {name: values[name] for name in ("recall@1", "map@r", "nmi")} == {
         name: done.result[name] for name in ("recall@1", "map@r", "nmi")
     }
+    # Two processes trained and measured, one measures again: the same numbers stand on the same things.
+    lines = metrics(place / "runs/run", "evaluation")
+    card = values["card"]
+    assert card == lines[-1]["card"]
+    assert {"protocol", "num_queries", "num_gallery", "queries_left_out", "checkpoint", "epoch", "selected_on"} <= values.keys() & card.keys()
+    assert all(card[name] == values[name] for name in values.keys() & card.keys())
+    manifest = json.loads((place / "glyphs/manifest.json").read_text())
+    assert (card["data_hash"], card["split"]) == (manifest["content_hash"], "test")
+    assert (card["num_queries"], card["num_classes"]) == (manifest["splits"]["test"]["rows"], manifest["splits"]["test"]["classes"])
+    assert (card["dimension"], card["seed"], card["parameters"]) == (16, 0, {"recall_at": [1, 2]})
+    assert (card["epoch"], card["selected_on"], card["version"]) == (4, "last", __version__) and (
+        place / "runs/run/checkpoints" / card["checkpoint"]
+    ).is_dir()
+    assert lines[0]["card"] == card | {"epoch": 0, "checkpoint": None}
     page = place / "runs" / "run" / "report.html"
     page.unlink()
     written = dnc("report", "runs/run", folder=place)

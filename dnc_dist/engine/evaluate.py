@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnc_dist import __version__
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.base.exact import nmi
@@ -28,6 +29,7 @@ from dnc_dist.engine.zero import load_weights, read_model
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.retrieval.protocols import Protocol, RetrievalResult
+from dnc_dist.rundir.card import CARD, DISTANCE, Card, commit
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import load_run_config
 from dnc_dist.rundir.gallery import Gallery, save_gallery
@@ -47,6 +49,12 @@ class Evaluation:
     metrics: dict[str, Any]
     retrieval: RetrievalResult
     failed: list[str]
+    facts: dict[str, Any]
+    """The fields of the card that an evaluation knows by itself."""
+
+    def card(self, *, epoch: int, checkpoint: str | None, selected_on: str) -> Card:
+        """What the metrics stand on, for weights of this epoch and checkpoint that were selected so."""
+        return Card(**self.facts, version=__version__, commit=commit(), epoch=epoch, checkpoint=checkpoint, selected_on=selected_on)
 
 
 def evaluate_view(
@@ -75,7 +83,19 @@ def evaluate_view(
     embeddings = found.values if found.valid.all() else found.values[found.valid]
     results = chosen.measure(embeddings, rows, columns, cfg.evaluation.recall_at)
     main = chosen.headline(list(results))
-    if not (members := chosen.members(main, columns)).all():
+    members = chosen.members(main, columns)
+    facts: dict[str, Any] = {
+        "protocol": chosen.name,
+        "parameters": chosen.parameters(cfg.evaluation.recall_at) | ({"list": main} if main else {}),
+        "split": view.name,
+        "data_hash": data.index.content_hash,
+        **_counts(results[main]),
+        "num_classes": len(np.unique(view.labels[members])),
+        "distance": DISTANCE,
+        "dimension": embeddings.shape[1],
+        "seed": cfg.run.seed,
+    }
+    if not members.all():
         inside = torch.from_numpy(members)[rows]
         embeddings, rows = embeddings[inside.to(embeddings.device)], rows[inside]
     metrics: dict[str, Any] = dict(results[main].metrics)
@@ -85,7 +105,7 @@ def evaluate_view(
     if len(results) > 1:
         for list_name, result in results.items():
             metrics |= {f"{list_name}/{key}": value for key, value in (result.metrics | _counts(result)).items()}
-    return Evaluation(metrics, results[main], found.failed)
+    return Evaluation(metrics, results[main], found.failed, facts)
 
 
 def _counts(result: RetrievalResult) -> dict[str, int]:
@@ -197,5 +217,7 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
         protocol=protocol,
     )
     data.close()
-    selected_on, _ = data.selection_view()
-    return {"run": str(run_dir), "checkpoint": tag, "epoch": saved.state.epoch, **evaluation.metrics, "selected_on": selected_on}
+    selected_on = "last" if newest else data.selection_view()[0]
+    card = evaluation.card(epoch=saved.state.epoch, checkpoint=tag, selected_on=selected_on)
+    origin = {"run": str(run_dir), "checkpoint": tag, "epoch": saved.state.epoch}
+    return origin | evaluation.metrics | {"selected_on": selected_on, CARD: card.plain()}

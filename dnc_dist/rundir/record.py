@@ -11,6 +11,7 @@ import numpy as np
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.yaml_text import read_yaml
+from dnc_dist.rundir.card import CARD, Card
 from dnc_dist.rundir.gallery import Gallery, load_gallery
 from dnc_dist.rundir.tracker import METRICS_FILE, metric_lines
 
@@ -130,6 +131,15 @@ class RunRecord:
         if chosen != "auto":
             return chosen
         return "validation" if self.names("evaluation", "validation/") else "last"
+
+    def card(self) -> Card | None:
+        """What the numbers of ``result`` stand on; None where nothing was measured, or by a version that wrote no cards.
+
+        Raises:
+            InputError: what stands there is no card.
+        """
+        values = self.result().get(CARD)
+        return None if values is None else Card.of(values, self.path / METRICS_FILE)
 
     def result(self) -> Line:
         """The final metrics: those of the evaluation that the selection picked, or of the last one; empty without any."""

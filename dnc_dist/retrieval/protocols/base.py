@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -85,6 +86,10 @@ class Protocol(ABC):
             InputError: nothing can be retrieved.
             RunError: embeddings that are not finite.
         """
+
+    def parameters(self, recall_at: tuple[int, ...]) -> dict[str, Any]:
+        """What besides its name decides what it measures, as JSON has it: for the card of a result."""
+        return {"recall_at": list(recall_at)} | self.options.model_dump(mode="json", exclude={"name"})
 
     def headline(self, lists: Sequence[str]) -> str:
         """Which of the lists stands for all."""
