@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Run one worker; launch, torchrun and srun start it.",
     "data": "Prepare datasets and look at them.",
     "evaluate": "Measure retrieval of a trained run.",
+    "compare": "Show runs side by side, seeds as mean and deviation.",
     "report": "Write a run's report, one self-contained HTML file.",
     "doctor": "Check this machine: environment, data, network, parity.",
     "config": "Print the resolved configuration, or all keys.",

@@ -83,5 +83,5 @@ def test_a_card_is_read_back() -> None:
 def test_what_is_no_card_is_refused(values: object, tmp_path: Path) -> None:
     line = {"step": 1, "epoch": 1, "kind": "evaluation", "recall@1": 0.5, "card": values}
     (tmp_path / METRICS_FILE).write_text(json.dumps(line) + "\n")
-    with pytest.raises(InputError, match="metrics.jsonl: card is damaged"):
+    with pytest.raises(InputError, match=r"metrics\.jsonl: card is damaged"):
         read_run(tmp_path).card()

@@ -113,7 +113,7 @@ def test_evaluate_and_report_find_what_the_run_found(launched: tuple[Path, Done,
     lines = metrics(place / "runs/run", "evaluation")
     card = values["card"]
     assert card == lines[-1]["card"]
-    assert {"protocol", "num_queries", "num_gallery", "queries_left_out", "checkpoint", "epoch", "selected_on"} <= values.keys() & card.keys()
+    assert {"protocol", "num_queries", "num_gallery", "queries_left_out", "checkpoint", "epoch", "selected_on"} <= card.keys()
     assert all(card[name] == values[name] for name in values.keys() & card.keys())
     manifest = json.loads((place / "glyphs/manifest.json").read_text())
     assert (card["data_hash"], card["split"]) == (manifest["content_hash"], "test")
@@ -123,6 +123,9 @@ def test_evaluate_and_report_find_what_the_run_found(launched: tuple[Path, Done,
         place / "runs/run/checkpoints" / card["checkpoint"]
     ).is_dir()
     assert lines[0]["card"] == card | {"epoch": 0, "checkpoint": None}
+    compared = json.loads(dnc("compare", "runs/run", "--json", folder=place).out)
+    assert compared["groups"][0]["metrics"]["recall@1"] == {"mean": done.result["recall@1"], "std": None, "n": 1}
+    assert compared["groups"][0]["runs"][0]["finished"] and compared["groups"][0]["runs"][0]["card"] == card
     page = place / "runs" / "run" / "report.html"
     page.unlink()
     written = dnc("report", "runs/run", folder=place)

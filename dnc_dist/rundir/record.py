@@ -194,8 +194,8 @@ def _are_sizes(value: Any) -> bool:
     return all(type(size) is int and 0 <= size < 1 << 53 for size in value)
 
 
-def read_run(run_dir: Path) -> RunRecord:
-    """Read a run directory.
+def read_run(run_dir: Path, *, with_gallery: bool = True) -> RunRecord:
+    """Read a run directory, with or without its pictures.
 
     Raises:
         InputError: it is none, or nothing has been logged yet, or a file of it is damaged.
@@ -215,7 +215,8 @@ def read_run(run_dir: Path) -> RunRecord:
         try:
             config = read_yaml(config_path)
         except InputError as error:
-            raise InputError(f"{error}; delete it, `dnc-dist report` works without") from error
+            cure = "delete it, `dnc-dist report` works without" if with_gallery else "put the right one back"
+            raise InputError(f"{error}; {cure}") from error
         run.config = config if isinstance(config, dict) else {}
-    run.gallery = load_gallery(run_dir)
+    run.gallery = load_gallery(run_dir) if with_gallery else None
     return run
