@@ -20,6 +20,7 @@ COMMANDS = {
     "launch": "Train on one machine or several, one worker per GPU.",
     "train": "Run one worker; launch, torchrun and srun start it.",
     "data": "Prepare datasets and look at them.",
+    "init": "Write a commented configuration for a prepared data set.",
     "evaluate": "Measure retrieval of a trained run.",
     "compare": "Show runs side by side, seeds as mean and deviation.",
     "report": "Write a run's report, one self-contained HTML file.",

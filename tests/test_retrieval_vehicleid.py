@@ -242,7 +242,7 @@ def test_a_run_from_prepare_to_evaluate(tmp_path: Path) -> None:
     last = json.loads(dnc("evaluate", "runs/run", "--checkpoint", "last", "--json", folder=tmp_path).out)
     assert (found["card"]["selected_on"], last["card"]["selected_on"]) == ("validation", "last")
     refused = dnc("evaluate", "runs/run", "--per-query", "q.csv", folder=tmp_path)
-    assert "vehicleid-random10 draws several galleries" in refused.error and not (tmp_path / "q.csv").exists()
+    assert refused.code == 2 and "vehicleid-random10 draws several galleries" in refused.err and not (tmp_path / "q.csv").exists()
     assert found["large/map@r"] == found["map@r"] and found["small/num_gallery"] == 12 and "nmi" in found
 
 
