@@ -99,7 +99,7 @@ def test_a_file_with_a_reason_for_every_value(tmp_path: Path, monkeypatch: pytes
     assert done.code == 0 and (tmp_path / "other.yaml").read_text() == text
     changes = ["--set", "schedule.epochs=2", "--set", "tracker.kind=jsonl", "--set", "data.workers=0"]
     result = dnc("train", "other.yaml", *changes, folder=tmp_path, before=without_report).result
-    assert result["epoch"] == 2 and "untrained_recall@1" in result and len(metrics(tmp_path / "runs/other", "evaluation")) == 3
+    assert result["epoch"] == 2 and "untrained_recall@1" in result and len(metrics(tmp_path / "runs/other", "evaluation")) == 2
 
 
 def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:
