@@ -1,6 +1,6 @@
 """One learner against several, at the same number of samples seen: every configuration with every seed, some runs at a time.
 
-    python benchmarks/division.py configs/glyph64_one.yaml configs/glyph64_divided.yaml --data data/glyph64 --seeds 3 --jobs 2
+    python -m benchmarks.division configs/glyph64_one.yaml configs/glyph64_divided.yaml --data data/glyph64 --seeds 3 --jobs 2
 
 Appends one JSON line per run to benchmarks/results/division.jsonl (metrics by epoch, machine, versions, commit) and prints mean and
 standard deviation over the seeds. Runs lie in --runs and are resumed, so that the script can be stopped and started again.
@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "division.jsonl"
+from benchmarks.record import RESULTS, append, machine
 
 
 def train(config: Path, seed: int, data: Path, runs: Path, overrides: list[str]) -> dict[str, Any]:
@@ -42,11 +39,6 @@ def train(config: Path, seed: int, data: Path, runs: Path, overrides: list[str])
         "recall@1": evaluations,
         "map@r": round(100 * result["map@r"], 2),
         "samples_seen": result["samples_seen"],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {package: version(package) for package in ("torch", "deepspeed", "faiss-cpu")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip(),
     }
 
 
@@ -63,9 +55,8 @@ def main() -> None:
     jobs = [(config, seed) for seed in range(args.seeds) for config in args.configs]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda job: train(*job, args.data, args.runs, args.overrides), jobs))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in found)
+    for line in found:
+        append(RESULTS / "division.jsonl", {**line, **machine()})
     for config in args.configs:
         lines = [line for line in found if line["config"] == config.stem]
         for epoch in lines[0]["recall@1"]:

@@ -1,6 +1,6 @@
 """Every loss with one learner and with division, on the same images and the same number of samples seen.
 
-    python benchmarks/losses.py --data data/glyph64 --seeds 3
+    python -m benchmarks.losses --data data/glyph64 --seeds 3
 
 Each loss has the options that its paper recommends (its defaults); learning rates are the same for all. Nothing is chosen by what the
 runs reach. Appends one JSON line per run to benchmarks/results/losses.jsonl and prints a Markdown table of recall@1 on the test classes
@@ -14,8 +14,8 @@ import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.division import ROOT, train
-from benchmarks.record import RESULTS, append, machine
+from benchmarks.division import train
+from benchmarks.record import RESULTS, ROOT, append, machine
 from dnc_dist.base.parts import TABLE
 
 ARMS = {"one learner": "glyph64_one", "1 → 2 → 4 learners, conquer": "glyph64_divided"}

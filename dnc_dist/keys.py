@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from dnc_dist.base import part_modules, parts
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import shorten
 from dnc_dist.config import RunConfig, choices, chosen, sections
 
 
@@ -25,8 +27,10 @@ def describe_keys(only: str = "", cfg: RunConfig | None = None) -> str:
         return "\n".join(_foreign(only))
     blocks = [block for block in _blocks(cfg) if not only or only in block[0]]
     if not blocks:
-        words = [*RunConfig.model_fields, *parts.TABLE]
-        raise InputError(f"{only} is no section, key, kind of part or part; sections and kinds are {', '.join(dict.fromkeys(words))}")
+        words = dict.fromkeys([*RunConfig.model_fields, *parts.TABLE])
+        close = difflib.get_close_matches(only, sorted(set().union(*(names for names, _ in _blocks(cfg)))), n=1)
+        there = f"did you mean {close[0]}? Sections and kinds" if close else "sections and kinds"
+        raise InputError(f"{shorten(only)} is no section, key, kind of part or part; {there} are {', '.join(words)}")
     return "\n\n".join("\n".join(lines) for _, lines in blocks)
 
 
@@ -43,14 +47,16 @@ def _blocks(cfg: RunConfig | None) -> Iterator[tuple[set[str], list[str]]]:
                 foreign = [] if cfg is None or chosen(cfg, path).name in parts.TABLE[choice.kind] else [chosen(cfg, path).name]
                 for part in [*parts.TABLE[choice.kind], *foreign]:
                     where = f"{path}.name" if choice.section else path
-                    yield {name, path, choice.kind, part}, [*_part(choice.kind, part, where, path)]
+                    keys = (f"{path}.{key}" for key in parts.options_of(choice.kind, part))
+                    yield {name, path, choice.kind, part, *keys}, [*_part(choice.kind, part, where, path)]
     for part in parts.TABLE["reader"]:
         yield {"reader", part}, [*_part("reader", part, "data prepare", "--set ")]
 
 
 def _part(kind: str, name: str, where: str, prefix: str) -> Iterator[str]:
     """The lines of a part and its options."""
-    yield f"{where} {name}: {parts.summary(kind, name)}" if where == "data prepare" else f"{where} = {name}: {parts.summary(kind, name)}"
+    summary = f": {text}" if (text := parts.summary(kind, name)) else ""
+    yield f"{where}{' ' if where == 'data prepare' else ' = '}{name}{summary}"
     for key, field in parts.options_of(kind, name).items():
         yield from _key(f"{prefix}{key}" if prefix.endswith(" ") else f"{prefix}.{key}", field)
 
@@ -74,7 +80,7 @@ def _is(kind: str, name: str) -> bool:
 
 def _key(path: str, field: Any, default: str | None = None) -> list[str]:
     """A key with its default, what is allowed if it is one of a few words, and its meaning."""
-    value = default if default is not None else field.default
+    value = default if default is not None else field.get_default(call_default_factory=True)
     shown = "required" if field.is_required() else json.dumps(value, default=str)
     words = f" {list(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
-    return [f"  {path} = {shown}{words}", *(f"      {line}" for line in str(field.description).splitlines())]
+    return [f"  {path} = {shown}{words}", *(f"      {line}" for line in (field.description or "").splitlines())]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dnc_dist import rundir
 from dnc_dist.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +140,17 @@ def test_length_name_and_docstring(module: str) -> None:
 
 def test_no_exception_to_the_length_is_out_of_date() -> None:
     assert {name for name in ALLOWED_LONG if len(MODULES[name].read_text().splitlines()) <= LONGEST} == set()
+
+
+def test_the_names_in_a_run_directory_stand_in_one_place() -> None:
+    names = {name for key, name in vars(rundir).items() if key.isupper()}
+    assert len(names) > 6
+    for module, file in MODULES.items():
+        if module != "dnc_dist.rundir" and not module.startswith("dnc_dist.data"):  # a prepared data set is another folder
+            texts = {node.value for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Constant)}
+            # torch's own cache has a folder of that name, too.
+            left = (texts & names) - ({"checkpoints"} if module == "dnc_dist.model.pretrained" else set())
+            assert not left, f"{module} writes {left}; take the name from dnc_dist.rundir"
 
 
 def test_a_package_called_kernels_is_never_shadowed() -> None:

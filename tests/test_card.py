@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.rundir import METRICS_FILE
 from dnc_dist.rundir import card as card_module
 from dnc_dist.rundir.card import Card, commit
 from dnc_dist.rundir.record import read_run
-from dnc_dist.rundir.tracker import METRICS_FILE
 
 CARD = Card(
     protocol="leave-one-out",

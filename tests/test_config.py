@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from dnc_dist.base import parts
+from dnc_dist.base.errors import InputError
 from dnc_dist.config import ConfigError, RunConfig, choices, dump_config, load_config, sections
 from dnc_dist.keys import describe_keys
 
@@ -59,6 +60,7 @@ def test_all_problems_at_once_with_their_paths(tmp_path: Path) -> None:
         ("loss: {name: proxy_anchor, scal: 9}", "loss.scal: unknown key; did you mean 'loss.scale'? proxy_anchor has margin, scale"),
         ("model: {masks: {name: learned, x: 1}}", "model.masks.x: unknown key; learned has no options"),
         ("zzzzzz: 1", "zzzzzz: unknown key; `dnc-dist config --keys` lists all keys"),
+        ("run: {name: ..}", r"run.name: String should match pattern '^(\.*[\w+-][\w.+-]*)?$' (got '..')"),
         ("schedule: {batch_size: [8]}", "schedule.batch_size: Input should be a valid integer (got [8])"),
         ("optim: {lr: .nan}", "optim.lr: Input should be a finite number (got nan)"),
     ],
@@ -214,7 +216,7 @@ def test_a_part_is_chosen_by_a_name_or_with_options(minimal: Path) -> None:
         "  model.masks: 'lerned' is no mask; did you mean learned? Allowed are learned, fixed, sliced, or module:Class of your own"
     )
     assert message(minimal, "tracker.kind=3").endswith(
-        "  tracker.kind: '3' is no tracker; Allowed are wandb, jsonl, or module:Class of your own"
+        "  tracker.kind: '3' is no tracker; allowed are wandb, jsonl, or module:Class of your own"
     )
     assert message(minimal, "data.protocol=[a]").endswith("  data.protocol: must be a name, or `name` with options")
     assert message(minimal, "data.protocol={name: [a]}").endswith("  data.protocol.name: must be the name of one, or module:Class")
@@ -284,6 +286,19 @@ def test_the_reference_has_every_key_with_a_meaning() -> None:
             for key, field in parts.options_of(kind, name).items():
                 assert field.description and f"\n      {field.description}" in text, (kind, name, key)
                 assert f"  {paths[kind]}{'' if kind == 'reader' else '.'}{key} = " in text
+
+
+def test_a_word_chooses_from_the_reference() -> None:
+    assert describe_keys("loss.beta").startswith("loss.name = margin: ") and "proxy_anchor" not in describe_keys("loss.beta")
+    assert describe_keys("optim.lr").startswith("optim: ")
+    for word, meant in (
+        ("margn", "did you mean margin?"),
+        ("optim.lrr", "did you mean optim.lr?"),
+        ("zzzzzz", "; sections and kinds are run"),
+    ):
+        with pytest.raises(InputError, match="is no section, key, kind of part or part") as caught:
+            describe_keys(word)
+        assert meant in str(caught.value)
 
 
 def test_every_default_is_plain_yaml(minimal: Path) -> None:
@@ -365,6 +380,7 @@ def test_what_a_value_means(tmp_path: Path, text: str, key: str | None, expected
         ("run: &a [*a]", "more than 20 levels"),
         ("\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 19))]), "more than 10,000 values"),
         ("\n".join(["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 19))]), "more than 10,000 values"),
+        ("run: &a {<<: *a}", "more than 20 levels"),
         ("run: {<<: 3}", "`<<` takes the keys of a section"),
         ('run: {dir: "a\\0b"}', "line 3, column 12: 'a\\x00b' holds a character that no text has"),
         ('run: {dir: "a\\ud800b"}', "holds a character that no text has"),

@@ -325,7 +325,7 @@ def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
         ({"num_learners": 16}, "at most 8"),
         ({"mode": "tree"}, "hierarchical or flat"),
         ({"masks": "sliced"}, "mode='flat'"),
-        ({"masks": "none"}, "is no mask; Allowed are learned, fixed, sliced"),
+        ({"masks": "none"}, "is no mask; allowed are learned, fixed, sliced"),
         ({"mode": "flat", "masks": "sliced", "embedding_dim": 9}, "multiple of 4"),
         ({"labels": torch.zeros(4, 2, dtype=torch.int64)}, r"labels of shape \(4, 2\)"),
         ({"labels": torch.rand(8)}, r"must be \(N,\) integers"),

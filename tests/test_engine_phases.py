@@ -24,7 +24,8 @@ from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.trainer import Trainer
 from dnc_dist.processes.signals import StopRequest
-from dnc_dist.rundir.tracker import METRICS_FILE, read_metrics
+from dnc_dist.rundir import METRICS_FILE
+from dnc_dist.rundir.tracker import read_metrics
 from tests.engine_fixtures import config, make_dataset
 from tests.rounding import move_weights, share_of_course
 from tests.spawn import spawn

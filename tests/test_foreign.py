@@ -23,6 +23,7 @@ from dnc_dist.base.foreign import (
     printable,
     read_arrays,
     read_bytes,
+    read_column,
     read_json,
     read_lines,
     read_text,
@@ -125,6 +126,22 @@ def test_arrays(tmp_path: Path) -> None:
     for content in (b"", b"PK", whole[:100], whole[:-30], whole.replace(b"NUMPY", b"numpy"), b"\0" * 1000):
         path.write_bytes(content)
         assert refused(lambda: read_arrays(path, shapes)).startswith(f"{path} is damaged (")
+
+
+@pytest.mark.parametrize("reader", ["npz", "npy"])
+def test_items_without_bytes_are_not_made(tmp_path: Path, reader: str) -> None:
+    """Texts of length 0: a header alone would mean ten billion of them."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<U0", "fortran_order": False, "shape": (10**10,)})
+    path = tmp_path / f"a.{reader}"
+    if reader == "npy":
+        path.write_bytes(file.getvalue())
+        said = refused(lambda: read_column(path, Array("U", 1)))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", file.getvalue())
+        said = refused(lambda: read_arrays(path, {"x": Array("U", 1)}))
+    assert said.startswith(f"{path} is damaged: ") and "an array of <U0" in said
 
 
 class Canary:

@@ -45,6 +45,11 @@ class Double(Dummy):
     pass
 
 
+class Bare(Dummy):
+    class Options(Dummy.Options):
+        sizes: list[int] = Field(default_factory=lambda: [1, 2])
+
+
 class Nothing:
     pass
 
@@ -83,6 +88,8 @@ def test_a_name_that_nobody_has(kind: str) -> None:
         first = next(iter(parts.TABLE[kind]))
         with pytest.raises(InputError, match=rf"'{first}x' is no {kind}; did you mean {first}\?.* Allowed are {first}.* module:Class"):
             parts.load(kind, f"{first}x")
+        with pytest.raises(InputError, match=rf"'zzzzzz' is no {kind}; allowed are {first}"):
+            parts.load(kind, "zzzzzz")
 
 
 def test_a_part_beside_the_configuration(tmp_path: Path) -> None:
@@ -101,6 +108,9 @@ def test_a_part_beside_the_configuration(tmp_path: Path) -> None:
         assert "loss.name = beside_it:Dummy: A loss of somebody else." in text
         assert "  loss.power = 2.0\n      Of the distance between a positive pair." in text
     assert "beside_it:Dummy" not in describe_keys()
+    # Without docstrings: neither what it inherits nor None.
+    lines = describe_keys("beside_it:Bare").split("\n")
+    assert lines[0] == "loss.name = beside_it:Bare" and lines[-1] == "  loss.sizes = [1, 2]"
 
 
 def test_what_is_wrong_with_a_part_of_somebody_else(tmp_path: Path) -> None:
@@ -123,6 +133,15 @@ def test_what_is_wrong_with_a_part_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "broken_one.py").write_text("1 / 0")
     assert "broken_one cannot be imported (ZeroDivisionError: division by zero)" in message(path, "loss.name=broken_one:X")
     (tmp_path / "needs_more.py").write_text("import a_package_that_nobody_has")
+    (tmp_path / "ends_itself.py").write_text("import sys; sys.exit('usage')")
+    assert "ends_itself cannot be imported (SystemExit: usage)" in message(path, "loss.name=ends_itself:X")
+    for hidden, said in (("types", "types is a module of Python's standard library"), ("yaml", f"it hides {tmp_path / 'yaml.py'}; rename")):
+        (tmp_path / f"{hidden}.py").write_text(LOSS)
+        assert said in message(path, f"loss.name={hidden}:Dummy")
+    assert "dnc-dist has no module dnc_dist.loss.nothing" in message(path, "loss.name=dnc_dist.loss.nothing:X")
+    assert "has no class Margin; did you mean MarginLoss?" in message(path, "loss.name=dnc_dist.loss.margin:Margin")
+    assert "PairwiseLoss lacks anchor_values" in message(path, "loss.name=dnc_dist.loss.pairwise:PairwiseLoss")
+    assert "'a..b:X' is no module:Class" in message(path, "loss.name=a..b:X")
     assert "needs_more needs the package a_package_that_nobody_has, which is not" in message(path, "loss.name=needs_more:X")
     with pytest.raises(InputError, match=r"wrong_one:Nothing is no loss"):
         describe_keys("wrong_one:Nothing")
@@ -148,16 +167,37 @@ def test_a_part_inherits_options_and_takes_them_by_mapping(tmp_path: Path) -> No
     assert plain.digest() != wide.digest()
 
 
-def test_a_run_directory_brings_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "stranger.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
-    (run / "config.yaml").write_text("data: {root: images}\nloss: {name: 'stranger:X'}\n")
+@pytest.mark.parametrize(
+    ("start", "name", "said"),
+    [
+        ("elsewhere", "stranger:X", "there is no module stranger in"),
+        ("runs/run", "stranger:X", "there is no module stranger among the installed packages"),
+        (".", "runs.run.stranger:X", r"the module runs.run.stranger lies in a run directory"),
+        ("runs", "run.stranger:X", "the module run.stranger lies in a run directory"),
+        ("linked", "stranger:X", "the module stranger lies in a run directory"),
+        (".", "dnc_dist./proc/self/cwd/runs/run/stranger:X", "is no module:Class"),
+        (".", "antigravity:X", "antigravity is a module of Python's standard library"),
+    ],
+)
+def test_a_run_directory_brings_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, name: str, said: str) -> None:
+    """Not from inside of it, not by the names of its folders, not by a link, not by a name that is a path."""
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    canary = f"open({str(tmp_path / 'canary')!r}, 'w')"
+    (run / "stranger.py").write_text(f"class X:\n    class Options:\n        y = {canary}\n")
+    (run / "__init__.py").write_text(canary)
+    (run / "config.yaml").write_text(f"data: {{root: images}}\nloss: {{name: '{name}'}}\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "stranger.py").symlink_to(run / "stranger.py")
+    monkeypatch.chdir(tmp_path / start)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(part_modules, "_folders", [])
-    with pytest.raises(InputError, match="there is no module stranger in"):
+    monkeypatch.setattr(part_modules, "_refused", [])
+    with pytest.raises(InputError, match=said):
         load_run_config(run)
     assert not (tmp_path / "canary").exists()
+    assert str(run) not in sys.path
 
 
 def test_doctor_parity_of_a_configuration(tmp_path: Path) -> None:

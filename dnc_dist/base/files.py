@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -15,13 +16,21 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems write names at once and have no such call for folders.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write the new content of ``path`` to, which takes its place at the end; after an error it is removed."""
+    """A file to write the new content of ``path`` to, which takes its place at the end; after an error it is removed.
+
+    Raises:
+        OSError: it cannot be written; names ``path``, as a full disk names no file.
+    """
     # A name that nobody can have planted a link under, and that no other process writes to.
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
@@ -30,10 +39,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
+        sync(path.parent)
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(part)):
+            error.filename, error.filename2 = str(path), None
         raise
-    sync(path.parent)
 
 
 def is_part_of(path: Path, name: str) -> bool:

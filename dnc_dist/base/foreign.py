@@ -165,7 +165,8 @@ def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, Array], s
     tail = f"; {cure}" if cure else ""
     for name, (kinds, ndim) in shapes.items():
         array = found[name]
-        if array.dtype.kind not in kinds or array.ndim != ndim:
+        # Items of no bytes could be any number of them.
+        if array.dtype.kind not in kinds or array.ndim != ndim or not array.dtype.itemsize:
             raise InputError(f"{source} is damaged: {name} is an array of {array.dtype} with {array.ndim} dimension(s){tail}")
         if array.dtype.kind == "U" and array.size:
             codes = np.frombuffer(array.tobytes(), np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
@@ -234,7 +235,7 @@ def read_column(path: Path, kind: Array, cure: str = "") -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # bytes that no array file has make numpy raise almost anything
         raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
-    if array.dtype.kind not in kind.kinds or array.ndim != kind.ndim:
+    if array.dtype.kind not in kind.kinds or array.ndim != kind.ndim or not array.dtype.itemsize:
         raise InputError(f"{path} is damaged: an array of {array.dtype} with {array.ndim} dimension(s){tail}")
     return array
 

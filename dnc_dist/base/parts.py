@@ -108,8 +108,11 @@ OTHER_NAMES = {"backbone": "dnc_dist.model.backbone.timm:TimmBackbone"}
 
 
 def is_own(kind: str, name: str) -> bool:
-    """Whether the name stands for a part of dnc-dist, so that its options can be read without importing it."""
-    return _address(kind, name).startswith("dnc_dist.")
+    """Whether the name stands for a part of dnc-dist, so that its options can be read without importing it.
+
+    Only of an address of our own: a text in a configuration may lead to any file.
+    """
+    return _address(kind, name) in (*TABLE[kind].values(), OTHER_NAMES.get(kind))
 
 
 def _address(kind: str, name: str) -> str:
@@ -126,8 +129,8 @@ def _address(kind: str, name: str) -> str:
     if kind in OTHER_NAMES:
         return OTHER_NAMES[kind]
     close = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise InputError(f"{shorten(name)} is no {kind}; {hint}Allowed are {', '.join(table)}, or module:Class of your own")
+    allowed = f"did you mean {close[0]}? Allowed are" if close else "allowed are"
+    raise InputError(f"{shorten(name)} is no {kind}; {allowed} {', '.join(table)}, or module:Class of your own")
 
 
 def load(kind: str, name: str) -> type[Any]:
@@ -198,7 +201,8 @@ def summary(kind: str, name: str) -> str:
         text = part_text.docstring(*_address(kind, name).split(":"))
     else:
         cls = load(kind, name)
-        text = getattr(vars(cls).get("Options"), "__doc__", None) or inspect.getdoc(cls)
+        # Not what it inherits: a base says how to derive from it.
+        text = getattr(vars(cls).get("Options"), "__doc__", None) or cls.__doc__
     return " ".join((text or "").split("\n\n")[0].split())
 
 

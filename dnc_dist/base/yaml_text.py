@@ -98,12 +98,18 @@ class _Builder:
     """Values from nodes. An alias is built anew wherever it stands, and counted every time, so that few lines cannot mean billions."""
 
     def __init__(self, texts: Container[str]) -> None:
-        self._texts, self._count = texts, 0
+        self._texts, self._count, self._depth = texts, 0, 0
 
     def value(self, node: Node, path: tuple[str, ...]) -> Any:
         self._count += 1
-        if self._count > _MOST_VALUES or len(path) > _DEEPEST:
+        self._depth += 1  # not the length of the path, which `<<` leaves as it is
+        if self._count > _MOST_VALUES or self._depth > _DEEPEST:
             raise _Unreadable(f"{_at(node.start_mark)}more than {_MOST_VALUES:,} values, or more than {_DEEPEST} levels of them")
+        found = self._of_kind(node, path)
+        self._depth -= 1
+        return found
+
+    def _of_kind(self, node: Node, path: tuple[str, ...]) -> Any:
         kind = {MappingNode: "map", SequenceNode: "seq", ScalarNode: "str"}[type(node)]
         if node.tag != _TAG + kind:
             raise _Unreadable(f"{_at(node.start_mark)}the tag {shorten(node.tag)} is not read; write the value without it")

@@ -16,9 +16,8 @@ from dnc_dist.data.stream import Batch
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.setup import gradient_is_finite
 from dnc_dist.processes import distributed
+from dnc_dist.rundir import NOT_FINITE
 from dnc_dist.rundir.folder import RunDirectory
-
-FOLDER = "not-finite"
 
 
 class FiniteGuard:
@@ -76,7 +75,7 @@ class FiniteGuard:
     def _stop(self, step: int, epoch: int, found: str) -> None:
         number = step - 1 - self.first_step
         batch = next(self.data.train_batches(self.schedule, first_step=self.first_step, skip=number))
-        folder, name = self.run_dir.path / FOLDER, f"step-{step:08d}-rank-"
+        folder, name = self.run_dir.path / NOT_FINITE, f"step-{step:08d}-rank-"
         kept = f"its batch is kept in {folder / name}*.npz"
         try:
             save_batch(folder / f"{name}{distributed.rank()}.npz", batch, self.data, step, epoch)

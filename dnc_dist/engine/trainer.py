@@ -27,6 +27,7 @@ from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
 from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
+from dnc_dist.rundir import DIVISIONS
 from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.checkpoints import Checkpoints, tag_of
 from dnc_dist.rundir.folder import RunDirectory, write_config
@@ -133,7 +134,7 @@ class Trainer:
         self.state.division = division
         self.run_dir.check()
         if distributed.is_main():
-            folder = self.cfg.run.path / "divisions"
+            folder = self.cfg.run.path / DIVISIONS
             folder.mkdir(exist_ok=True)
             division.save(folder / f"epoch-{epoch:04d}.npz")
         seconds = time.monotonic() - started

@@ -152,24 +152,6 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return total
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; every rank's output depends on every rank's input, so the gradient is summed over ranks, too."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return all_reduce_sum(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(grads[0].contiguous(), ctx.group), None
-
-
-def all_reduce_sum_autograd(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """Collective, forward and backward. The sum over ranks with its exact gradient."""
-    return _AllReduceSum.apply(tensor, group) if group_size(group) > 1 else tensor
-
-
 def _all_gather_rows(local: Tensor, counts: Sequence[int], group: ProcessGroup | None) -> Tensor:
     most, ranks = max(counts), len(counts)
     if most == 0:

@@ -18,12 +18,15 @@ from dnc_dist.report.markup import Html
 from dnc_dist.rundir.record import RunRecord, Series, number
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+AXES, GAPS = "#cbd2d9", "#ffffff"
 MOST_DIVISIONS = 200
 """Beyond it, their lines would cover a chart."""
 _MOST_SEGMENTS = 5_000
 _MOST_BARS = 400
 PALETTE = ["#2563eb", "#ea580c", "#0d9488", "#9333ea", "#ca8a04", "#db2777"]
 CONQUER = "#fef3c7"
+_THEMED = {INK: "--ink", MUTED: "--muted", GRID: "--line", AXES: "--axes", GAPS: "--card", CONQUER: "--conquer"}
+"""Colours that the page chooses, as it may be dark."""
 _LEARNERS = LinearSegmentedColormap.from_list("learners", ["#1d4ed8", "#0891b2", "#10b981", "#ca8a04", "#f97316", "#dc2626", "#a21caf"])
 
 _STYLE: dict[Any, Any] = {
@@ -33,7 +36,7 @@ _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,
-    "axes.edgecolor": "#cbd2d9",
+    "axes.edgecolor": AXES,
     "axes.labelcolor": MUTED,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
@@ -60,6 +63,8 @@ class Chart:
     note: str
     svg: Html
     wide: bool = False
+    main: bool = False
+    """Of those that tell most."""
 
 
 def learner_colour(learner: int, num_learners: int) -> tuple[float, float, float, float]:
@@ -75,6 +80,8 @@ def draw(paint: Callable[[Axes], None], *, width: float = 5.6, height: float = 2
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
+    for colour, variable in _THEMED.items():
+        text = text.replace(colour, f"var({variable})")
     return Html(text[text.index("<svg") :])
 
 
@@ -137,6 +144,7 @@ def curves(
     percent: bool = False,
     zero: bool = False,
     smooth: bool = False,
+    main: bool = False,
 ) -> Chart | None:
     """A chart of several quantities of one kind of line; None if the run has none of them.
 
@@ -157,7 +165,7 @@ def curves(
             axes.set_ylim(0, 1.08 * max(float(series.y.max()) for series in found.values()) or 1.0)
         _legend(axes)
 
-    return Chart(title, note, draw(paint))
+    return Chart(title, note, draw(paint), main=main)
 
 
 def learner_losses(run: RunRecord) -> Chart | None:
@@ -215,7 +223,7 @@ def all_curves(run: RunRecord) -> list[Chart]:
     pairs = {"active_pairs": "active pairs", "anchors_without_negatives": "anchors without negatives"}
     masks = {"mask_orthogonality": "mean cosine between masks", "mask_sparsity": "share of switched-off coordinates"}
     charts = [
-        curves(run, "Retrieval", "On the test split, higher is better.", "evaluation", retrieval, percent=True),
+        curves(run, "Retrieval", "On the test split, higher is better.", "evaluation", retrieval, percent=True, main=True),
         curves(
             run,
             "Loss",
@@ -224,6 +232,7 @@ def all_curves(run: RunRecord) -> list[Chart]:
             {"loss": "loss"},
             zero=True,
             smooth=True,
+            main=True,
         ),
         learner_losses(run),
         curves(run, "Pairs", "Per step; anchors without negatives should stay near 0.", "train", pairs, zero=True, smooth=True),

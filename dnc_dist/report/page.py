@@ -14,7 +14,9 @@ from dnc_dist.report.charts import Chart, all_curves
 from dnc_dist.report.divisions import division_chart, division_table
 from dnc_dist.report.gallery import confident_mistakes, query_html
 from dnc_dist.report.markup import Html, element, join
+from dnc_dist.report.story import story_html
 from dnc_dist.report.style import CSS
+from dnc_dist.rundir import METRICS_FILE, REPORT_FILE
 from dnc_dist.rundir.gallery import Gallery
 from dnc_dist.rundir.record import RunRecord, number, read_run
 
@@ -93,16 +95,23 @@ def _chart(chart: Chart) -> Html:
 
 
 def _curves(run: RunRecord) -> Html:
-    charts = [_chart(chart) for chart in all_curves(run)]
+    charts = all_curves(run)
     legend = []
     if run.of("division"):
         line = element("i", style="border-left:2px dashed #9aa5b1;width:0")
         legend.append(element("span", line, "the number of learners changes"))
     if run.conquer_from is not None:
-        box = element("i", style="background:#fef3c7;border:1px solid #fde68a")
+        box = element("i", style="background:var(--conquer);border:1px solid #eab308")
         legend.append(element("span", box, "conquer: the whole embedding is trained together"))
-    parts = element("h2", "Training"), element("p", *legend, cls="legend"), element("div", *charts, cls="grid")
-    return join(parts) if charts else Html()
+    if not charts:
+        return Html()
+    large = [_chart(chart) for chart in charts if chart.main]
+    small = [_chart(chart) for chart in charts if not chart.main]
+    parts = [element("h2", "Training"), element("p", *legend, cls="legend"), element("div", *large, cls="grid large")]
+    if small:
+        names = ", ".join(chart.title[0].lower() + chart.title[1:] for chart in charts if not chart.main)
+        parts.append(element("details", element("summary", f"More curves: {names}"), element("div", *small, cls="grid")))
+    return join(parts)
 
 
 def _divisions(run: RunRecord) -> Html:
@@ -165,7 +174,7 @@ def _config(run: RunRecord) -> Html:
 def _footer(run: RunRecord) -> Html:
     passed_over = f" {run.passed_over:,} lines of it are none of a run and are left out." if run.passed_over else ""
     words = f"Written by dnc-dist {__version__} from {run.path}. All numbers are in "
-    return element("footer", words, element("code", "metrics.jsonl"), ".", passed_over)
+    return element("footer", words, element("code", METRICS_FILE), ".", passed_over)
 
 
 def build_report(run_dir: Path) -> Path:
@@ -184,8 +193,8 @@ def build_report(run_dir: Path) -> Path:
         element("title", f"{run.path.resolve().name} · dnc-dist report"),
         element("style", Html(CSS)),
     )
-    parts = [part(run) for part in (_header, _curves, _divisions, _gallery, _config, _footer)]
+    parts = [part(run) for part in (_header, story_html, _curves, _divisions, _gallery, _config, _footer)]
     page = element("html", head, element("body", element("main", *parts)), lang="en")
-    path = run.path / "report.html"
+    path = run.path / REPORT_FILE
     write_text(path, f"<!doctype html>{page}\n")
     return path

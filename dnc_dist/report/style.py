@@ -1,10 +1,13 @@
-"""The look of the report: light, one column of cards on a phone, a grid on a screen."""
+"""The look of the report: light or dark as the reader's system is, one column on a phone, a grid on a screen, A4 on paper."""
 
 from __future__ import annotations
 
 CSS = """
-:root { --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --card: #fff; --page: #f5f7fa; --blue: #2563eb; --right: #16a34a;
-  --wrong: #dc2626; }
+:root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --axes: #cbd2d9; --card: #fff; --page: #f5f7fa;
+  --blue: #2563eb; --right: #16a34a; --wrong: #dc2626; --conquer: #fef3c7; --stamp: #e0e7ff; --stamp-ink: #3730a3; --warning: #fef2f2; }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --muted: #9fb0c3; --line: #33404f; --axes: #52606d;
+  --card: #1c2530; --page: #12181f; --blue: #7aa7ff; --right: #4ade80; --wrong: #f87171; --conquer: #423a1d; --stamp: #2b3566;
+  --stamp-ink: #c7d2fe; --warning: #3b1d1d; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -16,7 +19,7 @@ p { margin: 0; }
 .muted, .note { color: var(--muted); }
 .note { font-size: 13px; }
 .stamps { margin: 14px 0 0; display: flex; flex-wrap: wrap; gap: 8px; }
-.stamp { border-radius: 999px; padding: 3px 12px; font-size: 13px; background: #e0e7ff; color: #3730a3; }
+.stamp { border-radius: 999px; padding: 3px 12px; font-size: 13px; background: var(--stamp); color: var(--stamp-ink); }
 .stamp.loud { background: var(--wrong); color: #fff; font-weight: 700; text-transform: uppercase; letter-spacing: .04em; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin-top: 20px; }
 .card, .chart, .query-list, details, .warning { background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
@@ -24,8 +27,14 @@ p { margin: 0; }
 .card b { display: block; font-size: 24px; line-height: 1.25; font-weight: 650; font-variant-numeric: tabular-nums; }
 .card span { color: var(--muted); font-size: 13px; }
 .card.first b { color: var(--blue); }
-.warning { border-color: #fca5a5; background: #fef2f2; padding: 12px 16px; margin-top: 16px; }
+.warning { border-color: #fca5a5; background: var(--warning); padding: 12px 16px; margin-top: 16px; }
+.story { margin: 0; padding: 14px 20px 14px 36px; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+.story li { padding: 3px 0; }
+.advice { display: block; color: var(--muted); font-size: 14px; }
+.advice::before { content: "→ "; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: 14px; }
+.grid.large { grid-template-columns: repeat(auto-fill, minmax(min(100%, 480px), 1fr)); }
+details .grid { margin-top: 12px; }
 .chart { padding: 14px 16px 10px; margin: 0; min-width: 0; }
 .chart.wide { grid-column: 1 / -1; }
 .chart svg { width: 100%; height: auto; display: block; margin-top: 8px; }
@@ -58,5 +67,16 @@ details table { margin-top: 10px; }
 .settings td { width: 50%; overflow-wrap: anywhere; }
 code { font: 12.5px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
-@media (max-width: 600px) { main { padding: 18px 12px 40px; } h1 { font-size: 21px; } .cards { grid-template-columns: 1fr 1fr; } }
+@page { size: A4; margin: 12mm; }
+@media print {
+  body { background: #fff; font-size: 12px; }
+  main { padding: 0; max-width: none; }
+  h2 { margin-top: 20px; break-after: avoid; }
+  .chart, .card, .query-row, .story li { break-inside: avoid; }
+  .grid.large { grid-template-columns: 1fr 1fr; }
+  .scroll, .query-row { overflow: hidden; }
+  .chart.wide svg { min-width: 0; }
+}
+@media (max-width: 600px) { main { padding: 18px 12px 40px; } h1 { font-size: 21px; } .cards { grid-template-columns: 1fr 1fr; }
+  .query-row { flex-wrap: wrap; } }
 """

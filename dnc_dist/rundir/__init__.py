@@ -1,1 +1,12 @@
 """The run directory: the only place that knows the names of its files."""
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+GALLERY_FILE = "gallery.npz"
+REPORT_FILE = "report.html"
+CHECKPOINTS = "checkpoints"
+DIVISIONS = "divisions"
+"""Folder with one file for each division."""
+NOT_FINITE = "not-finite"
+"""Folder with the batch of a step whose loss or gradient was not finite."""

@@ -19,11 +19,11 @@ from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import sync, write_text
 from dnc_dist.base.foreign import parse_json, read_bytes, read_text, shorten
 from dnc_dist.processes import distributed
+from dnc_dist.rundir import CHECKPOINTS
 
 _TAG = re.compile(r"step-\d{8}")
 # What a crash leaves behind of a checkpoint that was being written or replaced.
 _UNFINISHED = re.compile(r"\.(step-\d{8})\.(tmp|old)")
-CHECKPOINTS = "checkpoints"
 _MANIFEST = "files.json"
 _BLOCK = 1 << 20
 

@@ -9,17 +9,18 @@ import os
 from pathlib import Path
 from typing import TextIO
 
+from dnc_dist.base import part_modules
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import is_part_of, write_text
 from dnc_dist.config import RunConfig, dump_config, load_config
 from dnc_dist.processes import distributed
-from dnc_dist.rundir.checkpoints import CHECKPOINTS, Checkpoints
-from dnc_dist.rundir.tracker import METRICS_FILE, read_metrics
+from dnc_dist.rundir import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
+from dnc_dist.rundir.checkpoints import Checkpoints
+from dnc_dist.rundir.tracker import read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
 FREE_KEYS = {("data", "root"), ("data", "workers")}
-CONFIG_FILE = "config.yaml"
 _LOCK = ".lock"
 _log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class RunDirectory:
         checkpoints = Checkpoints(self.path, cfg.checkpoint.keep)
         if not config.exists() and self.path.exists() and any(not _left_by_a_start(entry) for entry in self.path.iterdir()):
             raise InputError(
-                f"{self.path} exists and is no run directory (it has no config.yaml); set run.dir or run.name to another folder"
+                f"{self.path} exists and is no run directory (it has no {CONFIG_FILE}); set run.dir or run.name to another folder"
             )
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -136,14 +137,15 @@ def write_config(cfg: RunConfig) -> None:
 
 
 def load_run_config(run_dir: Path) -> RunConfig:
-    """The configuration that a run directory was made with.
+    """The configuration that a run directory was made with. The directory may be somebody else's: no code in it is executed.
 
     Raises:
         InputError: this is no run directory, or its ``config.yaml`` was damaged.
     """
     path = run_dir / CONFIG_FILE
     if not path.is_file():
-        raise InputError(f"{run_dir} is no run directory: it has no config.yaml; give the folder that `dnc-dist launch` printed")
+        raise InputError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}; give the folder that `dnc-dist launch` printed")
+    part_modules.never_from(run_dir)
     return load_config(path, code_beside=False)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import Array, read_arrays
+from dnc_dist.rundir import GALLERY_FILE
 
-GALLERY_FILE = "gallery.npz"
 _MOST_BYTES = 1 << 28
 """As pictures for a page, a gallery has a few million bytes."""
 _ARRAYS = {

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.processes import distributed
+from dnc_dist.rundir import LOG_FILE
 
 _ROOT = logging.getLogger("dnc_dist")
-_DEAF = logging.CRITICAL + 1
+_NOTHING = logging.CRITICAL + 1
+"""A level that no message has."""
 
 
 class _LogFile(logging.FileHandler):
@@ -22,8 +24,8 @@ class _LogFile(logging.FileHandler):
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif self.level != _DEAF:
-            self.setLevel(_DEAF)
+        elif self.level != _NOTHING:
+            self.setLevel(_NOTHING)
             _ROOT.warning("%s cannot be written (%s); the run goes on without it", self.baseFilename, error.strerror)
 
     def close(self) -> None:
@@ -42,10 +44,10 @@ def open_log(run_dir: Path) -> None:
     _ROOT.setLevel(logging.INFO)
     _ROOT.propagate = False
     try:
-        file = _LogFile(run_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
+        file = _LogFile(run_dir / LOG_FILE, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(
-            f"rank {distributed.rank()} cannot write {run_dir / 'log.txt'} ({error.strerror}); "
+            f"rank {distributed.rank()} cannot write {run_dir / LOG_FILE} ({error.strerror}); "
             "run.dir must be a folder that all machines share"
         ) from error
     file.setFormatter(logging.Formatter(f"%(asctime)s rank {distributed.rank()}: %(message)s"))

@@ -11,9 +11,10 @@ import numpy as np
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.yaml_text import read_yaml
+from dnc_dist.rundir import CONFIG_FILE, METRICS_FILE
 from dnc_dist.rundir.card import CARD, Card
 from dnc_dist.rundir.gallery import Gallery, load_gallery
-from dnc_dist.rundir.tracker import METRICS_FILE, metric_lines
+from dnc_dist.rundir.tracker import metric_lines
 
 Line = dict[str, Any]
 POINTS = 2048
@@ -210,7 +211,7 @@ def read_run(run_dir: Path, *, with_gallery: bool = True) -> RunRecord:
     if not any(run.curves.values()):
         more = f" ({run.passed_over:,} lines are none of a run)" if run.passed_over else ""
         raise InputError(f"{metrics} has no line yet{more}; wait for the first training step to be logged")
-    config_path = run_dir / "config.yaml"
+    config_path = run_dir / CONFIG_FILE
     if config_path.exists():
         try:
             config = read_yaml(config_path)

@@ -25,13 +25,13 @@ from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import replacing, write_text
 from dnc_dist.base.foreign import JSON_OBJECT, parse_json, read_json, read_lines
 from dnc_dist.processes import distributed
+from dnc_dist.rundir import METRICS_FILE
 from dnc_dist.rundir.card import CARD
 
 Kind = Literal["train", "division", "evaluation", "epoch"]
 
 INIT_SECONDS = 30.0
 """W&B's server has so long to answer when a run begins."""
-METRICS_FILE = "metrics.jsonl"
 _WANDB_MARKS_FILE = "wandb_steps.json"
 
 _log = logging.getLogger(__name__)

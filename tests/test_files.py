@@ -1,0 +1,93 @@
+"""Files that are written whole or not at all, on disks that are full, folders that cannot be written, and where links stand."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dnc_dist.base.errors import InputError, RunError, explain
+from dnc_dist.base.files import is_part_of, replacing, write_text
+
+
+@contextmanager
+def full(most: int) -> Iterator[None]:
+    """No file gets longer than this, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    write_text(path, "old")
+    with full(1 << 10), pytest.raises(OSError, match="File too large") as caught:
+        write_text(path, "new" * 1000)
+    said = explain(caught.value)
+    assert isinstance(said, RunError) and str(said).startswith(f"{path}: File too large; raise the limit")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["page.html"]
+
+
+def test_a_folder_that_is_not_there_is_said_with_the_files_own_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_text(tmp_path / "gone" / "page.html", "new")
+    said = explain(caught.value)
+    assert isinstance(said, InputError) and str(said).startswith(f"{tmp_path / 'gone' / 'page.html'}: No such file or directory; check")
+
+
+def test_an_error_of_the_writer_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as file:
+        file.write(b"half")
+        assert is_part_of(Path(file.name), "a")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "ours").symlink_to(tmp_path / "theirs")
+    write_text(tmp_path / "ours", "ours")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+    assert (tmp_path / "ours").read_text() == "ours" and not (tmp_path / "ours").is_symlink()
+
+
+def test_a_new_file_has_the_users_default_permissions(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a", "")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize(
+    ("code", "of_folders", "passes"), [(errno.EINVAL, True, True), (errno.EINVAL, False, False), (errno.EIO, True, False)]
+)
+def test_a_file_system_that_cannot_sync_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, of_folders: bool, passes: bool
+) -> None:
+    """Network file systems refuse it for folders; a file whose bytes cannot be forced to the disk is an error."""
+    fsync = os.fsync
+
+    def refusing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_folders:
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    if passes:
+        write_text(tmp_path / "a", "new")
+        assert (tmp_path / "a").read_text() == "new"
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+            write_text(tmp_path / "a", "new")
+        assert caught.value.filename == str(tmp_path / "a")
