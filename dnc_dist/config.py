@@ -150,9 +150,9 @@ class Schedule(Section):
     """Length of training, batches, learning-rate schedule."""
 
     epochs: int = Field(180, ge=1)
-    """Number of epochs. 180, a batch of 80 and a learning rate of 1e-5 belong together: they are what the authors of the method publish for a
-    pretrained ResNet-50 (for SOP; there is no other command). Larger batches bear a larger rate and need fewer epochs: 55 with 4,000 rows
-    and 2e-4 (recall@k surrogate). `dnc-dist init` proposes values for the data at hand."""
+    """Number of epochs. 180, a batch of 80 and a learning rate of 1e-5 belong together: they are what the authors of the method publish
+    for a pretrained ResNet-50 (for SOP; there is no other command). Larger batches bear a larger rate and need fewer epochs: 55 with
+    4,000 rows and 2e-4 (recall@k surrogate). `dnc-dist init` proposes values for the data at hand."""
     epoch_length: Literal["dataset", "over"] = "dataset"
     """Length of an epoch: as many rows as the training set has, or (`over`) until the largest cluster is through."""
     batch_size: int = Field(80, ge=2)
