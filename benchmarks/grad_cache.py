@@ -54,7 +54,7 @@ def measure(chunks: int, batch_size: int, backbone: str, image_size: int) -> dic
         labels=rows // PER_CLASS,
         learner=torch.zeros_like(rows),
         rows=rows,
-        positions=rows,
+        slots=rows,
         valid=torch.ones(batch_size, dtype=torch.bool),
         failed=[],
         step=0,

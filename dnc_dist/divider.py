@@ -20,7 +20,7 @@ from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering import Division, DivisionRules, check_num_learners, divide, spread_features
-from dnc_dist.clustering.check import check_features
+from dnc_dist.clustering.check import check_features, check_labels, check_learner, check_whole
 from dnc_dist.clustering.divide import Mode, Start
 from dnc_dist.data.batch_sampler import Batches
 from dnc_dist.data.batching import epoch_schedule
@@ -64,14 +64,13 @@ class Divider(nn.Module):
         for name, value, kind in (("mode", mode, Mode), ("start", start, Start)):
             if value not in get_args(kind):
                 raise InputError(f"{name}={value!r} does not exist; use {' or '.join(get_args(kind))}")
-        for name, number in (("num_learners", num_learners), ("embedding_dim", embedding_dim)):
-            if not isinstance(number, int) or number < 1:
-                raise InputError(f"{name}={number!r} must be a whole number, at least 1")
+        num_learners, embedding_dim = check_whole("num_learners", num_learners, 1), check_whole("embedding_dim", embedding_dim, 1)
+        seed = check_whole("seed", seed, 0)
         if mode == "hierarchical" and num_learners & (num_learners - 1):
             raise InputError(f"num_learners={num_learners} must be a power of two in hierarchical mode; use 2, 4, 8 ... or mode='flat'")
         if mode == "hierarchical" and masks == "sliced":
             raise InputError("masks='sliced' needs mode='flat': a slice cannot be split; use mode='flat' or masks='fixed'")
-        self.labels = _labels(labels)
+        self.labels = check_labels(labels)
         self.rules = DivisionRules(num_learners, mode=mode, seed=seed, start=start)
         check_num_learners(self.labels, num_learners)
         self.masks: SubspaceMasks = parts.build("mask", masks, num_learners=num_learners, embedding_dim=embedding_dim)
@@ -136,16 +135,13 @@ class Divider(nn.Module):
         Raises:
             InputError: ``divide`` was not called yet, or a batch would have fewer rows than there are processes.
         """
-        for name, value, least in (("epoch", epoch, 0), ("batch_size", batch_size, 2), ("samples_per_class", samples_per_class, 2)):
-            if not isinstance(value, int) or value < least:
-                raise InputError(f"{name}={value!r} must be a whole number, at least {least}")
         schedule = epoch_schedule(
             self._divided().learner_of,
             self.labels,
             seed=seed_for(self.rules.seed, "schedule"),
-            epoch=epoch,
-            batch_size=batch_size,
-            samples_per_class=samples_per_class,
+            epoch=check_whole("epoch", epoch, 0),
+            batch_size=check_whole("batch_size", batch_size, 2),
+            samples_per_class=check_whole("samples_per_class", samples_per_class, 2),
         )
         rank, world = _process()
         fewest = int(np.diff(schedule.starts).min())
@@ -164,27 +160,21 @@ class Divider(nn.Module):
 
         Args:
             embeddings: (B, D) of this process's rows, not normalised.
-            learner: of all rows, or (B,) of each row.
+            learner: of all rows, or (B,) of each row, as ``learner_of`` has it. A row of learner -1 takes part in nothing: leave it
+                out of the loss.
 
         Returns:
             (B, D) with rows of norm 1, in fp32 at least.
 
         Raises:
-            InputError: embeddings of another shape, a learner that does not exist, or ``divide`` was not called yet.
+            InputError: embeddings of another shape, a learner that does not exist (of a tensor on a GPU, which would be waited for,
+                the values are not looked at), or ``divide`` was not called yet.
         """
         self._check_embeddings(embeddings)
         if self.conquering:
             return self.inference(embeddings)
         level = self._divided().num_learners
-        if isinstance(learner, Tensor):
-            if learner.shape != embeddings.shape[:1] or learner.is_floating_point():
-                raise InputError(
-                    f"learner of shape {tuple(learner.shape)} must be one number, or {len(embeddings)} integers, one for each row"
-                )
-        elif not 0 <= learner < level:
-            raise InputError(f"learner={learner} does not exist; there are {level} now: use 0 to {level - 1}")
-        else:
-            learner = torch.full((len(embeddings),), learner)
+        learner = check_learner(learner, len(embeddings), level)
         masks = _AveragedGradient.apply(self.masks.level_masks(level).to(embeddings.device))
         return dnc_kernels.project(embeddings, learner.to(embeddings.device), masks)
 
@@ -252,10 +242,12 @@ class Divider(nn.Module):
         return self.division
 
     def _check_embeddings(self, embeddings: Tensor) -> None:
-        if embeddings.ndim != 2 or embeddings.shape[1] != self.masks.embedding_dim:
-            raise InputError(
-                f"embeddings of shape {tuple(embeddings.shape)} must be (B, {self.masks.embedding_dim}), as embedding_dim says"
-            )
+        width = self.masks.embedding_dim
+        if not isinstance(embeddings, Tensor) or not embeddings.is_floating_point():
+            kind = embeddings.dtype if isinstance(embeddings, Tensor) else type(embeddings).__name__
+            raise InputError(f"embeddings of type {kind} must be a floating-point tensor (B, {width})")
+        if embeddings.ndim != 2 or embeddings.shape[1] != width:
+            raise InputError(f"embeddings of shape {tuple(embeddings.shape)} must be (B, {width}), as embedding_dim says")
 
 
 class _AveragedGradient(torch.autograd.Function):
@@ -268,16 +260,6 @@ class _AveragedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return distributed.all_reduce_sum(grads[0].contiguous()) / distributed.group_size()
-
-
-def _labels(labels: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
-    """(N,) int64."""
-    found = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise InputError(
-            f"labels of shape {found.shape} and type {found.dtype} must be (N,) integers, one for each row of the training set"
-        )
-    return found.astype(np.int64)
 
 
 def _process() -> tuple[int, int]:

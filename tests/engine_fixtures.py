@@ -1,4 +1,4 @@
-"""What the tests of the engine share: tiny real datasets, configurations, divisions made by hand, and errors relative to a reference."""
+"""What the tests of the engine share: tiny real datasets, configurations, divisions made by hand, and outcomes that are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import Division
@@ -18,7 +17,8 @@ from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.index import open_index
 from dnc_dist.data.readers import read
 from dnc_dist.data.shards import write_shards
-from dnc_dist.engine.objective import DncObjective
+from dnc_dist.doctor.harness import Outcome, errors_of
+from dnc_dist.processes import distributed
 
 SIZE, CLASSES, PER_CLASS = 16, 12, 6
 # Fewer test classes, and so shards, than ranks: one of four ranks has nothing to embed.
@@ -41,9 +41,9 @@ def make_dataset(place: Path) -> Path:
 
 
 def damage(root: Path, place: Path, train: Sequence[int], test: Sequence[int] = ()) -> Path:
-    """A copy of a dataset in which these positions of the views hold bytes that are no image; sizes are unchanged."""
+    """A copy of a dataset in which these places of the views hold bytes that are no image; sizes are unchanged."""
     index = open_index(root)
-    broken = [int(index.view(name).rows[at]) for name, positions in (("train", train), ("test", test)) for at in positions]
+    broken = [int(index.view(name).rows[at]) for name, places in (("train", train), ("test", test)) for at in places]
     place.mkdir(parents=True)
     for path in root.iterdir():
         (place / path.name).symlink_to(path)
@@ -80,37 +80,22 @@ def division_by_hand(labels: NDArray[np.int64], level: int, only: int | None = N
     learner = labels % level
     if only is not None:
         for a in range(level):
-            rows = np.flatnonzero(learner == a)
-            learner[np.setdiff1d(rows, rows[[0, 1, PER_CLASS][:only]])] = -1
+            places = np.flatnonzero(learner == a)
+            learner[np.setdiff1d(places, places[[0, 1, PER_CLASS][:only]])] = -1
     sizes = np.bincount(learner[learner >= 0], minlength=level)
     return Division(learner.astype(np.int16), level, np.empty((level, 0), np.float32), 0, sizes, int((learner < 0).sum()))
 
 
-def shake(objective: DncObjective, level: int) -> None:
-    """Give masks, boundaries and BatchNorm values that are not those of the start; leaves of a learner stay equal."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        masks = objective.masks
-        if masks.learned:
-            parents = torch.randn(level, masks.embedding_dim, generator=generator) + 0.7
-            masks.masks.copy_(parents.repeat_interleave(masks.num_learners // level, 0))
-        for name, value in objective.named_parameters():
-            if value.dim() <= 1:  # beta, BatchNorm, the bias
-                value.add_(0.1 * torch.randn(value.shape, generator=generator))
-            elif name.startswith("backbone"):
-                value.mul_(2.0)
-        for name, buffer in objective.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.add_(0.1 * torch.randn(buffer.shape, generator=generator))
-            elif name.endswith("running_var"):
-                buffer.mul_(0.5 + torch.rand(buffer.shape, generator=generator))
+def kept(path: Path) -> Outcome:
+    """The outcome that ``against_one`` left."""
+    return Outcome(*torch.load(path))
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Length of the difference relative to the expected length; the length itself where 0 is expected; inf for a NaN."""
-    difference, size = float((found - expected).double().norm()), float(expected.double().norm())
-    error = difference / size if size else difference
-    return error if error == error else float("inf")
+def against_one(found: Outcome, path: Path) -> dict[str, float]:
+    """Errors relative to the outcome of one process, which leaves it at ``path``."""
+    if distributed.world_size() == 1:
+        torch.save(tuple(found), path)
+    return errors_of(found, kept(path))
 
 
 def silent() -> Progress:

@@ -10,7 +10,7 @@ processor. What that may do to a result is bounded in one of these ways, the fir
    in fp32 may differ by a few times as much.
 3. ``share_of_course``: a training passes rounding on, and enlarges it. So a *neighbour* is trained along, with weights moved by
    ``NEIGHBOUR`` at the start, more than a step's rounding moves them: who differs by rounding only stays as close as the neighbour.
-   That holds on a smooth network (see ``doctor.steps.smooth``): where rounding turns a ReLU on or off, the distance jumps.
+   That holds on a smooth network (see ``doctor.harness.smooth``): where rounding turns a ReLU on or off, the distance jumps.
 4. Absolute beside relative: a difference of numbers of size s is wrong by eps * s, however small the difference is.
 
 Choices (nearest, drawn, best) are compared where rounding does not decide them, see the tests.

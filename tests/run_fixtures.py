@@ -166,7 +166,7 @@ def without_report() -> None:
 
 def on_a_smooth_network(before: Callable[[], None], *, neighbour: bool = False) -> None:
     """For ``before``: runs that differ by rounding stay close to each other (see ``rounding.py``); another ``before`` comes after."""
-    from dnc_dist.doctor.steps import smooth
+    from dnc_dist.doctor.harness import smooth
     from dnc_dist.model.backbone.conv4 import Conv4
 
     init = Conv4.__init__

@@ -32,7 +32,7 @@ LAYERS = [
 ]
 # Third-party module -> where it may be imported (a module or a whole sub-package).
 FENCES = {
-    "deepspeed": {"dnc_dist.engine"},
+    "deepspeed": {"dnc_dist.engine.zero"},
     "wandb": {"dnc_dist.rundir.tracker"},
     "webdataset": {"dnc_dist.data"},
     "click": {"dnc_dist.cli", "dnc_dist.commands"},
@@ -46,6 +46,8 @@ FENCES = {
     },
     "pydantic_core": {"dnc_dist.base.choice"},
 }
+# Attributes of DeepSpeed's engine and optimizers that only the owner of its layouts may know.
+ITS_OWN = {"zero_optimization_stage", "bit16_groups", "overflow", "checkpoint_engine", "save_checkpoint"}
 # Values that config.py owns are handed down; of the packages below the engine none reads the configuration.
 CONFIG_READERS = {"processes", "rundir", "engine", "report", "inference", "doctor", "commands", "cli", "keys"}
 LONGEST = 300
@@ -116,6 +118,12 @@ def test_fences(module: str) -> None:
     for imported in imports(MODULES[module]):
         places = FENCES.get(imported.split(".")[0])
         assert places is None or inside(module, places), f"{module} must not import {imported}; only {', '.join(sorted(places or []))} may"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("dnc_dist.") and not inside(name, FENCES["deepspeed"])])
+def test_no_other_module_looks_into_deepspeed(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    assert {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & ITS_OWN == set()
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("dnc_kernels")])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.index import DatasetIndex, open_index, train_view
-from dnc_dist.data.loading import Batch
+from dnc_dist.data.loading import Batch, DecodedBlock
 from dnc_dist.data.readers import Reading, Sample
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
@@ -57,8 +57,8 @@ def batches(index: DatasetIndex, schedule: EpochSchedule, world: int = 1, rank: 
         loader.close()
 
 
-def assert_equal(one: Batch, other: Batch) -> None:
-    for name, left, right in zip(Batch._fields, one, other, strict=True):
+def assert_equal(one: Batch | DecodedBlock, other: Batch | DecodedBlock) -> None:
+    for name, left, right in zip(one._fields, one, other, strict=True):
         assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, name
 
 
@@ -81,7 +81,7 @@ def test_same_pixels_on_any_number_of_ranks(index: DatasetIndex, schedule: Epoch
     assert [batch.step for batch in alone] == list(range(100, 100 + len(schedule)))
     for number, whole in enumerate(alone):
         assert_equal(joined([rank[number] for rank in ranks]), whole)
-        assert torch.equal(whole.positions, torch.arange(len(whole.rows)))
+        assert torch.equal(whole.slots, torch.arange(len(whole.rows)))
     if world == 12:  # more ranks than rows: some carry a dummy
         dummies = [rank[0] for rank in ranks if not rank[0].valid.any()]
         assert dummies
@@ -161,7 +161,7 @@ def test_damaged_row_is_skipped_on_any_number_of_ranks(damaged: tuple[DatasetInd
         for number, whole in enumerate(alone):
             assert_equal(joined([rank[number] for rank in ranks]), whole)
     passed = list(SequentialBatches(index, index.view("train"), Geometry(None, SIZE), block_size=4))
-    assert [key for batch in passed for key in batch.failed] == [index.key(row)]
+    assert [key for block in passed for key in block.failed] == [index.key(row)]
 
 
 def test_bugs_are_not_swallowed(index: DatasetIndex, schedule: EpochSchedule) -> None:
@@ -181,7 +181,7 @@ def test_sequential_pass_has_every_row_once(index: DatasetIndex, split: str, wor
     view = train_view(index, 0.35) if split == "held out" else index.view(split)
     geometry = Geometry(None, SIZE)
     reader = ShardReader(index)
-    alone = {batch.step: batch for batch in SequentialBatches(index, view, geometry, block_size=3)}
+    alone = {block.number: block for block in SequentialBatches(index, view, geometry, block_size=3)}
     seen: list[int] = []
     blocks: list[int] = []
     for rank in range(world):
@@ -189,20 +189,19 @@ def test_sequential_pass_has_every_row_once(index: DatasetIndex, split: str, wor
         mine: list[int] = []
         arrived = list(loader)
         assert len(arrived) == len(loader)
-        for batch in arrived:
-            assert_equal(batch, alone[batch.step])  # blocks do not depend on ranks or workers
-            assert batch.valid.all()
-            mine += batch.positions.tolist()
-            blocks.append(batch.step)
+        for block in arrived:
+            assert_equal(block, alone[block.number])  # blocks do not depend on ranks or workers
+            assert block.valid.all()
+            mine += block.places.tolist()
+            blocks.append(block.number)
         assert sorted(mine) == list(range(*loader.bounds))
         assert loader.bounds[0] == len(seen)
         seen += sorted(mine)
     assert seen == list(range(len(view)))
     assert sorted(blocks) == list(range(len(alone)))
-    for batch in alone.values():
-        for row, position, image in zip(batch.rows, batch.positions, batch.images, strict=True):
-            assert row == view.rows[position]
-            with Image.open(io.BytesIO(reader.read(int(row)))) as opened:
+    for block in alone.values():
+        for place, image in zip(block.places.tolist(), block.images, strict=True):
+            with Image.open(io.BytesIO(reader.read(int(view.rows[place])))) as opened:
                 assert torch.equal(image, geometry(opened.convert("RGB")))
 
 
@@ -216,9 +215,9 @@ def test_streaming_equals_index_reads(index: DatasetIndex, caplog: pytest.LogCap
     assert [record.message for record in caplog.records] == [
         "train: 6 shards are fewer than 7 ranks x 1 workers; reading through the index"
     ]
-    by_index = {batch.step: batch for loader in ranks for batch in loader}
-    for batch in SequentialBatches(index, view, Geometry(None, SIZE), block_size=3):
-        assert_equal(batch, by_index[batch.step])
+    by_index = {block.number: block for loader in ranks for block in loader}
+    for block in SequentialBatches(index, view, Geometry(None, SIZE), block_size=3):
+        assert_equal(block, by_index[block.number])
 
 
 def test_batch_moves(index: DatasetIndex, schedule: EpochSchedule) -> None:

@@ -330,11 +330,25 @@ def test_a_wrong_state_is_refused_and_changes_nothing() -> None:
         ({"labels": torch.zeros(4, 2, dtype=torch.int64)}, r"labels of shape \(4, 2\)"),
         ({"labels": torch.rand(8)}, r"must be \(N,\) integers"),
         ({"labels": list(range(8))}, "0 classes"),
+        ({"labels": [[0], [1, 1]]}, r"must be \(N,\) integers"),
+        ({"num_learners": True}, "num_learners=True must be a whole number"),
+        ({"embedding_dim": 8.0}, "embedding_dim=8.0 must be a whole number"),
+        ({"seed": None}, "seed=None must be a whole number"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Divider(**{"labels": problem()[1], "num_learners": 4, "embedding_dim": 8, **arguments})
+
+
+def test_whole_numbers_may_be_those_of_numpy_and_torch() -> None:
+    features, labels = problem()
+    divider = Divider(labels.numpy(), np.int64(4), np.int32(8), seed=np.uint8(3), mode="flat")
+    divider.divide(features)
+    assert list(divider.batches(0, batch_size=np.int64(8))) == list(divider.batches(0, batch_size=8))
+    raw = torch.randn(5, 8)
+    for learner in (np.int64(2), torch.tensor(2), torch.full((5,), 2, dtype=torch.int32)):
+        assert torch.equal(divider.project(raw, learner), divider.project(raw, 2))  # type: ignore[arg-type]
 
 
 def test_wrong_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +380,13 @@ def test_wrong_calls_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (lambda: divider.project(raw[:, :7], 0), r"must be \(B, 8\)"),
         (lambda: divider.project(raw, 4), "use 0 to 3"),
+        (lambda: divider.project(raw, -1), "learner=-1 must be"),
+        (lambda: divider.project(raw, [0] * 5), "learner=.* must be a whole number"),
+        (lambda: divider.project(raw, torch.tensor([0, 1, 4, 3, -1])), "learner=4 does not exist"),
+        (lambda: divider.project(raw, torch.tensor([0, 1, -2, 3, -1])), "learner=-2 does not exist"),
+        (lambda: divider.project(raw, torch.ones(5, dtype=torch.bool)), "type torch.bool"),
+        (lambda: divider.project(raw.long(), 0), "type torch.int64 must be a floating-point tensor"),
+        (lambda: divider.project(raw.numpy(), 0), "type ndarray must be a floating-point tensor"),
         (lambda: divider.project(raw, torch.zeros(4, dtype=torch.int64)), r"learner of shape \(4,\)"),
         (lambda: divider.batches(-1, batch_size=8), "epoch=-1"),
         (lambda: divider.batches(0, batch_size=8, samples_per_class=1), "samples_per_class=1"),

@@ -26,10 +26,10 @@ from dnc_dist.base.progress import Progress
 from dnc_dist.config import parse_tree
 from dnc_dist.data.index import open_index
 from dnc_dist.doctor import env, facts, parity, steps
-from dnc_dist.doctor.settings import plan_of_table
+from dnc_dist.doctor.settings import plan_of_config, plan_of_table
 from dnc_dist.doctor.table import Check, Section, as_json, render
 from dnc_dist.processes import distributed
-from tests.engine_fixtures import damage, make_dataset
+from tests.engine_fixtures import config, damage, make_dataset
 from tests.run_fixtures import Done, dnc, draw_folder, start, write_config
 from tests.spawn import _free_port, spawn
 
@@ -379,6 +379,17 @@ def test_two_ranks_equal_one(place: Path) -> None:
     assert_parity(found(first), 2)
 
 
+def test_a_loss_with_a_memory_is_checked(tmp_path: Path) -> None:
+    """Its memory may be smaller than the steps of the check, and the configured run may fill it later than these steps last."""
+    changes = {"loss": {"name": "contrastive", "memory": 8, "memory_from": 1000}, "schedule": {"batch_size": 8, "samples_per_class": 2}}
+    plan = plan_of_config(config(tmp_path, tmp_path / "run", **changes))
+    (setting,) = plan.settings.values()
+    assert setting["loss"]["memory"] == plan.rows > 8 and setting["loss"]["memory_from"] == 0
+    computed = steps.outcomes(plan, Progress(False), torch.float64)
+    assert computed.keys() == {str(case) for case in plan.cases}
+    assert all(outcome.loss > 0 and all(value.isfinite().all() for value in outcome.tensors.values()) for outcome in computed.values())
+
+
 def _scale_the_loss_of_rank_1() -> None:
     from dnc_dist.doctor import steps
     from dnc_dist.engine.objective import DncObjective
@@ -500,7 +511,7 @@ def test_every_gradient_that_is_compared_is_one(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "dnc_dist.doctor.reference", tmp_path / "plan.json", tmp_path / "outcomes.pt"], check=True)
     in_fp32, in_double = torch.load(tmp_path / "outcomes.pt")
     assert [name for name in in_fp32 if name not in in_double] == [steps.DEEPSPEED]
-    for case, (loss, tensors) in in_fp32.items():
+    for case, (loss, _, tensors) in in_fp32.items():
         assert bool((loss > 0).all()), case
         assert [name for name, value in tensors.items() if not value.any()] == [], case
 

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.doctor.harness import Outcome, errors_of, tensor_errors
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.grad_cache import in_chunks
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective
 from dnc_dist.processes import distributed
-from tests.engine_fixtures import config, damage, division_by_hand, make_dataset, relative_error
+from tests.engine_fixtures import config, damage, division_by_hand, kept, make_dataset
 from tests.rounding import EXACT, NEIGHBOUR, TIMES
 from tests.spawn import spawn
-from tests.test_engine_parity import LEARNERS, ZERO_CHANGES, Case, Outcome, _curve, _curve_errors, errors_of, step_outcome
+from tests.test_engine_parity import LEARNERS, ZERO_CHANGES, Case, case_outcome, curve
 
 CHUNKS = 5
 WORLDS = (1, 2, 4)
@@ -64,19 +65,18 @@ def _compute(roots: dict[str, str], place: str) -> dict[str, dict[str, float]]:
         outcomes: list[Outcome] = []
         for chunks in (1, CHUNKS):
             cfg = config(Path(roots[case.data]), run, **_changed(case.changes, grad_cache_chunks=chunks))
-            outcomes.append(step_outcome(case, cfg, torch.float64))
+            outcomes.append(case_outcome(case, cfg, torch.float64))
         plain, chunked = outcomes
         assert plain.stats["loss"] > 0
-        stats = {key: relative_error(value.nan_to_num(-1), plain.stats[key].nan_to_num(-1)) for key, value in chunked.stats.items()}
-        errors[name] = {"scaled loss": relative_error(chunked.loss, plain.loss), **stats, **errors_of(chunked.tensors, plain.tensors)}
+        errors[name] = errors_of(chunked, plain)
     if distributed.world_size() == 1:
         cfg = config(Path(roots["whole"]), run, **_changed(ZERO_CHANGES, zero=0))
-        expected = _curve(cfg)
-        torch.save(expected, f"{place}/curve.pt")
-        errors["neighbour"] = _curve_errors(_curve(cfg, neighbour=True), expected)
+        expected = curve(cfg)
+        torch.save(tuple(expected), f"{place}/curve.pt")
+        errors["neighbour"] = errors_of(curve(cfg, neighbour=True), expected)
     for zero in (0, 1, 2) if distributed.world_size() < 4 else ():
-        found = _curve(config(Path(roots["whole"]), run, **_changed(ZERO_CHANGES, zero=zero, grad_cache_chunks=CHUNKS)))
-        errors[f"ZeRO {zero}"] = _curve_errors(found, torch.load(f"{place}/curve.pt"))
+        found = curve(config(Path(roots["whole"]), run, **_changed(ZERO_CHANGES, zero=zero, grad_cache_chunks=CHUNKS)))
+        errors[f"ZeRO {zero}"] = errors_of(found, kept(Path(place) / "curve.pt"))
         unused = [_unused_parameter(Path(roots["whole"]), run, zero, chunks) for chunks in (1, CHUNKS)]
         errors[f"unused parameter, ZeRO {zero}"] = {"parameter": float((unused[1] - unused[0]).abs().max())}
     return errors
@@ -118,10 +118,10 @@ def test_bf16_autocast_differs_by_rounding_only(tmp_path: Path) -> None:
     found = {}
     for name, chunks, precision in (("plain", 1, "bf16"), ("chunked", CHUNKS, "bf16"), ("exact", 1, "fp32")):
         cfg = config(root, tmp_path / "run", **_changed(case.changes, precision=precision, grad_cache_chunks=chunks))
-        found[name] = step_outcome(case, cfg, torch.float64 if name == "exact" else torch.float32)
-    allowed = errors_of(found["plain"].tensors, found["exact"].tensors)
+        found[name] = case_outcome(case, cfg, torch.float64 if name == "exact" else torch.float32)
+    allowed = tensor_errors(found["plain"].tensors, found["exact"].tensors)
     assert 1e-4 < allowed["tensors of backbone"] < 0.1  # bf16 it is, and no noise
-    errors = errors_of(found["chunked"].tensors, found["plain"].tensors)
+    errors = tensor_errors(found["chunked"].tensors, found["plain"].tensors)
     assert {key: error for key, error in errors.items() if not error <= TIMES * allowed[key]} == {}
 
 
@@ -225,6 +225,19 @@ def test_a_parameter_that_changes_before_the_backward_pass_is_an_error() -> None
         network.layers[3].weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("of", ["instance statistics", "spectral norm"])
+def test_a_network_that_changes_with_every_pass_is_refused(of: str) -> None:
+    """Its gradient would not be that of the features which the loss saw, or statistics would move several times a step."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)) if of == "spectral norm" else nn.Conv2d(3, 4, 3)
+    norm = nn.InstanceNorm2d(4, track_running_stats=True) if of == "instance statistics" else nn.Identity()
+    network = nn.Sequential(layer, norm, nn.Flatten())
+    images = torch.randn(6, 3, 8, 8)
+    with pytest.raises(InputError, match=r"engine\.grad_cache_chunks=2 .* every pass changes (0\.parametrizations|1\.running_mean)"):
+        in_chunks(network, [images], 2, network)
+    # In evaluation mode, or with statistics that stand, it is as any other.
+    in_chunks(network.eval(), [images], 2, network)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from torch.nn import functional
 import dnc_kernels
 from dnc_dist.config import RunConfig
 from dnc_dist.data.loading import Batch
-from dnc_dist.doctor.steps import in_double
+from dnc_dist.doctor.harness import in_double, shake
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective, parameter_groups
-from tests.engine_fixtures import config, division_by_hand, make_dataset, shake
+from tests.engine_fixtures import config, division_by_hand, make_dataset
 from tests.rounding import EXACT
 
 STEP = 5
@@ -37,7 +37,7 @@ def prepare(root: Path, level: int, **changes: dict[str, Any]) -> tuple[RunConfi
     cfg = config(root, root / "run", **changes)
     data = RunData(cfg)
     objective = build_objective(cfg, data.train.num_classes).train()
-    shake(objective, level)
+    shake(objective, level, torch.Generator().manual_seed(11))
     in_double(objective)
     schedule = data.schedule(division_by_hand(data.train.labels, level), 0, conquer=False)
     return cfg, objective, next(data.train_batches(schedule, first_step=STEP, skip=0))
@@ -140,9 +140,7 @@ def test_an_undecodable_image_counts_as_if_it_were_not_there(root: Path, loss: d
     broken = torch.zeros_like(batch.valid)
     broken[[3, 7]] = True
     with_broken = batch._replace(valid=~broken, learner=torch.where(broken, -1, batch.learner))
-    without = batch._replace(
-        **{name: getattr(batch, name)[~broken] for name in ("images", "labels", "learner", "rows", "positions", "valid")}
-    )
+    without = batch._replace(**{name: getattr(batch, name)[~broken] for name in ("images", "labels", "learner", "rows", "slots", "valid")})
     phase = Phase(STEP, 4, conquer=False, backbone_frozen=False)
     (found, stats), (expected, oracle) = objective(with_broken, phase), objective(without, phase)
     torch.testing.assert_close(found, expected, rtol=EXACT, atol=0)
@@ -178,7 +176,7 @@ def test_dropout_and_augmentation_depend_on_step_and_position_only(root: Path) -
     first = loss(1, batch)
     assert loss(1, batch) == first
     assert loss(2, batch) != first
-    assert loss(1, batch._replace(positions=batch.positions + 1)) != first
+    assert loss(1, batch._replace(slots=batch.slots + 1)) != first
 
 
 def test_every_trained_parameter_is_in_one_group(root: Path) -> None:

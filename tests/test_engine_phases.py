@@ -18,7 +18,7 @@ from torch.nn.utils import parameters_to_vector
 
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import RunConfig, dump_config
-from dnc_dist.doctor.steps import smooth
+from dnc_dist.doctor.harness import smooth
 from dnc_dist.engine import plan
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.state import TrainState

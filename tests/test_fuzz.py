@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from dnc_dist import cli
 from dnc_dist.base.errors import InputError
 from dnc_dist.clustering.division import Division, whole
-from dnc_dist.rundir.gallery import Gallery, save_gallery
+from dnc_dist.rundir.gallery import PictureGallery, save_gallery
 from tests.test_card import CARD
 
 SECONDS, SLOW_SECONDS = 1.0, 17.0
-"""For each kind of file: 8 seconds in all of ``make test``, two minutes in all of ``make test-full``."""
+"""For each kind of file: 10 seconds in all of ``make test``, three minutes in all of ``make test-full``."""
 ODD = [
     b"null",
     b"true",
@@ -98,7 +98,7 @@ def make_run(folder: Path) -> Path:
     (run / "config.yaml").write_text(yaml.safe_dump(tree))
     rows, labels = np.arange(6).reshape(2, 3), np.zeros((2, 3), np.int64)
     pictures = np.zeros((2, 3, 8, 8, 3), np.uint8)
-    save_gallery(run, Gallery(rows[:, 0], rows, labels[:, 0], labels, rows.astype(np.float32), {0: "a"}, pictures[:, 0], pictures))
+    save_gallery(run, PictureGallery(rows[:, 0], rows, labels[:, 0], labels, rows.astype(np.float32), {0: "a"}, pictures[:, 0], pictures))
     whole(np.zeros(8, np.int64)).save(run / "division.npz")
     (run / "checkpoints" / "latest").write_text("step-00000008\n")
     (run / "checkpoints" / "step-00000008" / "files.json").write_text('{"mp_rank_00_model_states.pt": [4, 1716781343]}')

@@ -17,7 +17,7 @@ import torch
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.processes.launch import launch_workers, verdict, workers, workers_here
-from dnc_dist.processes.launch.verdict import Failure, Report
+from dnc_dist.processes.launch.verdict import Failure, LaunchReport
 
 PRELUDE = """
 import os, signal, sys, time
@@ -105,12 +105,24 @@ print("a warning", file=sys.stderr)
     assert err == "a warning\n"
 
 
-def test_the_first_error_is_printed_once(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_error_is_printed_once(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERE", str(tmp_path))
+    # A connection is closed when the process of the peer ends, however long that takes on a busy machine.
     body = """
+def ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
 def work():
+    peer = Path(os.environ["HERE"], "peer")
     if rank == 1:
+        peer.with_suffix(".part").write_text(str(os.getpid()))
+        peer.with_suffix(".part").rename(peer)
         raise RuntimeError("the real reason")
-    time.sleep(0.3)
+    while not peer.exists() or not ended(peer.read_text()):
+        time.sleep(0.01)
     raise ConnectionError("closed by peer")
 sys.exit(run_worker(work))
 """
@@ -279,7 +291,7 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure
     ],
 )
 def test_verdict(codes: dict[int, int | None], errors: dict[int, Failure], stopping: bool, expected: tuple[int, str]) -> None:
-    assert verdict(Report(codes, errors), stopping=stopping) == expected
+    assert verdict(LaunchReport(codes, errors), stopping=stopping) == expected
 
 
 HOSTS = {0: "a", 1: "a", 2: "b", 3: "b"}
@@ -302,4 +314,4 @@ def test_verdict_of_two_machines(
     codes: dict[int, int | None], errors: dict[int, Failure], stopping: bool, expected: tuple[int, str]
 ) -> None:
     lost = {} if 3 in codes else {"b": "gone"}
-    assert verdict(Report(codes, errors, lost=lost), stopping=stopping, hosts=HOSTS) == expected
+    assert verdict(LaunchReport(codes, errors, lost=lost), stopping=stopping, hosts=HOSTS) == expected

@@ -25,7 +25,7 @@ from dnc_dist.processes.launch.meeting import Meeting, MeetingError
 from dnc_dist.processes.launch.network import interface_settings, is_here, parse_endpoint
 from dnc_dist.processes.launch.peers import Alarm
 from dnc_dist.processes.launch.secret import VARIABLE, Secret
-from dnc_dist.processes.launch.verdict import Failure, Report, verdict
+from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
 from dnc_dist.processes.rendezvous import listen
 from tests.strangers import connected, disturb
 
@@ -91,10 +91,10 @@ def test_machines_meet_and_all_hear_how_it_ended(endpoint: str, pool: ThreadPool
     assert {one.store for one in machines} == {("127.0.0.1", machines[0].store[1])} and {one.address for one in machines} == {"127.0.0.1"}
     for number, one in enumerate(machines):
         assert one.verdict() is None
-        one.tell(Report({number: 0}, {}, {number: "tail"}))
+        one.tell(LaunchReport({number: 0}, {}, {number: "tail"}))
     for one in machines:
         wait_for(one.verdict)
-        assert one.verdict() == Report({0: 0, 1: 0, 2: 0}, {}, {0: "tail", 1: "tail", 2: "tail"})
+        assert one.verdict() == LaunchReport({0: 0, 1: 0, 2: 0}, {}, {0: "tail", 1: "tail", 2: "tail"})
     close(machines, pool)
     # The same place is free at once.
     close(gathered(pool, endpoint, 2), pool)
@@ -114,10 +114,10 @@ def test_the_earliest_error_is_found_though_clocks_differ(endpoint: str, pool: T
     """The second machine's clock is an hour fast; its error came first."""
     machines = gathered(pool, endpoint, 2)
     clock = time.time
-    machines[0].tell(Report({0: 1}, {0: error(1.0, "a consequence")}))
+    machines[0].tell(LaunchReport({0: 1}, {0: error(1.0, "a consequence")}))
     early = error(2.0 - 3600, "the cause")
     monkeypatch.setattr(meeting.time, "time", lambda: clock() + (3600 if threading.current_thread() is threading.main_thread() else 0))
-    machines[1].tell(Report({1: 1}, {1: early}))
+    machines[1].tell(LaunchReport({1: 1}, {1: early}))
     monkeypatch.undo()
     for one in machines:
         wait_for(one.verdict)
@@ -137,7 +137,7 @@ def test_a_launcher_that_is_gone_is_an_alarm_and_part_of_the_verdict(endpoint: s
         wait_for(lambda one=one, alarms=alarms: alarms.extend(one.alarms()) or alarms)
         (alarm,) = alarms
         assert alarm.stop and alarm.text == f"{name}: its launcher was killed, or has ended"
-        one.tell(Report({number: 75}))
+        one.tell(LaunchReport({number: 75}))
     for one in machines:
         wait_for(one.verdict)
         whole = one.verdict()
@@ -155,7 +155,7 @@ def test_a_silent_machine_is_gone(endpoint: str, pool: ThreadPoolExecutor, monke
         alarms: list[Alarm] = []
         wait_for(lambda: alarms.extend(machine.alarms()) or alarms)
         assert alarms == [Alarm("sleepy (127.0.0.1): nothing was heard of it for 1 s; it is down, or the network between", False, 0.0)]
-        machine.tell(Report({0: 0}))
+        machine.tell(LaunchReport({0: 0}))
         wait_for(machine.verdict)
         machine.close()
 
@@ -189,7 +189,7 @@ def test_a_late_machine_waits_for_the_end_of_the_run_before(endpoint: str, pool:
     late = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
     wait_for(lambda: any("has not ended there" in line for line in said))
     for number, one in enumerate(machines):
-        one.tell(Report({number: 0}))
+        one.tell(LaunchReport({number: 0}))
     wait_for(lambda: all(one.verdict() for one in machines))
     close(machines, pool)
     again = pool.submit(meet, endpoint, 2, {"--nnodes": 2}, 20)
@@ -303,10 +303,10 @@ def test_strangers_change_nothing(
             time.sleep(0.5)
             for number, one in enumerate(machines):
                 assert list(one.alarms()) == []
-                one.tell(Report({number: 0}))
+                one.tell(LaunchReport({number: 0}))
             for one in machines:
                 wait_for(one.verdict)
-                assert one.verdict() == Report({0: 0, 1: 0})
+                assert one.verdict() == LaunchReport({0: 0, 1: 0})
         finally:
             over.set()
         assert [attack.result()[1] for attack in attacks] == [0, 0, 0]

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 import dnc_kernels
 from dnc_dist.base import parts
 from dnc_dist.config import ConfigError
-from dnc_dist.doctor.steps import in_double, smooth
+from dnc_dist.doctor.harness import in_double, relative_error, shake, smooth
 from dnc_dist.engine import plan
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
@@ -25,7 +25,7 @@ from dnc_dist.loss.margin import MarginLoss
 from dnc_dist.loss.memory import Memory
 from dnc_dist.loss.pairwise import PairMatrix, PairwiseLoss
 from dnc_dist.processes import distributed
-from tests.engine_fixtures import config, damage, division_by_hand, make_dataset, relative_error, shake
+from tests.engine_fixtures import config, damage, division_by_hand, make_dataset
 from tests.rounding import EXACT
 from tests.spawn import spawn
 
@@ -186,7 +186,7 @@ def _course(case: Case, root: Path, place: Path) -> dict[str, Tensor]:
     objective = build_objective(cfg, data.train.num_classes).train()
     if case.loss is not None:
         objective.loss = case.loss(case.loss.Options(**MEMORY), num_classes=data.train.num_classes, embedding_dim=16)
-    shake(objective, 4)
+    shake(objective, 4, torch.Generator().manual_seed(11))
     smooth(objective.backbone)
     in_double(objective)
     groups = distributed.rank_groups(cfg.division.learners_per_step)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dnc_dist.base import parts
+from dnc_dist.doctor import harness
+from dnc_dist.doctor.harness import Outcome, mean_outcome, part_of_rank
 from dnc_dist.loss.base import Loss, StepRows
 from dnc_dist.processes import distributed
-from tests.engine_fixtures import relative_error
+from tests.engine_fixtures import against_one, kept
 from tests.rounding import EXACT
 from tests.spawn import spawn
 
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
 
     learners: int
     conquer: bool = False
-    split: str = "even"
+    split: harness.Layout = "even"
     grouped: bool = False
     counted: bool = True
 
@@ -45,22 +45,6 @@ LAYOUTS = {
 }
 
 
-def _bounds(count: int, ranks: int, split: str) -> list[int]:
-    if split == "even":
-        return [count * at // ranks for at in range(ranks + 1)]
-    if split == "uneven":
-        return [count * at * (at + 1) // (ranks * (ranks + 1)) for at in range(ranks + 1)]
-    return [*_bounds(count, max(ranks - 1, 1), "even"), count][: ranks + 1]
-
-
-class Outcome(NamedTuple):
-    """Means over ranks of the loss and of the gradients of all rows' embeddings, of the masks and of the loss's parameters; stats."""
-
-    loss: Tensor
-    stats: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-
 def _outcome(loss: Loss, layout: Layout, groups: dict[int, ProcessGroup]) -> Outcome:
     numbers = torch.Generator().manual_seed(3)
     every = torch.randn(len(LABELS), DIM, generator=numbers, dtype=torch.float64)
@@ -69,12 +53,9 @@ def _outcome(loss: Loss, layout: Layout, groups: dict[int, ProcessGroup]) -> Out
         every = torch.nn.functional.normalize(every)
     learner = torch.zeros_like(LABELS) if layout.conquer else 2 * (torch.arange(len(LABELS)) * layout.learners // len(LABELS))
     learner[UNDECODABLE] = -1
-    world, rank = distributed.world_size(), distributed.rank()
     group = groups.get(layout.learners) if layout.grouped else None
     share = layout.learners if group is not None else 1
-    (number, me), count = divmod(rank, world // share), len(LABELS) // share
-    bounds = _bounds(count, world // share, layout.split)
-    start, stop = number * count + bounds[me], number * count + bounds[me + 1]
+    start, stop, rows_of_ranks = part_of_rank(len(LABELS), share, layout.split)
     here = torch.arange(start, stop)
     empty = not len(here)
     if empty:  # a dummy row
@@ -89,7 +70,7 @@ def _outcome(loss: Loss, layout: Layout, groups: dict[int, ProcessGroup]) -> Out
         num_learners=1 if layout.conquer else LEARNERS,
         seed=5,
         step=4,
-        rows_of_ranks=[max(1, after - before) for before, after in itertools.pairwise(bounds)],
+        rows_of_ranks=rows_of_ranks,
         group=group,
         max_positives=5 if layout.counted else None,
     )
@@ -102,34 +83,20 @@ def _outcome(loss: Loss, layout: Layout, groups: dict[int, ProcessGroup]) -> Out
         assert not x.grad.any()
     else:
         of_rows[here] = x.grad
-    gradients = {"embeddings": of_rows, **{name: parameter.grad for name, parameter in loss.named_parameters()}}
-    if not layout.conquer:
-        gradients["masks"] = masks.grad
-    assert all(gradient is not None for gradient in gradients.values()), "ranks that disagree about it would reduce different tensors"
-    return Outcome(
-        distributed.all_reduce_sum(value) / world,
-        stats,
-        {name: distributed.all_reduce_sum(gradient) / world for name, gradient in gradients.items()},
-    )
+    trained = dict(loss.named_parameters()) | ({} if layout.conquer else {"masks": masks})
+    gradients = {"embeddings": of_rows} | {name: parameter.grad for name, parameter in trained.items()}
+    return mean_outcome(value, stats, gradients, of=trained | {"embeddings": every})
 
 
 def _compute(place: str) -> dict[str, dict[str, float]]:
-    """On one process, write what it finds to ``place``; on several, the errors relative to that."""
+    """Errors relative to what one process finds, which it leaves at ``place``."""
     groups = distributed.rank_groups(2)
     errors = {}
     for at, options in enumerate(LOSSES):
         torch.manual_seed(at)
         loss: Loss = parts.build("loss", options, num_classes=CLASSES, embedding_dim=DIM).double()
         for name, layout in LAYOUTS.items():
-            found, file = _outcome(loss, layout, groups), f"{place}/{at}-{name}.pt"
-            if distributed.world_size() == 1:
-                torch.save(found, file)
-                continue
-            expected: Outcome = torch.load(file, weights_only=False)
-            assert found.stats.keys() == expected.stats.keys() and found.gradients.keys() == expected.gradients.keys()
-            stats = {key: relative_error(value.nan_to_num(-1), expected.stats[key].nan_to_num(-1)) for key, value in found.stats.items()}
-            gradients = {key: relative_error(value, expected.gradients[key]) for key, value in found.gradients.items()}
-            errors[f"{at}-{name}"] = {"value": relative_error(found.loss, expected.loss), **stats, **gradients}
+            errors[f"{at}-{name}"] = against_one(_outcome(loss, layout, groups), Path(place) / f"{at}-{name}.pt")
     return errors
 
 
@@ -159,6 +126,6 @@ def test_several_processes_equal_one(errors: dict[int, list[dict[str, dict[str, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cases_are_not_trivial(place: Path, case: str) -> None:
-    outcome: Outcome = torch.load(place / f"{case}.pt", weights_only=False)
+    outcome = kept(place / f"{case}.pt")
     assert outcome.stats["loss"] > 0
-    assert [name for name, gradient in outcome.gradients.items() if not gradient.any()] == []
+    assert [name for name, gradient in outcome.tensors.items() if not gradient.any()] == []

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dnc_dist.base import parts
-from dnc_dist.base.errors import InputError
 from dnc_dist.base.parts import TABLE
 from dnc_dist.loss.base import Loss, StepRows
 from dnc_dist.loss.pairwise import ReferencesLoss
@@ -198,45 +197,6 @@ def test_soft_triple_equals_the_peer_with_gradients(masked: bool) -> None:
     distance = sum((unit[c, s] - unit[c, t]).norm() for c in range(CLASSES) for s in range(3) for t in range(s))
     found = merging.of_step(step(x, LABELS, masks=mask))[0]
     assert_same([found], [value + 0.3 * distance / (CLASSES * 3 * 2)])
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss": "MultiSimilarityLoss", "loss_options": {"alpha": 3}, "miner": "MultiSimilarityMiner", "miner_options": {"epsilon": 0.2}},
-        {"loss": "CosFaceLoss", "loss_options": {"scale": 16}},
-        {"loss": "SubCenterArcFaceLoss", "loss_options": {"sub_centers": 2}},
-        {"loss": "MarginLoss", "loss_options": {"learn_beta": True, "beta": 1.1}},
-    ],
-    ids=lambda options: options["loss"],
-)
-def test_any_loss_and_miner_of_the_library(options: dict[str, Any]) -> None:
-    ours, x = make("pml", **options), random(len(LABELS), DIM).requires_grad_()
-    value, _ = ours.of_step(step(x, LABELS))
-    z = normalize(x)
-    expected = ours.loss(z, LABELS, None if ours.miner is None else ours.miner(z, LABELS)).sum()
-    assert_same([value, torch.autograd.grad(value, x)[0]], [expected, torch.autograd.grad(expected, x)[0]])
-    parameters = list(ours.parameters())
-    assert all(parameter.dim() > 0 for parameter in parameters)  # DeepSpeed cannot broadcast others
-    ours.of_step(step(x, LABELS))[0].backward()
-    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss": "MultiSimilarityLos"}, "loss.loss='MultiSimilarityLos' is no loss .* did you mean MultiSimilarityLoss?"),
-        ({"loss": "CircleLoss", "miner": "MultiSimilarityMinr"}, "did you mean MultiSimilarityMiner?"),
-        ({"loss": "CircleLoss", "loss_options": {"gama": 3}}, "loss.loss_options.gama is no option of CircleLoss; did you mean gamma?"),
-        ({"loss": "CircleLoss", "miner": "AngularMiner", "miner_options": {"angel": 3}}, "did you mean angle?"),
-        ({"loss": "CrossBatchMemory"}, "is no loss of"),
-        ({"loss": "RankedListLoss"}, "loss.loss_options={} is refused by RankedListLoss"),
-        ({}, "loss: missing; the loss pml needs it"),
-    ],
-)
-def test_wrong_names_of_the_library_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        make("pml", **options)
 
 
 EXAMPLES = [(name, options) for name in TABLE["loss"] for options in parts.load("loss", name).examples]

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.doctor import parity
+from dnc_dist.doctor.harness import relative_error
 from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norm, set_valid_rows
 from dnc_dist.processes import distributed
-from tests.engine_fixtures import relative_error
 from tests.rounding import EPS, EXACT
 from tests.spawn import spawn
 

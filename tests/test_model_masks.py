@@ -108,3 +108,21 @@ def test_penalty_stays_fp32_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = SubspaceMasks.penalty(masks)
     assert torch.equal(inside, SubspaceMasks.penalty(masks))
+
+
+@pytest.mark.parametrize("kind", ["learned", "sliced"])
+def test_a_row_or_slice_of_zeros_gets_no_gradient(kind: str) -> None:
+    """Nor one of 1e12, which would leave nothing of a clipped step; others are normalised as torch does it, bit for bit."""
+    masks = parts.build("mask", kind, num_learners=4, embedding_dim=8)
+    raw = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    pieces = raw.view(3, 4, 2) if kind == "sliced" else raw[:, None]
+    expected = torch.nn.functional.normalize(pieces, dim=2).view(3, 8) / (2 if kind == "sliced" else 1)
+    assert torch.equal(masks.whole(raw), expected)
+    raw[1] = 0
+    raw[2, 2:4] = 0
+    raw.requires_grad_()
+    weights = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((masks.whole(raw) * weights).sum(), raw)
+    assert not masks.whole(raw)[1].any() and not gradient[1].any()
+    assert bool(gradient[0].any()) and gradient.abs().max() < weights.abs().sum() / raw.detach().abs()[raw != 0].min()
+    assert kind != "sliced" or not gradient[2, 2:4].any()

@@ -18,14 +18,14 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.cli import run as run_cli
 from dnc_dist.report import build_report, gallery_image
 from dnc_dist.report.gallery import confident_mistakes
-from dnc_dist.rundir.gallery import Gallery, load_gallery, save_gallery
+from dnc_dist.rundir.gallery import PictureGallery, load_gallery, save_gallery
 from dnc_dist.rundir.record import POINTS, Thinned, read_run
 from tests.spawn import spawn
 
 EPOCHS, STEPS = 10, 20
 
 
-def _gallery() -> Gallery:
+def _gallery() -> PictureGallery:
     """Discs of a hue per class; every third query has a wrong neighbour somewhere."""
     generator = np.random.default_rng(0)
     query_labels = generator.integers(0, 6, 16)
@@ -38,7 +38,7 @@ def _gallery() -> Gallery:
         colour = np.array([[220, 60, 60], [60, 160, 80], [60, 90, 200], [230, 180, 40], [150, 70, 180], [60, 180, 190]])[label]
         return np.where(((x**2 + y**2) < (12 + 2 * label) ** 2)[..., None], colour, 240).astype(np.uint8)
 
-    return Gallery(
+    return PictureGallery(
         query_rows=np.arange(16),
         neighbour_rows=neighbour_rows,
         query_labels=query_labels,
@@ -237,7 +237,7 @@ def test_nothing_that_was_read_is_markup(tmp_path: Path) -> None:
     ]
     write_metrics(run_dir, *lines)
     gallery = _gallery()
-    save_gallery(run_dir, Gallery(**{**vars(gallery), "class_names": dict.fromkeys(range(6), HOSTILE)}))
+    save_gallery(run_dir, PictureGallery(**{**vars(gallery), "class_names": dict.fromkeys(range(6), HOSTILE)}))
     page = build_report(run_dir).read_text()
     structure = _Structure()
     structure.feed(page)

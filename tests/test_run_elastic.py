@@ -208,7 +208,7 @@ def test_two_processes_then_four(place: Path, record_property: Callable[[str, An
 
 def killed_while_reading() -> None:
     """For ``before``: the process is killed when it has read the other number's optimizer state."""
-    from dnc_dist.engine import zero as restore
+    from dnc_dist.engine.zero import checkpoint as restore
 
     cut = restore.cut_partition
 

@@ -15,7 +15,7 @@ import torch
 
 from dnc_dist import cli
 from dnc_dist.data.index import open_index
-from dnc_dist.processes.launch.verdict import Failure, Report, verdict
+from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
 from tests.run_fixtures import Done, dnc, draw_folder, make_dataset, metrics, without_report, write_config
 
 
@@ -262,7 +262,7 @@ def test_commands_on_what_is_no_run(place: Path, tmp_path: Path, capsys: pytest.
 def test_an_error_in_a_loader_process_is_shown_once() -> None:
     inner = "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback\nFileNotFoundError: No such file: 'a.tar'\n"
     record = Failure(1.0, 1, "FileNotFoundError", inner, f"Traceback\nFileNotFoundError: {inner}")
-    code, message = verdict(Report({0: 1, 1: None}, {0: record}))
+    code, message = verdict(LaunchReport({0: 1, 1: None}, {0: record}))
     assert code == 1 and message.count("Original Traceback") == 1
     assert message.splitlines()[-1] == "rank 0 failed: FileNotFoundError: No such file: 'a.tar'"
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from dnc_dist.doctor import parity
+from dnc_dist.doctor.harness import errors_of
 from dnc_dist.processes import distributed
-from tests.engine_fixtures import config, make_dataset, relative_error
+from tests.engine_fixtures import config, kept, make_dataset
 from tests.rounding import share_of_course
 from tests.run_fixtures import divisions, dnc, metrics, on_a_smooth_network, without_report, write_config
 from tests.run_fixtures import make_dataset as make_run_dataset
 from tests.spawn import spawn
-from tests.test_engine_parity import CASES, Outcome, errors_of, step_outcome
+from tests.test_engine_parity import CASES, case_outcome
 
 NAMES = [
     "margin, beta per class; global batch norm; 2 of 4 learners",
@@ -37,12 +38,10 @@ def _steps(root: str, place: str, kernels: str) -> dict[str, dict[str, float]]:
     for number, name in enumerate(NAMES):
         cfg = config(Path(root), Path(place) / "run", **CASES[name].changes)
         if kernels == "reference":
-            torch.save(step_outcome(CASES[name], cfg, torch.float64), f"{place}/{number}.pt")
-        found = step_outcome(CASES[name], cfg, torch.float32)
+            torch.save(tuple(case_outcome(CASES[name], cfg, torch.float64)), f"{place}/{number}.pt")
+        found = case_outcome(CASES[name], cfg, torch.float32)
         if distributed.is_main():
-            exact: Outcome = torch.load(f"{place}/{number}.pt", weights_only=False)
-            stats = {key: relative_error(value.nan_to_num(-1), exact.stats[key].nan_to_num(-1)) for key, value in found.stats.items()}
-            errors[name] = {"scaled loss": relative_error(found.loss, exact.loss), **stats, **errors_of(found.tensors, exact.tensors)}
+            errors[name] = errors_of(found, kept(Path(place) / f"{number}.pt"))
     return errors
 
 

@@ -25,11 +25,10 @@ from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.finite import _all_finite
 from dnc_dist.engine.zero import read_model
 from dnc_dist.processes import distributed
-from dnc_dist.processes.launch.verdict import Failure, verdict
-from dnc_dist.processes.launch.verdict import Report as LaunchReport
+from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
 from dnc_dist.processes.traces import place as trace
 from dnc_dist.processes.traces import remember_sources
-from dnc_dist.processes.watchdog import Report, Watchdog, diagnose, read
+from dnc_dist.processes.watchdog import RankReport, Watchdog, diagnose, read
 from tests.run_fixtures import Running, assert_same_run, last_step, make_dataset, start, without_report, write_config
 from tests.spawn import spawn
 from tests.watchdog_hooks import diverging_from, sleeping_in_loader, sleeping_often, waiting_alone
@@ -93,7 +92,7 @@ def two_ranks(place: Path, name: str, *changes: str, before: Mapping[int, Callab
     ]
 
 
-def report(rank: int, **values: Any) -> Report:
+def report(rank: int, **values: Any) -> RankReport:
     """A rank that waits in a collective for longer than the limit."""
     usual = {
         "number": 5,
@@ -106,12 +105,12 @@ def report(rank: int, **values: Any) -> Report:
         "where": "dnc_dist/engine/objective.py:150 _pairwise (all_reduce)",
         "waits": True,
     }
-    return Report(rank=rank, **(usual | values))
+    return RankReport(rank=rank, **(usual | values))
 
 
 def test_what_others_write_is_read_as_what_it_must_be() -> None:
     mine = report(1, age=2.5)
-    assert read(json.dumps(mine).encode(), Report) == mine and read(b'[1, "x"]', tuple[int, str]) == (1, "x")  # type: ignore[arg-type]
+    assert read(json.dumps(mine).encode(), RankReport) == mine and read(b'[1, "x"]', tuple[int, str]) == (1, "x")  # type: ignore[arg-type]
     for text in (b"", b"5", b"[1]", b"[" * 10_000, b'["1", "x"]', b"\xff", b'[1, "' + b"x" * 70_000 + b'"]'):
         with pytest.raises(InputError, match="what a rank wrote about itself in the store of the ranks is damaged: "):
             read(text, tuple[int, str])  # type: ignore[arg-type]
@@ -165,7 +164,7 @@ LOADING = {"where": "dnc_dist/data/stream.py:120 load", "waits": False}
         ),
     ],
 )
-def test_who_keeps_the_others_waiting(reports: list[Report], silent: list[int], expected: str | None) -> None:
+def test_who_keeps_the_others_waiting(reports: list[RankReport], silent: list[int], expected: str | None) -> None:
     assert diagnose(reports, silent) == expected
 
 
@@ -327,7 +326,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(workers: int, place: Path) -
     for rank in range(2):
         batch = next(data._train_batches.epoch(schedule, first_step=0, skip=6, rank=rank, world=2))
         with np.load(run / "not-finite" / f"step-00000007-rank-{rank}.npz") as kept:
-            for name in ("images", "labels", "learner", "rows", "positions", "valid"):
+            for name in ("images", "labels", "learner", "rows", "slots", "valid"):
                 np.testing.assert_array_equal(kept[name], getattr(batch, name).numpy())
             assert kept["keys"].tolist() == [data.index.key(int(row)) for row in batch.rows]
             assert (int(kept["step"]), int(kept["epoch"])) == (7, 0)

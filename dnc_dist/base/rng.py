@@ -30,7 +30,7 @@ def uniform(key: tuple[int | str, ...], positions: Tensor, count: int) -> Tensor
 
     Args:
         key: what the numbers are for.
-        positions: (n,) int64, for example a row's position in the step's global batch.
+        positions: (n,) int64, for example a row's slot in the step's global batch.
         count: numbers per position.
 
     Returns:

@@ -51,10 +51,10 @@ class KMeansResult(NamedTuple):
     splits: int  # empty clusters that were given half of another one
 
 
-def _uniform(seed: int, row_start: int, n: int) -> np.ndarray:
-    """(n,) uniform numbers of the rows from ``row_start`` on: a row's number depends on its global index only."""
-    philox = np.random.Philox(seed_for(seed, "k-means sample")).advance(row_start // 4)
-    return np.random.Generator(philox).random(n + row_start % 4)[row_start % 4 :]
+def _uniform(seed: int, start: int, n: int) -> np.ndarray:
+    """(n,) uniform numbers of the rows from place ``start`` on: a row's number depends on its place only."""
+    philox = np.random.Philox(seed_for(seed, "k-means sample")).advance(start // 4)
+    return np.random.Generator(philox).random(n + start % 4)[start % 4 :]
 
 
 def first_centroids(
@@ -75,26 +75,26 @@ def first_centroids(
     sample_parent = gather(torch.from_numpy(parent[chosen]).to(x.device)).cpu().numpy()
     centroids = np.zeros((parents * children, x.shape[1]), np.float32)
     for p in range(parents):
-        rows = sample if parents == 1 else sample[sample_parent == p]
-        if len(rows):
-            centroids[p * children : (p + 1) * children] = _plus_plus(rows, children, numpy_generator(seed, "k-means++", p), beat)
+        points = sample if parents == 1 else sample[sample_parent == p]
+        if len(points):
+            centroids[p * children : (p + 1) * children] = _plus_plus(points, children, numpy_generator(seed, "k-means++", p), beat)
     return centroids
 
 
-def _plus_plus(rows: np.ndarray, k: int, random: np.random.Generator, beat: Callable[[], None]) -> np.ndarray:
-    step = max(1, WORK_ELEMENTS // rows.shape[1])
-    chosen = [int(random.integers(len(rows)))]
-    distance = np.full(len(rows), np.inf)
+def _plus_plus(x: np.ndarray, k: int, random: np.random.Generator, beat: Callable[[], None]) -> np.ndarray:
+    step = max(1, WORK_ELEMENTS // x.shape[1])
+    chosen = [int(random.integers(len(x)))]
+    distance = np.full(len(x), np.inf)
     while len(chosen) < k:
         beat()
-        for at in range(0, len(rows), step):
+        for at in range(0, len(x), step):
             block = slice(at, at + step)
-            np.minimum(distance[block], squared_distance(rows[block], rows[chosen[-1]]), out=distance[block])
+            np.minimum(distance[block], squared_distance(x[block], x[chosen[-1]]), out=distance[block])
         mass = np.cumsum(distance)
         point = random.random() * mass[-1]
         # With no distance left (fewer distinct rows than centroids) any row does: its cluster stays empty or is split.
-        chosen.append(min(int(np.searchsorted(mass, point, side="right")), len(rows) - 1))
-    return rows[chosen]
+        chosen.append(min(int(np.searchsorted(mass, point, side="right")), len(x) - 1))
+    return x[chosen]
 
 
 def split_empty(centroids: np.ndarray, counts: np.ndarray, rows_of_parent: np.ndarray, seed: int, iteration: int) -> int:

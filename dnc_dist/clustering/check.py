@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import operator
+from collections.abc import Hashable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,3 +65,58 @@ def _problem(features: Tensor) -> str | None:
         row = int(wrong.nonzero()[0])
         return f"row {row} of the features has length {length[row]:.4g}; normalise them: torch.nn.functional.normalize(features, dim=1)"
     return None
+
+
+def check_whole(name: str, value: Any, least: int) -> int:
+    """A whole number, also one of numpy or torch.
+
+    Raises:
+        InputError: it is something else, or less than ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise InputError(f"{name}={value!r} must be a whole number, at least {least}")
+    return number
+
+
+def check_labels(labels: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
+    """(N,) int64.
+
+    Raises:
+        InputError: they are no flat list of integers.
+    """
+    try:
+        found = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    except ValueError:  # sequences of different lengths
+        raise InputError("labels must be (N,) integers, one for each row of the training set") from None
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise InputError(
+            f"labels of shape {found.shape} and type {found.dtype} must be (N,) integers, one for each row of the training set"
+        )
+    return found.astype(np.int64)
+
+
+def check_learner(learner: Any, count: int, level: int) -> Tensor:
+    """(count,) int64, the learner of each row, from one number or a tensor.
+
+    Raises:
+        InputError: it has another shape or type, or names a learner beyond the ``level`` that there are. The values of a tensor on
+            a GPU, which would be waited for, are not looked at.
+    """
+    if not isinstance(learner, Tensor) or not learner.ndim:
+        number = check_whole("learner", learner, 0)
+        if number >= level:
+            raise InputError(f"learner={number} does not exist; there are {level} now: use 0 to {level - 1}")
+        return torch.full((count,), number)
+    whole = not (learner.dtype == torch.bool or learner.is_floating_point() or learner.is_complex())
+    if learner.shape != (count,) or not whole:
+        raise InputError(
+            f"learner of shape {tuple(learner.shape)} and type {learner.dtype} must be one number, or {count} integers, one for each row"
+        )
+    wrong = learner[(learner < -1) | (learner >= level)] if learner.device.type == "cpu" else learner[:0]
+    if len(wrong):
+        raise InputError(f"learner={int(wrong[0])} does not exist; there are {level} now: use 0 to {level - 1}, or -1 for a row left out")
+    return learner.long()

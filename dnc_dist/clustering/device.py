@@ -103,8 +103,8 @@ def _start(x: Tensor, centroids: Tensor, parent: Tensor | None, previous: Tensor
     moved = (assignment != previous).sum(dtype=torch.float64)
     packed = all_reduce(torch.cat([sums.flatten(), counts.double(), moved[None]]))
     total = packed[: k * width].view(k, width)
-    rows = packed[k * width : -1, None]
-    updated = torch.where(rows > 0, total / rows.clamp_min(1), centroids.double()).float()
+    size = packed[k * width : -1, None]
+    updated = torch.where(size > 0, total / size.clamp_min(1), centroids.double()).float()
     return _Step(centroids, assignment, updated, _read_later(packed[k * width :]))
 
 
@@ -129,6 +129,6 @@ def _squared_distance(x: Tensor, centroids: Tensor, assignment: Tensor) -> Tenso
     distance = torch.empty(len(x), device=x.device)
     size = max(1, BLOCK_ELEMENTS // x.shape[1])
     for at in range(0, len(x), size):
-        rows = slice(at, at + size)
-        distance[rows] = (x[rows] - centroids[assignment[rows]]).square().sum(1)
+        block = slice(at, at + size)
+        distance[block] = (x[block] - centroids[assignment[block]]).square().sum(1)
     return distance

@@ -1,4 +1,4 @@
-"""A division says which learner trains on which row; it is a value: made once, saved, compared, never changed."""
+"""A division says which learner trains on which row of the training view; it is a value: made once, saved, compared, never changed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MIN_CLASSES = 2
 class Division:
     """Rows to learners, and how that came about."""
 
-    learner_of: np.ndarray  # (N,) int16; -1: left out until the next division
+    learner_of: np.ndarray  # (N,) int16, by place in the view; -1: left out until the next division
     num_learners: int
     centroids: np.ndarray  # (k, F) float32, means of the rows; (k, 0) if no features were needed
     epoch: int
@@ -127,7 +127,7 @@ def check_num_learners(labels: np.ndarray, num_learners: int) -> None:
     if classes < MIN_CLASSES:
         raise InputError(
             f"the training set has {classes} classes with at least 2 images; at least {MIN_CLASSES} are needed: "
-            f"let data.root name a set with more classes or more images per class"
+            f"take a data set (data.root) with more classes or more images per class"
         )
     if classes < MIN_CLASSES * num_learners:
         raise InputError(

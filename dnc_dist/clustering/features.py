@@ -26,13 +26,15 @@ def _alone(tensor: Tensor) -> Tensor:
 
 
 class Features(NamedTuple):
-    """This rank's part of ``total`` rows of features; arrays over all rows have one entry for each, in this order, on every rank.
+    """This rank's part of ``total`` rows of features, one for each place of the set that is divided.
+
+    Arrays over all rows have one entry for each place, on every rank.
 
     Without the fields that have defaults these are all rows, and this rank works for itself.
     """
 
     local: Tensor  # (n, F)
-    start: int  # number of the first local row among all; ranks hold consecutive rows in rank order
+    start: int  # place of the first local row; ranks hold consecutive places in rank order
     total: int
     all_reduce: Collective = _alone  # sums a tensor over ranks
     gather: Collective = _alone  # concatenates rows of all ranks in rank order
@@ -40,9 +42,9 @@ class Features(NamedTuple):
     device: torch.device = torch.device("cpu")  # where k-means may run
 
     @classmethod
-    def alone(cls, rows: Tensor) -> Features:
-        """All rows (N, F), on their device; nothing of them lies on another rank."""
-        return cls(rows, 0, len(rows), device=rows.device)
+    def alone(cls, x: Tensor) -> Features:
+        """All rows x (N, F), on their device; nothing of them lies on another rank."""
+        return cls(x, 0, len(x), device=x.device)
 
     def replicated(self) -> Features:
         """Collective. All rows on every rank."""
@@ -53,7 +55,7 @@ class Features(NamedTuple):
         return values[self.start : self.start + len(self.local)]
 
     def select(self, chosen: np.ndarray) -> Features:
-        """The rows with a True in ``chosen`` (total,), renumbered."""
+        """The rows with a True in ``chosen`` (total,); their places are those among the chosen."""
         local = self.local[torch.from_numpy(self.mine(chosen))]
         return self._replace(local=local, start=int(chosen[: self.start].sum()), total=int(chosen.sum()))
 
@@ -87,7 +89,7 @@ def spread_features(
 
     Args:
         local: (n, F) features of this rank; n may be 0.
-        start: number of its first row among all; ranks hold consecutive rows in rank order.
+        start: place of its first row; ranks hold consecutive places in rank order.
         total: N, rows of all ranks.
         device: where tensors travel between ranks, and where k-means may run; None: ``distributed.device()``.
         replicated_rows: up to so many rows every rank gathers all of them.
@@ -97,8 +99,8 @@ def spread_features(
     Returns:
         Features in fp32 on the CPU.
     """
-    place = distributed.device() if device is None else device
-    spread = Features(local.detach().float(), start, total, _Sums(vote, place), _Gather(place), replicated_rows, place)
+    device = distributed.device() if device is None else device
+    spread = Features(local.detach().float(), start, total, _Sums(vote, device), _Gather(device), replicated_rows, device)
     if total <= replicated_rows:
         spread = spread.replicated()
     return spread._replace(local=spread.local.cpu())

@@ -143,8 +143,8 @@ def _lloyd(
     inverse[order] = np.arange(len(order))
     distance = np.empty(len(x), np.float32)
     for at in range(0, len(x), SUM_BLOCK):
-        rows = slice(at, at + SUM_BLOCK)
-        distance[rows] = squared_distance(x[rows], centroids[assignment[rows]])
+        block = slice(at, at + SUM_BLOCK)
+        distance[block] = squared_distance(x[block], centroids[assignment[block]])
     return KMeansResult(
         torch.from_numpy(assignment[inverse]),
         torch.from_numpy(distance[inverse]),
@@ -170,6 +170,6 @@ def _assign(x: np.ndarray, norms: np.ndarray, centroids: np.ndarray, segments: l
         doubtful = start + np.flatnonzero(unsure)
         step = max(1, WORK_ELEMENTS // candidates.size)
         for at in range(0, len(doubtful), step):
-            rows = doubtful[at : at + step]
-            nearest_one[rows] = first + squared_distance(x[rows, None], candidates[None]).argmin(1)
+            block = doubtful[at : at + step]
+            nearest_one[block] = first + squared_distance(x[block, None], candidates[None]).argmin(1)
     return nearest_one

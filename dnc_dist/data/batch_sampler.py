@@ -10,7 +10,7 @@ from dnc_dist.data.batching import EpochSchedule
 
 
 class Batches(Sampler[list[int]]):
-    """The rows of every step that this rank takes; every rank has as many steps. One learner a step."""
+    """The places of the rows of every step that this rank takes; every rank has as many steps. One learner a step."""
 
     def __init__(self, schedule: EpochSchedule, rank: int, world: int) -> None:
         self.schedule, self.rank, self.world = schedule, rank, world
@@ -22,5 +22,5 @@ class Batches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(len(self)):
-            first, stop = self.schedule.local_range(step, self.rank, self.world)
-            yield self.schedule[step].rows[first:stop].tolist()
+            first, stop = self.schedule.local_slots(step, self.rank, self.world)
+            yield self.schedule[step].places[first:stop].tolist()

@@ -1,4 +1,7 @@
-"""The schedule of an epoch: which rows make up each step, as a pure function of seed, epoch and division (class-balanced P x S batches)."""
+"""The schedule of an epoch: which rows make up each step, as a pure function of seed, epoch and division (class-balanced P x S batches).
+
+Rows are named by their places in the training view; where a row stands in a step's global batch is its slot.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ EpochLength = Literal["dataset", "over"]
 class Step(NamedTuple):
     """One step's global batch in canonical order: learner by learner, class by class.
 
-    ``learners`` who take their turn, ``rows`` (n,) int64 positions in the training view, ``learner`` (n,) int64 of each row.
+    ``learners`` who take their turn; of each slot the ``places`` (n,) int64 in the training view and the ``learner`` (n,) int64.
     """
 
     learners: tuple[int, ...]
-    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
     learner: NDArray[np.int64]
 
 
@@ -28,11 +31,11 @@ class Step(NamedTuple):
 class EpochSchedule:
     """The steps of an epoch.
 
-    Step t takes turn ``turns[t]`` (m learners); its rows are ``rows[starts[t]:starts[t + 1]]``, of which learner j of the turn
-    has ``sizes[t, j]``.
+    Step t takes turn ``turns[t]`` (m learners); its rows have the places ``places[starts[t]:starts[t + 1]]`` in the training view.
+    Learner j of the turn has ``sizes[t, j]`` of them.
     """
 
-    rows: NDArray[np.int64]
+    places: NDArray[np.int64]
     starts: NDArray[np.int64]
     turns: NDArray[np.int64]
     sizes: NDArray[np.int64]
@@ -44,11 +47,11 @@ class EpochSchedule:
         if not 0 <= step < len(self):
             raise IndexError(step)
         turn = self.turns[step]
-        rows = self.rows[self.starts[step] : self.starts[step + 1]]
-        return Step(tuple(int(learner) for learner in turn), rows, np.repeat(turn, self.sizes[step]))
+        places = self.places[self.starts[step] : self.starts[step + 1]]
+        return Step(tuple(int(learner) for learner in turn), places, np.repeat(turn, self.sizes[step]))
 
     def _share(self, step: int, rank: int, world: int) -> tuple[int, int, int, int]:
-        """First row and number of rows that some ranks share, the place of ``rank`` among them, and how many they are."""
+        """First slot and number of slots that some ranks share, the number of ``rank`` among them, and how many they are."""
         sizes = self.sizes[step]
         learners = len(sizes)
         if learners > 1 and world % learners == 0:
@@ -57,8 +60,8 @@ class EpochSchedule:
             return int(sizes[:group].sum()), int(sizes[group]), me, ranks
         return 0, int(sizes.sum()), rank, world
 
-    def local_range(self, step: int, rank: int, world: int) -> tuple[int, int]:
-        """Start and stop, in the step's global batch, of the rows that a rank takes; they may be none.
+    def local_slots(self, step: int, rank: int, world: int) -> tuple[int, int]:
+        """The slots [start, stop) of the step's global batch that a rank takes; they may be none.
 
         A contiguous balanced slice. With m > 1 learners a step and m dividing the number of ranks, the ranks form m groups,
         and group j shares the rows of learner j.
@@ -79,40 +82,40 @@ class EpochSchedule:
     def max_rows_per_class(self, labels: NDArray[np.int64]) -> int:
         """The largest number of rows that one class has in any step, given ``labels`` (n,) of the view."""
         step = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        return int(np.unique(np.stack([step, labels[self.rows]]), axis=1, return_counts=True)[1].max())
+        return int(np.unique(np.stack([step, labels[self.places]]), axis=1, return_counts=True)[1].max())
 
 
-class _ClassRows:
-    """The rows of one class of a learner in endless passes, each in a new random order."""
+class _ClassPlaces:
+    """The places of one class of a learner in endless passes, each in a new random order."""
 
-    def __init__(self, rows: NDArray[np.int64], generator: np.random.Generator) -> None:
-        self.rows, self.generator = rows, generator
-        self.used = len(rows)
+    def __init__(self, places: NDArray[np.int64], generator: np.random.Generator) -> None:
+        self.places, self.generator = places, generator
+        self.used = len(places)
 
     def take(self, count: int) -> NDArray[np.int64]:
-        """``count`` different rows (not more than the class has), those of the present pass first."""
-        count = min(count, len(self.rows))
-        taken = self.rows[self.used : self.used + count]
+        """``count`` different places (not more than the class has), those of the present pass first."""
+        count = min(count, len(self.places))
+        taken = self.places[self.used : self.used + count]
         self.used += len(taken)
         if len(taken) == count:
             return taken
-        # A new pass: what has just been taken comes last, so that no row is taken twice at a time.
-        rest = self.generator.permutation(self.rows[: self.used - len(taken)])
-        self.rows = np.concatenate([rest, taken])
+        # A new pass: what has just been taken comes last, so that no place is taken twice at a time.
+        rest = self.generator.permutation(self.places[: self.used - len(taken)])
+        self.places = np.concatenate([rest, taken])
         self.used = count - len(taken)
-        return np.concatenate([taken, self.rows[: self.used]])
+        return np.concatenate([taken, self.places[: self.used]])
 
 
 class _Learner:
     """The batches of one learner: its classes in endless passes, each in a new random order."""
 
-    def __init__(self, rows: NDArray[np.int64], labels: NDArray[np.int64], generator: np.random.Generator) -> None:
-        self.num_rows = len(rows)
+    def __init__(self, places: NDArray[np.int64], labels: NDArray[np.int64], generator: np.random.Generator) -> None:
+        self.num_rows = len(places)
         self.generator = generator
-        shuffled = rows[generator.permutation(len(rows))]
+        shuffled = places[generator.permutation(len(places))]
         ordered = shuffled[np.argsort(labels[shuffled], kind="stable")]
         bounds = np.flatnonzero(np.diff(labels[ordered])) + 1
-        self.classes = [_ClassRows(part, generator) for part in np.split(ordered, bounds)]
+        self.classes = [_ClassPlaces(part, generator) for part in np.split(ordered, bounds)]
         for part in self.classes:
             part.used = 0  # the first pass is already in random order
         self.queue: list[int] = []
@@ -121,14 +124,14 @@ class _Learner:
         """The next class of the pass that is not in the batch yet."""
         if not self.queue:
             self.queue = self.generator.permutation(len(self.classes)).tolist()
-        for position in range(len(self.queue) - 1, -1, -1):
-            if self.queue[position] not in present:
-                return self.queue.pop(position)
+        for at in range(len(self.queue) - 1, -1, -1):
+            if self.queue[at] not in present:
+                return self.queue.pop(at)
         self.queue = self.generator.permutation(len(self.classes)).tolist() + self.queue
         return self._next_class(present)
 
     def batch(self, count: int, samples_per_class: int) -> NDArray[np.int64]:
-        """``count`` different rows, or all that there are: classes by ``samples_per_class``, then more of the same classes."""
+        """Places of ``count`` different rows, or of all that there are: classes by ``samples_per_class``, then more of the same classes."""
         count = min(count, self.num_rows)
         present: dict[int, NDArray[np.int64]] = {}
         missing = count
@@ -139,15 +142,15 @@ class _Learner:
             missing -= len(present[chosen])
         while missing:
             for chosen, taken in present.items():
-                more = min(samples_per_class, missing, len(self.classes[chosen].rows) - len(taken))
+                more = min(samples_per_class, missing, len(self.classes[chosen].places) - len(taken))
                 if more:
-                    others = np.setdiff1d(self.classes[chosen].rows, taken)
+                    others = np.setdiff1d(self.classes[chosen].places, taken)
                     present[chosen] = np.concatenate([taken, self.generator.permutation(others)[:more]])
                     missing -= more
         return np.concatenate([present[chosen] for chosen in sorted(present)])
 
     def _has_more(self, present: dict[int, NDArray[np.int64]]) -> bool:
-        return any(len(taken) < len(self.classes[chosen].rows) for chosen, taken in present.items())
+        return any(len(taken) < len(self.classes[chosen].places) for chosen, taken in present.items())
 
 
 def num_steps(sizes: NDArray[np.int64], num_rows: int, batch_size: int, learners_per_step: int, length: EpochLength) -> int:
@@ -186,7 +189,7 @@ def epoch_schedule(
     no row twice; a learner with fewer rows than its share of the batch gives all it has.
 
     Args:
-        learner_of: (n,) the learner of each row of the training view; -1 is left out.
+        learner_of: (n,) the learner of each place of the training view; -1 is left out.
         labels: (n,) labels of the view.
         batch_size: rows of a step over all ranks; each of the m learners of a step has ``batch_size // m``.
         samples_per_class: S of P x S.

@@ -27,7 +27,8 @@ class RowView:
     """Some rows of the index with labels of their own: contiguous from 0, in the order of the rows.
 
     ``rows`` (n,) int64 ascending, ``labels`` (n,) int64 in 0..C-1, ``class_names`` of length C, ``query`` and ``gallery``
-    (n,) bool, ``shards`` (n,) int32; ``lists``: name -> (n,) bool, the smaller list first; lists may overlap.
+    (n,) bool, ``shards`` (n,) int32; ``lists``: name -> (n,) bool, the smaller list first; lists may overlap. Where a row stands in
+    these arrays is its place.
     """
 
     name: str
@@ -202,11 +203,11 @@ def _column_problems(manifest: Manifest, num_classes: int, columns: dict[str, ND
         if len(column) != manifest.num_rows:
             yield name, f"it has {len(column):,} rows instead of {manifest.num_rows:,}"
             return  # what follows compares row by row
-    rows = np.array([shard.rows for shard in manifest.shards])
-    if not np.array_equal(columns["shard"], np.repeat(np.arange(len(rows)), rows)):
+    counts = np.array([shard.rows for shard in manifest.shards])
+    if not np.array_equal(columns["shard"], np.repeat(np.arange(len(counts)), counts)):
         yield "shard", "the rows do not lie in the shards as the manifest says"
         return
-    if not np.array_equal(columns["split"], np.repeat([SPLITS.index(shard.split) for shard in manifest.shards], rows)):
+    if not np.array_equal(columns["split"], np.repeat([SPLITS.index(shard.split) for shard in manifest.shards], counts)):
         yield "split", "the rows are not in the splits that the manifest says"
     label, offset, size = (columns[name] for name in ("label", "offset", "size"))
     if label.min() < 0 or label.max() >= num_classes:

@@ -1,4 +1,4 @@
-"""What the loaders of training and of sequential passes share: the batch, and how rows become one."""
+"""What the loaders of training and of sequential passes deliver, and how decoded images become it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from dnc_dist.data.transforms import Geometry
 
 
 class Batch(NamedTuple):
-    """This rank's rows of a step or of a block, b of them; a step gives every rank at least one (a dummy, if it has no row).
+    """This rank's rows of a step, b of them: at least one, a dummy if the rank has no row.
 
     ``images`` (b, 3, S, S) uint8; ``labels`` (b,) of the view; ``learner`` (b,), -1: takes part in nothing; ``rows`` (b,) of the
-    index, -1: dummy; ``positions`` (b,) in the step's global batch, in a sequential pass in the view; ``valid`` (b,) bool, False:
-    a dummy or a row that failed to decode; ``failed`` the keys of the latter; ``step`` the global step or the number of the block;
-    ``rows_of_ranks`` b on each of the ranks that share the step's learners, in a sequential pass of this one alone; ``group`` those
-    ranks, None: all; ``rows_of_world`` b on every rank; ``max_positives`` an upper bound of the positives that a row has in the step's
-    global batch, equal on all ranks. The last two are None where nobody has counted.
+    index, -1: dummy; ``slots`` (b,) in the step's global batch; ``valid`` (b,) bool, False: a dummy or a row that failed to decode;
+    ``failed`` the keys of the latter; ``step`` the global step; ``rows_of_ranks`` b on each of the ranks that share the step's
+    learners; ``group`` those ranks, None: all; ``rows_of_world`` b on every rank; ``max_positives`` an upper bound of the positives
+    that a row has in the step's global batch, equal on all ranks. The last two are None where nobody has counted.
     """
 
     images: Tensor
     labels: Tensor
     learner: Tensor
     rows: Tensor
-    positions: Tensor
+    slots: Tensor
     valid: Tensor
     failed: list[str]
     step: int
@@ -41,8 +40,22 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on another device."""
-        images, labels, learner, rows, positions, valid = (tensor.to(device, non_blocking=True) for tensor in self[:6])
-        return self._replace(images=images, labels=labels, learner=learner, rows=rows, positions=positions, valid=valid)
+        images, labels, learner, rows, slots, valid = (tensor.to(device, non_blocking=True) for tensor in self[:6])
+        return self._replace(images=images, labels=labels, learner=learner, rows=rows, slots=slots, valid=valid)
+
+
+class DecodedBlock(NamedTuple):
+    """Consecutive rows of a view, b of them, as a sequential pass delivers them.
+
+    ``images`` (b, 3, S, S) uint8; ``places`` (b,) in the view; ``valid`` (b,) bool, False: a row that failed to decode; ``failed`` the
+    keys of those; ``number`` of the block in the whole pass.
+    """
+
+    images: Tensor
+    places: Tensor
+    valid: Tensor
+    failed: list[str]
+    number: int
 
 
 class Request(NamedTuple):
@@ -52,7 +65,7 @@ class Request(NamedTuple):
     rows: NDArray[np.int64]
     labels: NDArray[np.int64]
     learner: NDArray[np.int64]
-    positions: NDArray[np.int64]
+    slots: NDArray[np.int64]
     rows_of_ranks: list[int]
 
 
@@ -65,18 +78,27 @@ def load_image(data: bytes, geometry: Geometry, uniforms: Tensor | None) -> Tens
     return geometry(image, uniforms)
 
 
-def assemble(index: DatasetIndex, request: Request, images: list[Tensor | None], size: int) -> Batch:
-    """A batch from decoded images; None is a row that failed: zero pixels, learner -1, not valid."""
+def stack(index: DatasetIndex, rows: NDArray[np.int64], images: list[Tensor | None], size: int) -> tuple[Tensor, Tensor, list[str]]:
+    """Pixels (b, 3, S, S) of rows of the index, which of them are valid (b,), and the keys of the others.
+
+    None is an image that failed to decode: its pixels are zero.
+    """
     valid = torch.tensor([image is not None for image in images])
     empty = torch.zeros(3, size, size, dtype=torch.uint8)
-    failed = [index.key(int(row)) for row, image in zip(request.rows, images, strict=True) if image is None]
+    failed = [index.key(int(row)) for row, image in zip(rows, images, strict=True) if image is None]
+    return torch.stack([empty if image is None else image for image in images]), valid, failed
+
+
+def assemble(index: DatasetIndex, request: Request, images: list[Tensor | None], size: int) -> Batch:
+    """A batch from decoded images; a row that failed (None) has learner -1."""
+    pixels, valid, failed = stack(index, request.rows, images, size)
     learner = torch.from_numpy(request.learner)
     return Batch(
-        images=torch.stack([empty if image is None else image for image in images]),
+        images=pixels,
         labels=torch.from_numpy(request.labels),
         learner=torch.where(valid, learner, torch.full_like(learner, -1)),
         rows=torch.from_numpy(request.rows),
-        positions=torch.from_numpy(request.positions),
+        slots=torch.from_numpy(request.slots),
         valid=valid,
         failed=failed,
         step=request.step,
@@ -92,7 +114,7 @@ def dummy(step: int, size: int, rows_of_ranks: list[int]) -> Batch:
         labels=0 * one,
         learner=-one,
         rows=-one,
-        positions=0 * one,
+        slots=0 * one,
         valid=torch.zeros(1, dtype=torch.bool),
         failed=[],
         step=step,

@@ -18,7 +18,7 @@ from dnc_dist.base.foreign import shorten
 from dnc_dist.base.rng import uniform
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.index import DatasetIndex, RowView, row_key
-from dnc_dist.data.loading import Batch, Request, assemble, dummy, load_image
+from dnc_dist.data.loading import Batch, DecodedBlock, Request, assemble, dummy, load_image, stack
 from dnc_dist.data.manifest import COPY_AGAIN
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
@@ -40,7 +40,7 @@ class _StepDataset(Dataset[Batch]):
             return dummy(request.step, size, request.rows_of_ranks)
         numbers = None
         if self.geometry.uses_uniforms:
-            numbers = uniform((self.seed, "crop", request.step), torch.from_numpy(request.positions), CROP_UNIFORMS)
+            numbers = uniform((self.seed, "crop", request.step), torch.from_numpy(request.slots), CROP_UNIFORMS)
         images = [
             load_image(self.reader.read(int(row)), self.geometry, None if numbers is None else numbers[at])
             for at, row in enumerate(request.rows)
@@ -99,7 +99,7 @@ class TrainBatches:
         """The batches of a schedule from its step ``skip`` on.
 
         Args:
-            schedule: of positions in this object's view.
+            schedule: of places in this object's view.
             first_step: global number of the schedule's step 0; random crops are keyed by the global number.
             skip: steps already done; resuming needs nothing else.
             rank: whose slice; ``world`` ranks share every step.
@@ -117,12 +117,12 @@ class TrainBatches:
     def _plan(self, schedule: EpochSchedule, first_step: int, skip: int, rank: int, world: int) -> Iterator[Request]:
         for number in range(skip, len(schedule)):
             step = schedule[number]
-            start, stop = schedule.local_range(number, rank, world)
-            at = step.rows[start:stop]
+            start, stop = schedule.local_slots(number, rank, world)
+            places = step.places[start:stop]
             yield Request(
                 first_step + number,
-                self.view.rows[at],
-                self.view.labels[at],
+                self.view.rows[places],
+                self.view.labels[places],
                 step.learner[start:stop],
                 np.arange(start, stop),
                 schedule.rows_of_ranks(number, rank, world),
@@ -134,7 +134,7 @@ class TrainBatches:
 
 
 class _Block(NamedTuple):
-    """Consecutive positions [start, stop) of a view that lie in one shard."""
+    """Consecutive places [start, stop) of a view that lie in one shard."""
 
     number: int
     shard: int
@@ -152,22 +152,20 @@ def blocks_of(view: RowView, block_size: int) -> list[_Block]:
     return blocks
 
 
-class _SequentialDataset(IterableDataset[Batch]):
+class _SequentialDataset(IterableDataset[DecodedBlock]):
     """The blocks of one rank, divided among its workers."""
 
     def __init__(self, index: DatasetIndex, view: RowView, geometry: Geometry, parts: list[list[_Block]], streaming: bool) -> None:
         self.index, self.view, self.geometry, self.parts, self.streaming = index, view, geometry, parts, streaming
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[DecodedBlock]:
         info = get_worker_info()
         blocks = self.parts[info.id if info else 0]
         data = self._streamed(blocks) if self.streaming else self._indexed(blocks)
         for block in blocks:
             images = [load_image(next(data), self.geometry, None) for _ in range(block.start, block.stop)]
-            positions = np.arange(block.start, block.stop)
-            nothing = np.zeros_like(positions)
-            request = Request(block.number, self.view.rows[positions], self.view.labels[positions], nothing, positions, [len(positions)])
-            yield assemble(self.index, request, images, self.geometry.image_size)
+            pixels, valid, failed = stack(self.index, self.view.rows[block.start : block.stop], images, self.geometry.image_size)
+            yield DecodedBlock(pixels, torch.arange(block.start, block.stop), valid, failed, block.number)
 
     def _indexed(self, blocks: list[_Block]) -> Iterator[bytes]:
         reader = ShardReader(self.index)
@@ -219,8 +217,8 @@ class SequentialBatches:
     """One pass over a view in fixed blocks that do not depend on the number of ranks; every row on exactly one rank.
 
     Whole shards are streamed through WebDataset where there are enough of them for all workers of all ranks; otherwise blocks are
-    read through the index, which one message says. A rank's rows are the view's positions ``bounds`` [start, stop) in either
-    case, but with workers they do not arrive in order: ``Batch.positions`` says where each belongs.
+    read through the index, which one message says. A rank's rows have the places ``bounds`` [start, stop) of the view in
+    either case, but with workers they do not arrive in order: ``DecodedBlock.places`` says where each belongs.
     """
 
     def __init__(
@@ -253,7 +251,7 @@ class SequentialBatches:
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[DecodedBlock]:
         return batches_of(self._loader)
 
 

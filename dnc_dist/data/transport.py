@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.data.loading import Batch
+from dnc_dist.data.loading import Batch, DecodedBlock
 from dnc_dist.data.workers import worker_context, worker_start
 
 _log = logging.getLogger(__name__)
@@ -30,16 +30,14 @@ _EXHAUSTED = {errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGA
 
 
 class _Packed(NamedTuple):
-    """A batch on its way: ``images`` is an array if it did not fit into shared memory; ``others`` are the batch's small tensors."""
+    """A batch on its way: ``images`` is an array if it did not fit into shared memory; ``others`` are its other fields, none a tensor."""
 
+    kind: type[Batch | DecodedBlock]
     images: Tensor | NDArray[np.uint8]
-    others: list[NDArray[Any]]
-    failed: list[str]
-    step: int
-    rows_of_ranks: list[int]
+    others: list[Any]
 
 
-def _pack(batch: Any) -> Batch | _Packed:
+def _pack(batch: Any) -> Batch | DecodedBlock | _Packed:
     """The batch as it travels from a worker; itself if there is none."""
     if get_worker_info() is None:
         return batch
@@ -48,22 +46,21 @@ def _pack(batch: Any) -> Batch | _Packed:
         images = batch.images.share_memory_()
     except RuntimeError:  # torch cannot say it otherwise: no memory there, or no file descriptor left
         images = batch.images.numpy()
-    return _Packed(images, [tensor.numpy() for tensor in batch[1:6]], batch.failed, batch.step, batch.rows_of_ranks)
+    return _Packed(type(batch), images, [value.numpy() if isinstance(value, Tensor) else value for value in batch[1:]])
 
 
-def _unpack(packed: Batch | _Packed) -> Batch:
-    if isinstance(packed, Batch):
+def _unpack(packed: Batch | DecodedBlock | _Packed) -> Batch | DecodedBlock:
+    if not isinstance(packed, _Packed):
         return packed
     images = packed.images
     if not isinstance(images, Tensor):
         _tell_of_pipes()
         images = torch.from_numpy(images)
-    others = [torch.from_numpy(array) for array in packed.others]
-    return Batch(images, *others, packed.failed, packed.step, packed.rows_of_ranks)  # type: ignore[call-arg, arg-type]
+    return packed.kind._make([images, *(torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in packed.others)])
 
 
 def loader(
-    dataset: Dataset[Batch],
+    dataset: Dataset[Any],
     *,
     workers: int,
     prefetch: int,
@@ -71,7 +68,7 @@ def loader(
     sampler: Sampler[Any] | None = None,
     keep_workers: bool = False,
 ) -> DataLoader[Any]:
-    """A loader of a dataset whose items are batches; read it through ``batches_of``."""
+    """A loader of a dataset whose items are batches or blocks; read it through ``batches_of``."""
     return DataLoader(
         dataset,
         batch_size=None,
@@ -87,8 +84,8 @@ def loader(
     )
 
 
-def batches_of(source: DataLoader[Any]) -> Iterator[Batch]:
-    """The batches of a loader.
+def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
+    """The batches or blocks of a loader.
 
     Raises:
         InputError: a shard is damaged, or the machine has no shared memory, files or processes left for so many workers.

@@ -1,9 +1,9 @@
 """Parity: a step on W ranks against the same step on one rank, which a process of its own computes on this very machine.
 
 The error of a case is measured tensor by tensor: the length of the difference between the mean gradient over W ranks and the
-gradient on one rank, relative to the length of the latter; the largest of all trained tensors counts. The error of the loss is
-its difference relative to its value. For the steps of the DeepSpeed engine the losses and the changes of the parameters take
-their places.
+gradient on one rank, relative to the length of the latter; the largest of all trained tensors counts, and of BatchNorm's running
+statistics. The error of the loss is its difference relative to its value. For the steps of the DeepSpeed engine the losses and the
+changes of the parameters take their places.
 
 What fp32 loses in a case depends on its numbers and on the processor, so the limit is measured with it: the same process computes
 the case in float64, too, and what one rank in fp32 differs from that is the case's rounding. W ranks round as often as one, only
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from dnc_dist.base.progress import Progress
-from dnc_dist.doctor.steps import DEEPSPEED, DEEPSPEED_STEPS, Outcome, Plan, outcomes
+from dnc_dist.doctor.harness import Outcome, relative_error
+from dnc_dist.doctor.steps import DEEPSPEED, DEEPSPEED_STEPS, Plan, outcomes
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.processes import distributed
 
@@ -103,14 +103,6 @@ def limit(rounding: float, steps: int = 1) -> float:
 def _errors(found: Outcome, expected: Outcome) -> list[tuple[float, str]]:
     """Of every tensor, with its name."""
     return [(relative_error(value, expected.tensors[name]), name) for name, value in found.tensors.items()]
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Length of the difference relative to the expected length; the length itself where 0 is expected; huge for NaN or infinity."""
-    difference, size = float((found - expected).double().norm()), float(expected.double().norm())
-    error = difference / size if size else difference
-    # JSON has neither NaN nor infinity.
-    return error if error < sys.float_info.max else sys.float_info.max
 
 
 def _judge(plan: Plan, errors: dict[str, Error], unchecked: Sequence[Check]) -> Section:

@@ -54,6 +54,9 @@ def plan_of_config(cfg: RunConfig) -> Plan:
     options = {key: value for key, value in cfg.loss.model_dump(mode="json", exclude_defaults=True).items() if key != "name"}
     masks = cfg.model.model_dump(mode="json")["masks"]
     penalty = cfg.division.mask_penalty
+    if loss.get("memory"):
+        # The check's steps are few, and may be larger than those of the configuration: they use the memory from the first one on.
+        loss |= {"memory": max(loss["memory"], Plan({}, (1, shared)).rows), "memory_from": 0}
     setting = {"loss": loss, "model": {"masks": masks}, "division": {"mode": cfg.division.mode, "mask_penalty": penalty}}
     return Plan({f"{_words(cfg.loss.name, options)}, {cfg.model.masks.name} masks": setting}, tuple(sorted({1, shared})), every)
 

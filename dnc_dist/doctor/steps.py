@@ -1,38 +1,34 @@
 """The steps that the parity check compares: small real steps of the objective on synthetic images, on any number of ranks.
 
-The network is the built-in conv4 in fp32 with GELU for ReLU and average for maximum pooling. Rounding that turns one of a
-million ReLUs on or off changes a gradient by 0.1 %, on one rank as on many: only a smooth network can be compared closely.
+The network is the built-in conv4, made smooth. How a step is computed and compared stands in ``harness``.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.utils import parameters_to_vector
 
 from dnc_dist.base.progress import Progress
 from dnc_dist.base.rng import generator
 from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.loading import Batch, dummy
+from dnc_dist.doctor.harness import Layout, Outcome, engine_outcome, in_double, part_of_rank, shake, smooth, step_outcome
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
-from dnc_dist.engine.setup import build_engine, build_objective, quiet_third_parties, set_learning_rates
+from dnc_dist.engine.setup import build_objective
+from dnc_dist.engine.zero import quiet_third_parties
 from dnc_dist.processes import distributed
 
-Layout = Literal["even", "uneven", "a rank without rows"]
 BatchNorm = Literal["frozen", "global"]
 
 SIZE, PER_CLASS = 16, 3
 SEED = 7
 DEEPSPEED_STEPS = 3
 DEEPSPEED = f"DeepSpeed, ZeRO 1, {DEEPSPEED_STEPS} steps"
-_NORMS: tuple[BatchNorm, ...] = ("frozen", "global")
-_LAYOUTS: tuple[Layout, ...] = ("even", "uneven", "a rank without rows")
 
 
 class Case(NamedTuple):
@@ -60,7 +56,7 @@ class Plan(NamedTuple):
     @property
     def cases(self) -> list[Case]:
         """Every setting with each BatchNorm, number of learners and layout."""
-        return [Case(*parts) for parts in itertools.product(self.settings, _NORMS, self.learners, _LAYOUTS)]
+        return [Case(*parts) for parts in itertools.product(self.settings, get_args(BatchNorm), self.learners, get_args(Layout))]
 
     @property
     def deepspeed_case(self) -> Case:
@@ -71,16 +67,6 @@ class Plan(NamedTuple):
     def rows(self) -> int:
         """Of a step: two classes for each of the learners that share it."""
         return 2 * PER_CLASS * max(2, *self.learners)
-
-
-class Outcome(NamedTuple):
-    """What a step gives, averaged over ranks as DeepSpeed does: the loss () and the gradient of every trained tensor, by name.
-
-    Of several steps of the DeepSpeed engine: the losses, and what they changed in every tensor.
-    """
-
-    loss: Tensor
-    tensors: dict[str, Tensor]
 
 
 def outcomes(plan: Plan, progress: Progress, dtype: torch.dtype = torch.float32, seed: int = SEED) -> dict[str, Outcome]:
@@ -138,42 +124,12 @@ def _classes(plan: Plan) -> int:
     return plan.rows // PER_CLASS * 3
 
 
-def _objective(cfg: RunConfig, classes: int, dtype: torch.dtype, seed: int) -> DncObjective:
-    """The smooth network with masks, boundaries and statistics that are not those of the start, equal on every rank."""
-    objective = build_objective(cfg, classes).train()
+def _objective(cfg: RunConfig, plan: Plan, dtype: torch.dtype, seed: int) -> DncObjective:
+    """The smooth network, equal on every rank, where nothing is as at the start."""
+    objective = build_objective(cfg, _classes(plan)).train()
     smooth(objective.backbone)
-    numbers = generator("doctor", "parameters", seed)
-    state = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
-    with torch.no_grad():
-        for name, value in state.items():
-            shift = torch.randn(value.shape, generator=numbers).to(value.device)
-            if name == "masks.masks" and value.requires_grad:
-                value.copy_(shift + 0.7)
-            elif name.endswith("running_var"):
-                value.mul_(0.5 + shift.abs())
-            elif value.dim() == 1:  # beta, BatchNorm, the bias
-                value.add_(0.1 * shift)
-            elif name.startswith("backbone") and value.requires_grad:
-                value.mul_(2.0)
+    shake(objective, plan.num_learners, generator("doctor", "parameters", seed))
     return in_double(objective) if dtype == torch.float64 else objective
-
-
-def in_double(objective: DncObjective) -> DncObjective:
-    """The objective, changed in place: it computes in float64 from the same fp32 parameters and pixels."""
-    objective.double().backbone.register_forward_pre_hook(lambda module, images: tuple(pixels.double() for pixels in images))
-    return objective
-
-
-def smooth(module: nn.Module) -> nn.Module:
-    """The network, changed in place: GELU for ReLU and average for maximum pooling."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.ReLU):
-            setattr(module, name, nn.GELU())
-        elif isinstance(child, nn.MaxPool2d):
-            setattr(module, name, nn.AvgPool2d(child.kernel_size))
-        else:
-            smooth(child)
-    return module
 
 
 def _global_batch(plan: Plan, learners: int, step: int, seed: int) -> Batch:
@@ -187,7 +143,7 @@ def _global_batch(plan: Plan, learners: int, step: int, seed: int) -> Batch:
         labels=labels,
         learner=(torch.arange(count) * learners // count + step) % plan.num_learners,
         rows=torch.randperm(1000, generator=numbers)[:count],
-        positions=torch.arange(count),
+        slots=torch.arange(count),
         valid=torch.ones(count, dtype=torch.bool),
         failed=[],
         step=step,
@@ -195,63 +151,31 @@ def _global_batch(plan: Plan, learners: int, step: int, seed: int) -> Batch:
     )
 
 
-def _bounds(count: int, ranks: int, layout: Layout) -> list[int]:
-    """Where the parts of ``count`` rows begin and end on so many ranks: ranks + 1 numbers."""
-    if layout == "even":
-        return [count * at // ranks for at in range(ranks + 1)]
-    if layout == "uneven":
-        return [count * at * (at + 1) // (ranks * (ranks + 1)) for at in range(ranks + 1)]
-    return [*_bounds(count, max(ranks - 1, 1), "even"), count][: ranks + 1]
-
-
 def _local_batch(plan: Plan, learners: int, layout: Layout, group: ProcessGroup | None, step: int, seed: int) -> Batch:
     """This rank's part of the step. The ranks of a group share the rows of one learner; without one, all ranks those of all."""
-    whole = _global_batch(plan, learners, step, seed)
-    world, rank = distributed.world_size(), distributed.rank()
-    parts = 1 if group is None else learners
-    ranks, count = world // parts, plan.rows // parts
-    number, me = divmod(rank, ranks)
-    bounds = _bounds(count, ranks, layout)
-    rows_of_ranks = [max(1, stop - start) for start, stop in itertools.pairwise(bounds)]
-    start, stop = number * count + bounds[me], number * count + bounds[me + 1]
-    images, labels, learner, rows, positions, valid = (tensor[start:stop] for tensor in whole[:6])
-    local = Batch(images, labels, learner, rows, positions, valid, failed=[], step=step, rows_of_ranks=rows_of_ranks)
+    start, stop, rows_of_ranks = part_of_rank(plan.rows, 1 if group is None else learners, layout)
     if start == stop:
         local = dummy(step, SIZE, rows_of_ranks)
-    return local._replace(group=group, max_positives=PER_CLASS - 1).to(distributed.device())
+    else:
+        images, labels, learner, rows, slots, valid = (tensor[start:stop] for tensor in _global_batch(plan, learners, step, seed)[:6])
+        local = Batch(images, labels, learner, rows, slots, valid, failed=[], step=step, rows_of_ranks=rows_of_ranks)
+    return local._replace(group=group, max_positives=PER_CLASS - 1)
 
 
 def _outcome(plan: Plan, case: Case, groups: Mapping[int, ProcessGroup], dtype: torch.dtype, seed: int) -> Outcome:
-    objective = _objective(_config(plan, case), _classes(plan), dtype, seed)
+    objective = _objective(_config(plan, case), plan, dtype, seed)
     # A group may be of one rank, which cannot be without rows: there, all ranks share all learners.
     group = None if case.layout == "a rank without rows" else groups.get(case.learners)
-    batch = _local_batch(plan, case.learners, case.layout, group, step=1, seed=seed)
-    loss, _ = objective(batch, Phase(1, plan.num_learners, conquer=False, backbone_frozen=False))
-    loss.backward()
-    world = distributed.world_size()
-    trained = {name: value for name, value in objective.named_parameters() if value.requires_grad}
-    grads = [torch.zeros_like(value) if value.grad is None else value.grad for value in trained.values()]
-    mean = distributed.all_reduce_sum(parameters_to_vector(grads)) / world
-    parts = mean.split([value.numel() for value in trained.values()])
-    return Outcome((distributed.all_reduce_sum(loss) / world).cpu(), {name: part.cpu() for name, part in zip(trained, parts, strict=True)})
+    return step_outcome(objective, _local_batch(plan, case.learners, case.layout, group, 1, seed), _phase(plan, 1))
+
+
+def _phase(plan: Plan, step: int) -> Phase:
+    return Phase(step, plan.num_learners, conquer=False, backbone_frozen=False)
 
 
 def _deepspeed(plan: Plan, groups: Mapping[int, ProcessGroup], seed: int) -> Outcome:
-    """Losses of a few steps of the real engine, and what they changed."""
     case = plan.deepspeed_case
-    cfg = _config(plan, case)
-    objective = _objective(cfg, _classes(plan), torch.float32, seed)
-    before = {name: value.detach().clone() for name, value in objective.named_parameters()}
-    engine = build_engine(objective, cfg)
-    for group in engine.optimizer.param_groups:
-        # Adam divides a gradient by its size: where it is 0 but for rounding, the usual eps of 1e-8 would make steps of the rounding.
-        group["eps"] = 1.0
-    losses = []
-    for step in range(DEEPSPEED_STEPS):
-        set_learning_rates(engine, dict.fromkeys(("backbone", "embedding", "masks", "loss"), 10.0))
-        batch = _local_batch(plan, case.learners, case.layout, groups.get(case.learners), step, seed)
-        loss, stats = engine(batch, Phase(step, plan.num_learners, False, False))
-        engine.backward(loss)
-        engine.step()
-        losses.append(stats["loss"])
-    return Outcome(torch.stack(losses).cpu(), {name: (value.detach() - before[name]).cpu() for name, value in objective.named_parameters()})
+    cfg, group = _config(plan, case), groups.get(case.learners)
+    batches = [_local_batch(plan, case.learners, case.layout, group, step, seed) for step in range(DEEPSPEED_STEPS)]
+    steps = [(batch, _phase(plan, batch.step)) for batch in batches]
+    return engine_outcome(_objective(cfg, plan, torch.float32, seed), cfg, steps)

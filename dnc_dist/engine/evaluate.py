@@ -33,7 +33,7 @@ from dnc_dist.retrieval.protocols import Protocol, RetrievalResult
 from dnc_dist.rundir.card import CARD, DISTANCE, Card, commit
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import load_run_config
-from dnc_dist.rundir.gallery import Gallery, save_gallery
+from dnc_dist.rundir.gallery import PictureGallery, save_gallery
 
 THUMBNAIL_SIDE = 64
 GATHERED_ROWS = 1 << 14
@@ -167,7 +167,7 @@ def save_neighbours(data: Passes, view: RowView, found: Evaluation, run_dir: Pat
     known = neighbours >= 0
     save_gallery(
         run_dir,
-        Gallery(
+        PictureGallery(
             query_rows=view.rows[queries],
             neighbour_rows=np.where(known, view.rows[neighbours], -1),
             query_labels=view.labels[queries],

@@ -19,7 +19,7 @@ VOTE_EVERY_BLOCKS = 8
 
 
 class Extracted(NamedTuple):
-    """Rows of one rank: consecutive positions of the view from ``start`` on.
+    """What one rank has of a view: consecutive places from ``start`` on.
 
     ``values`` (n, D) float32 on the CPU, zeros where ``valid`` (n,) is False because the row could not be decoded.
     """
@@ -60,22 +60,22 @@ def extract(
     with torch.inference_mode(), progress.phase(name, num_rows, "img") as phase:
         for _ in range(rounds):
             for _ in range(VOTE_EVERY_BLOCKS):
-                batch = next(pending, None)
-                if batch is None:
+                block = next(pending, None)
+                if block is None:
                     break
-                result = compute(batch.images.to(device, non_blocking=True)).float().cpu()
+                result = compute(block.images.to(device, non_blocking=True)).float().cpu()
                 if values is None:
                     # Tensors made in inference mode cannot take part in autograd later.
                     with torch.inference_mode(False):
                         values = torch.zeros(end - start, result.shape[1])
-                at = batch.positions - start
-                values[at], valid[at] = result * batch.valid[:, None], batch.valid
-                failed += batch.failed
+                at = block.places - start
+                values[at], valid[at] = result * block.valid[:, None], block.valid
+                failed += block.failed
                 # Of the other ranks it is only known that they do about as much.
                 advance = min(len(at) * distributed.world_size(), num_rows - seen)
                 seen += advance
                 phase.update(advance)
-                watchdog.beat(f"{name}, block {batch.step}")
+                watchdog.beat(f"{name}, block {block.number}")
             if distributed.any_rank(stop.requested):
                 raise Stopped(f"during {name}")
         phase.update(num_rows - seen)

@@ -14,7 +14,7 @@ from dnc_dist.base.errors import RunError
 from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.stream import Batch
 from dnc_dist.engine.dataset import RunData
-from dnc_dist.engine.setup import gradient_is_finite
+from dnc_dist.engine.zero import gradient_is_finite
 from dnc_dist.processes import distributed
 from dnc_dist.rundir import NOT_FINITE
 from dnc_dist.rundir.folder import RunDirectory
@@ -101,7 +101,7 @@ def save_batch(path: Path, batch: Batch, data: RunData, step: int, epoch: int) -
 
     ``keys`` names the images as the dataset does; the dummy of a rank without rows has none.
     """
-    fields = {name: getattr(batch, name).numpy() for name in ("images", "labels", "learner", "rows", "positions", "valid")}
+    fields = {name: getattr(batch, name).numpy() for name in ("images", "labels", "learner", "rows", "slots", "valid")}
     keys = [data.index.key(int(row)) if row >= 0 else "" for row in batch.rows]
     path.parent.mkdir(exist_ok=True)
     np.savez(path, **fields, keys=np.array(keys, dtype=np.str_), step=step, epoch=epoch)

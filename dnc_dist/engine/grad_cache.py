@@ -54,11 +54,22 @@ def in_chunks(compute: Callable[..., Tensor], rows: Sequence[Tensor | None], chu
 
     Returns:
         (B, F)
+
+    Raises:
+        InputError: computing changes a buffer of the network: other chunks, and the second pass, would find another network.
     """
     count = min(chunks, max(len(value) for value in rows if value is not None))
     parts = [[None] * count if value is None else value.tensor_split(count) for value in rows]
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    return _InChunks.apply(compute, list(zip(*parts, strict=True)), *trained)
+    before = [(buffer, buffer._version) for buffer in network.buffers()]
+    results: Tensor = _InChunks.apply(compute, list(zip(*parts, strict=True)), *trained)
+    for (name, buffer), (earlier, version) in zip(network.named_buffers(), before, strict=True):
+        if buffer is not earlier or buffer._version != version:
+            raise InputError(
+                f"engine.grad_cache_chunks={chunks} computes a batch in parts, and each of them twice, but every pass changes {name} of "
+                "the backbone; set engine.grad_cache_chunks=1 or choose another model.backbone"
+            )
+    return results
 
 
 class _Numbers(NamedTuple):

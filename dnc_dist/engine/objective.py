@@ -64,7 +64,7 @@ class DncObjective(nn.Module):
         features = self._training_features(batch, phase)
         dropped = None
         if self.head.dropout > 0:
-            dropped = uniform((self.seed, "dropout", phase.step), batch.positions.cpu(), features.shape[1]).to(features.device)
+            dropped = uniform((self.seed, "dropout", phase.step), batch.slots.cpu(), features.shape[1]).to(features.device)
         with self._autocast(features.device):
             return at_least_fp32(self.head(features, dropped))
 
@@ -84,7 +84,7 @@ class DncObjective(nn.Module):
         """Collective with global BatchNorm. (b, F) augmented and through the backbone, without gradient where that waits."""
         numbers = None
         if self.augment.uses_uniforms:
-            numbers = uniform((self.seed, "augment", phase.step), batch.positions.cpu(), self.augment.num_uniforms)
+            numbers = uniform((self.seed, "augment", phase.step), batch.slots.cpu(), self.augment.num_uniforms)
 
         def compute(images: Tensor, numbers: Tensor | None) -> Tensor:
             with self._autocast(images.device):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dnc_kernels
 from dnc_dist.base import parts
@@ -21,7 +17,7 @@ from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.grad_cache import check_chunks
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
-from dnc_dist.engine.zero import PlainFiles
+from dnc_dist.engine.zero import start_engine
 from dnc_dist.model.backbone import build_backbone
 from dnc_dist.model.batch_norm import BatchNormKind
 from dnc_dist.model.embedding import EmbeddingHead
@@ -121,53 +117,12 @@ def parameter_groups(objective: DncObjective, weight_decay: float) -> list[dict[
     return groups
 
 
-def deepspeed_config(cfg: RunConfig, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary, generated: there is no second file to keep in step."""
-    return {
-        # Ranks may hold different numbers of rows; DeepSpeed only wants the product to be consistent.
-        "train_micro_batch_size_per_gpu": max(1, cfg.schedule.batch_size // world_size),
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {
-            "stage": cfg.engine.zero,
-            "overlap_comm": distributed.device().type == "cuda",
-            # 64 MB of gradients at a time keep a network busy; the default allocates 2 GB for them, and twice that to overlap.
-            "reduce_bucket_size": 16_000_000,
-        },
-        # Its versions do not agree on the default.
-        "gradient_clipping": cfg.optim.clip_gradient,
-        # Any class but torch's own Adam counts as untested there; ours differs from it only in skipping groups.
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-
-
-def quiet_third_parties() -> None:
-    """Only what concerns the user may be printed: no banners and deprecation notes from inside of libraries."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-
-
-def avoid_cpu_extension() -> None:
-    """Keep DeepSpeed from building a C++ extension at start on the CPU.
-
-    Its shared-memory collectives want a compiler and ninja and take 40 s to build; gloo does the same work without them.
-    """
-    if distributed.device().type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def build_engine(objective: DncObjective, cfg: RunConfig) -> Any:
     """Collective. The DeepSpeed engine around the objective."""
-    quiet_third_parties()
-    avoid_cpu_extension()
     optimizer = WaitingAdamW(
         parameter_groups(objective, cfg.optim.weight_decay), lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
     )
-    engine, *_ = deepspeed.initialize(
-        model=objective, optimizer=optimizer, config=deepspeed_config(cfg, distributed.world_size()), dist_init_required=False
-    )
-    engine.checkpoint_engine = PlainFiles()
-    return engine
+    return start_engine(objective, optimizer, cfg)
 
 
 def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
@@ -176,24 +131,13 @@ def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
         group["lr"] = rates[group["name"]]
 
 
-def gradient_is_finite(engine: Any) -> Tensor:
-    """0-d bool, equal on all ranks, without a further wait for a device: whether all gradients of the last step were finite.
-
-    ZeRO 1 and 2 look at the norm that they clip by, for which they wait; they skip such a step in silence, but remember it. Stage 0 lets
-    them into the second moments, which nothing makes finite again.
-    """
-    if engine.zero_optimization_stage() > 0:
-        return torch.tensor(not engine.optimizer.overflow)
-    return engine.optimizer.largest_square().isfinite()
-
-
 def seed_libraries(seed: int, step: int) -> None:
     """Seed what layers of other libraries draw from: by step and rank, so that a resumed run draws the same numbers."""
     torch.manual_seed(seed_for(seed, "library", step, distributed.rank()))
 
 
 def libraries_note(objective: DncObjective) -> str | None:
-    """What a backbone's own dropout and drop-path mean for a run; None without any. Everything else is drawn by a row's position."""
+    """What a backbone's own dropout and drop-path mean for a run; None without any. All else is drawn by a row's slot in the batch."""
     random = {
         type(layer).__name__
         for layer in objective.backbone.modules()

@@ -231,7 +231,7 @@ class Trainer:
         return self.checkpoints.save(self.state.step, partial(write_checkpoint, self.engine, self.state), best=best)
 
     def close(self) -> None:
-        """Stop workers and tracker."""
+        """Stop the loader's workers, the tracker and the log."""
         self.data.close()
         self.tracker.close()
         close_log()

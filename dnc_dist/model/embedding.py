@@ -19,7 +19,7 @@ class EmbeddingHead(nn.Module):
 
         Args:
             features: (B, F).
-            dropout_uniforms: (B, F) in [0, 1), keyed by step and position in the global batch, so that a row drops the
+            dropout_uniforms: (B, F) in [0, 1), keyed by step and slot in the global batch, so that a row drops the
                 same features on whichever rank it stands; None: no dropout (evaluation).
 
         Returns:

@@ -43,7 +43,7 @@ class Mark(NamedTuple):
     key: str
 
 
-class Report(NamedTuple):
+class RankReport(NamedTuple):
     """What a rank writes about itself; ``number`` counts its reports.
 
     ``age`` seconds since the mark and their ``limit``; ``where`` the main thread is (only if the mark is not quite new), and
@@ -72,7 +72,7 @@ class Report(NamedTuple):
         return self.age >= self.limit
 
 
-def diagnose(reports: Sequence[Report], silent: Collection[int]) -> str | None:
+def diagnose(reports: Sequence[RankReport], silent: Collection[int]) -> str | None:
     """Which ranks keep the others waiting; None: none does, some rank makes progress.
 
     Args:
@@ -90,7 +90,7 @@ def diagnose(reports: Sequence[Report], silent: Collection[int]) -> str | None:
         return _listed(lost + stuck) + keeps + "".join(f"; raise {key} if that is legitimate" for key in _keys(working))
     if not all(report.overdue for report in answering):
         return None
-    places: dict[str, list[Report]] = {}
+    places: dict[str, list[RankReport]] = {}
     for report in answering:
         places.setdefault(f"in {report.where}, since {report.what}", []).append(report)
     # The odd one first.
@@ -104,7 +104,7 @@ def _listed(parts: Sequence[str]) -> str:
     return "; ".join(parts[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _keys(reports: Sequence[Report]) -> list[str]:
+def _keys(reports: Sequence[RankReport]) -> list[str]:
     return sorted({f"{report.key} (now {report.limit:g} s)" for report in reports})
 
 
@@ -192,7 +192,7 @@ class Watchdog:
 
     def _talk(self) -> None:
         """Write this rank's report, read the verdict; overdue, read all reports twice and pass a verdict."""
-        before: list[Report] | None = None
+        before: list[RankReport] | None = None
         read_at = 0.0
         for number in itertools.count(1):
             if self._stopping.wait(self._tick):
@@ -206,18 +206,20 @@ class Watchdog:
                 before = None
             elif before is None or (report.overdue and report.age - read_at >= self._patience):
                 keys = [str(rank) for rank in range(self._world)]
-                now = [read(text, Report) for text in self._store.multi_get(keys)]
+                now = [read(text, RankReport) for text in self._store.multi_get(keys)]
                 if before is not None:
                     silent = [new.rank for old, new in zip(before, now, strict=True) if new.number == old.number]
                     if text := diagnose(now, silent):
                         self._obey(self._store.compare_set(_VERDICT, "", json.dumps([self._rank, text])))
                 before, read_at = now, report.age
 
-    def _report(self, number: int) -> Report:
+    def _report(self, number: int) -> RankReport:
         mark, (counted, age) = self.mark, self._since
         age = age if mark is counted else 0.0
         where, waits = main_thread(self._on_gpu) if age > 0 else ("", False)
-        return Report(number, self._rank, self._host, self._pid, mark.what, mark.key, round(age, 1), self.limits[mark.key], where, waits)
+        return RankReport(
+            number, self._rank, self._host, self._pid, mark.what, mark.key, round(age, 1), self.limits[mark.key], where, waits
+        )
 
     def _obey(self, verdict: bytes) -> None:
         """End this process; the rank that passed the verdict speaks for all."""

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dnc_dist.report.markup import Html, element
-from dnc_dist.rundir.gallery import Gallery
+from dnc_dist.rundir.gallery import PictureGallery
 
 RIGHT, WRONG = "#16a34a", "#dc2626"
 _MOST_NEIGHBOURS = 20
 
 
-def confident_mistakes(gallery: Gallery) -> np.ndarray:
+def confident_mistakes(gallery: PictureGallery) -> np.ndarray:
     """Queries whose nearest neighbour is wrong, the closest (most confident) first. (m,) positions among the queries."""
     wrong = np.flatnonzero(~gallery.correct()[:, 0] & (gallery.neighbour_rows[:, 0] >= 0))
     return wrong[np.argsort(gallery.distances[wrong, 0], kind="stable")]
@@ -39,15 +39,15 @@ def _tile(pixels: np.ndarray, name: str, below: str, kind: str) -> Html:
     return element("figure", picture, element("figcaption", element("span", name), element("small", below)), cls=f"tile {kind}")
 
 
-def query_html(gallery: Gallery, query: int) -> Html:
+def query_html(gallery: PictureGallery, query: int) -> Html:
     """One query and its neighbours as a row of pictures, right ones framed green, wrong ones red."""
     correct = gallery.correct()[query]
     tiles = [_tile(gallery.query_images[query], gallery.name(int(gallery.query_labels[query])), "query", "query")]
-    for place in np.flatnonzero(gallery.neighbour_rows[query] >= 0)[:_MOST_NEIGHBOURS]:
-        name = gallery.name(int(gallery.neighbour_labels[query, place]))
-        mark = "right" if correct[place] else "wrong"
-        sign = "✓" if correct[place] else "✗"  # for those who cannot tell the colours apart
-        tiles.append(_tile(gallery.neighbour_images[query, place], name, f"{sign} {gallery.distances[query, place]:.2f}", mark))
+    for column in np.flatnonzero(gallery.neighbour_rows[query] >= 0)[:_MOST_NEIGHBOURS]:
+        name = gallery.name(int(gallery.neighbour_labels[query, column]))
+        mark = "right" if correct[column] else "wrong"
+        sign = "✓" if correct[column] else "✗"  # for those who cannot tell the colours apart
+        tiles.append(_tile(gallery.neighbour_images[query, column], name, f"{sign} {gallery.distances[query, column]:.2f}", mark))
     return element("div", *tiles, cls="query-row")
 
 
@@ -55,7 +55,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
-def gallery_image(gallery: Gallery, *, queries: int = 6, neighbours: int = 8, side: int = 96) -> bytes:
+def gallery_image(gallery: PictureGallery, *, queries: int = 6, neighbours: int = 8, side: int = 96) -> bytes:
     """A PNG with a row for each of the first queries: the query, then its nearest neighbours framed green (right) or red (wrong).
 
     Args:

@@ -17,7 +17,7 @@ from dnc_dist.report.markup import Html, element, join
 from dnc_dist.report.story import story_html
 from dnc_dist.report.style import CSS
 from dnc_dist.rundir import METRICS_FILE, REPORT_FILE
-from dnc_dist.rundir.gallery import Gallery
+from dnc_dist.rundir.gallery import PictureGallery
 from dnc_dist.rundir.record import RunRecord, number, read_run
 
 NUM_QUERIES = 12
@@ -122,7 +122,7 @@ def _divisions(run: RunRecord) -> Html:
     return join([element("h2", "Divisions"), element("div", _chart(chart), cls="grid"), element("details", *numbers)])
 
 
-def _queries(title: str, note: str, gallery: Gallery, queries: np.ndarray) -> Html:
+def _queries(title: str, note: str, gallery: PictureGallery, queries: np.ndarray) -> Html:
     if len(queries) == 0:
         return Html()
     rows = [query_html(gallery, int(query)) for query in queries]

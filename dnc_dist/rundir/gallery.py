@@ -29,8 +29,11 @@ _NAMES = {"name_labels": Array("i", 1), "names": Array("U", 1)}
 
 
 @dataclass(frozen=True, eq=False)
-class Gallery:
-    """q queries and their n nearest neighbours, nearest first; row and label -1 where the gallery has no more."""
+class PictureGallery:
+    """Pictures of q queries and of their n nearest neighbours, nearest first.
+
+    Row and label are -1 where the gallery that was searched has no more.
+    """
 
     query_rows: np.ndarray  # (q,) int64
     neighbour_rows: np.ndarray  # (q, n) int64
@@ -50,7 +53,7 @@ class Gallery:
         return str(self.class_names.get(label, label))
 
 
-def save_gallery(run_dir: Path, gallery: Gallery) -> Path:
+def save_gallery(run_dir: Path, gallery: PictureGallery) -> Path:
     """Write ``gallery.npz`` into a run directory: either the whole file is there or the one before."""
     path = run_dir / GALLERY_FILE
     labels = np.union1d(gallery.query_labels, gallery.neighbour_labels)
@@ -63,7 +66,7 @@ def save_gallery(run_dir: Path, gallery: Gallery) -> Path:
     return path
 
 
-def load_gallery(run_dir: Path) -> Gallery | None:
+def load_gallery(run_dir: Path) -> PictureGallery | None:
     """The gallery of a run directory; None if no evaluation has left one.
 
     Raises:
@@ -88,4 +91,4 @@ def load_gallery(run_dir: Path) -> Gallery | None:
     if wrong or not neighbours or not side or len(labels) != len(names):
         raise InputError(f"{path} is damaged: its arrays do not fit together{f' ({wrong[0]})' if wrong else ''}; {cure}")
     class_names = dict(zip(labels.tolist(), names.tolist(), strict=True))
-    return Gallery(**arrays, class_names=class_names)
+    return PictureGallery(**arrays, class_names=class_names)

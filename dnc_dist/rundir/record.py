@@ -13,7 +13,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.base.yaml_text import read_yaml
 from dnc_dist.rundir import CONFIG_FILE, METRICS_FILE
 from dnc_dist.rundir.card import CARD, Card
-from dnc_dist.rundir.gallery import Gallery, load_gallery
+from dnc_dist.rundir.gallery import PictureGallery, load_gallery
 from dnc_dist.rundir.tracker import metric_lines
 
 Line = dict[str, Any]
@@ -84,7 +84,7 @@ class RunRecord:
 
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
-    gallery: Gallery | None = None
+    gallery: PictureGallery | None = None
     lines: dict[str, list[Line]] = field(default_factory=lambda: {kind: [] for kind in _KINDS})
     """Those about epochs, by kind; of training steps only the curves are kept."""
     curves: dict[str, dict[str, Thinned]] = field(default_factory=lambda: {kind: {} for kind in _KINDS})

@@ -12,7 +12,7 @@ from dnc_dist.base import parts
 
 
 class Augmentation(ABC):
-    """Base of augmentations: a function of an image and of uniform numbers that are drawn by its position, never of a state.
+    """Base of augmentations: a function of an image and of uniform numbers that are drawn by its slot in the batch, never of a state.
 
     So pixels are the same on any number of ranks.
     """

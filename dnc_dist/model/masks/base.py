@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
@@ -52,7 +51,7 @@ class SubspaceMasks(nn.Module, ABC):
 
     def whole(self, embeddings: Tensor) -> Tensor:
         """(B, D) raw embeddings -> (B, D) as retrieval compares them: the whole embedding, with rows of norm 1, in fp32 at least."""
-        return F.normalize(at_least_fp32(embeddings), dim=1)
+        return unit(at_least_fp32(embeddings))
 
     def leaves(self, level: int) -> Tensor:
         """(k, K/k, D) the rows of ``masks`` below each of the ``level`` = k learners.
@@ -73,14 +72,23 @@ class SubspaceMasks(nn.Module, ABC):
             if num_learners == 1:
                 return positive.sum() * 0
             # The norm's gradient is 0 at a zero row, and the floor keeps its unit row 0: finite everywhere.
-            unit = positive / torch.linalg.vector_norm(positive, dim=1, keepdim=True).clamp(min=1e-8)
-            cosine = unit @ unit.T
+            rows = positive / torch.linalg.vector_norm(positive, dim=1, keepdim=True).clamp(min=1e-8)
+            cosine = rows @ rows.T
             return (cosine.sum() - cosine.diagonal().sum()) / (num_learners * (num_learners - 1))
 
     @staticmethod
     def sparsity(level_masks: Tensor) -> Tensor:
         """Share of coordinates that the masks switch off (relu(m) = 0). (k, D) -> scalar without gradient."""
         return (level_masks.detach() <= 0).float().mean()
+
+
+def unit(x: Tensor) -> Tensor:
+    """(..., D) with last dimensions of norm 1; one of norm 0 stays 0 with gradient 0, as in ``dnc_kernels.project``.
+
+    ``torch.nn.functional.normalize`` gives it a gradient of 1e12.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm <= 1e-12, torch.inf)
 
 
 def blocks(num_learners: int, embedding_dim: int) -> Tensor:

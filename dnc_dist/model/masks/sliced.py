@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.model.embedding import at_least_fp32
-from dnc_dist.model.masks.base import SubspaceMasks, blocks
+from dnc_dist.model.masks.base import SubspaceMasks, blocks, unit
 
 
 class SlicedMasks(SubspaceMasks):
@@ -46,5 +45,5 @@ class SlicedMasks(SubspaceMasks):
 
     def whole(self, embeddings: Tensor) -> Tensor:
         """(B, D) -> (B, D) the unit slices side by side / sqrt(K)."""
-        slices = F.normalize(at_least_fp32(embeddings).view(len(embeddings), self.num_learners, -1), dim=2)
+        slices = unit(at_least_fp32(embeddings).view(len(embeddings), self.num_learners, self.embedding_dim // self.num_learners))
         return slices.reshape(embeddings.shape) / self.num_learners**0.5

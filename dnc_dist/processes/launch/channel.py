@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from dnc_dist.base.foreign import parse_json
 from dnc_dist.processes.launch.peers import Alarm
-from dnc_dist.processes.launch.verdict import Report
+from dnc_dist.processes.launch.verdict import LaunchReport
 
 T = TypeVar("T")
 MAGIC = b"dnc-dist launch 2\n"
@@ -48,7 +48,7 @@ class FromMachine:
 
     card: Card | None = None
     alarm: Alarm | None = None
-    report: Report | None = None
+    report: LaunchReport | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class FromHost:
     over: tuple[int, str] | None = None
     roster: Roster | None = None
     alarm: Alarm | None = None
-    verdict: Report | None = None
+    verdict: LaunchReport | None = None
 
 
 @dataclass

@@ -37,7 +37,7 @@ from dnc_dist.processes.launch.console import say
 from dnc_dist.processes.launch.network import plain
 from dnc_dist.processes.launch.peers import Alarm
 from dnc_dist.processes.launch.secret import Secret
-from dnc_dist.processes.launch.verdict import Report
+from dnc_dist.processes.launch.verdict import LaunchReport
 from dnc_dist.processes.rendezvous import open_store
 
 BEAT_SECONDS = 2.0
@@ -68,7 +68,7 @@ class _Machine:
     address: str
     channel: Channel
     writer: StreamWriter
-    report: Report | None = None
+    report: LaunchReport | None = None
     lost: str = ""
 
     def send(self, message: FromHost) -> None:
@@ -236,7 +236,7 @@ class Host:
             if machine is not source:
                 machine.send(FromHost(alarm=alarm))
 
-    def _note(self, machine: _Machine, report: Report) -> None:
+    def _note(self, machine: _Machine, report: LaunchReport) -> None:
         # Ages are turned into times of one clock, so that the earliest error of several machines is known.
         machine.report = report.later(time.time())
         self._conclude()
@@ -254,9 +254,9 @@ class Host:
         """Once nothing more is to come, tell everybody who is left how all machines ended."""
         if all(machine.report or machine.lost for machine in self._roster) and not self._over:
             self._over = True
-            whole = Report(lost={machine.name: machine.lost for machine in self._roster if machine.lost})
+            whole = LaunchReport(lost={machine.name: machine.lost for machine in self._roster if machine.lost})
             for machine in self._roster:
-                whole |= machine.report or Report()
+                whole |= machine.report or LaunchReport()
             self._tell_all(FromHost(verdict=whole))
 
 

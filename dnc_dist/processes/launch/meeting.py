@@ -33,7 +33,7 @@ from dnc_dist.processes.launch.host import ORPHAN_SECONDS, SILENCE_SECONDS, Host
 from dnc_dist.processes.launch.network import is_here, parse_endpoint, plain
 from dnc_dist.processes.launch.peers import Alarm
 from dnc_dist.processes.launch.secret import NoSecretError, Secret
-from dnc_dist.processes.launch.verdict import Report
+from dnc_dist.processes.launch.verdict import LaunchReport
 from dnc_dist.processes.rendezvous import listen
 
 _HELLO_SECONDS = 10.0
@@ -100,8 +100,8 @@ class Meeting:
         self.store = (roster.store_address, roster.store_port)
         self._line, self._host = line, host
         self._alarms: queue.SimpleQueue[Alarm] = queue.SimpleQueue()
-        self._report = Report()
-        self._verdict: Report | None = None
+        self._report = LaunchReport()
+        self._verdict: LaunchReport | None = None
         self._lost: dict[str, str] = {}
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -115,15 +115,15 @@ class Meeting:
             while True:
                 yield self._alarms.get_nowait()
 
-    def tell(self, report: Report) -> None:
+    def tell(self, report: LaunchReport) -> None:
         """Say how the workers of this machine ended; times as ages, since the clocks of machines differ."""
         self._report = report
         self._line.send(FromMachine(report=report.later(-time.time())))
 
-    def verdict(self) -> Report | None:
+    def verdict(self) -> LaunchReport | None:
         """How all workers ended, or those that can still be known about."""
         if self._verdict is None and self._lost:
-            return self._report | Report(lost=self._lost)
+            return self._report | LaunchReport(lost=self._lost)
         return self._verdict
 
     def close(self) -> None:

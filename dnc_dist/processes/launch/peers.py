@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from dnc_dist.processes.launch.verdict import Report
+from dnc_dist.processes.launch.verdict import LaunchReport
 from dnc_dist.processes.rendezvous import LOOPBACK, open_store
 
 
@@ -46,10 +46,10 @@ class Peers(Protocol):
     def alarms(self) -> Iterator[Alarm]:
         """What other machines have told since the last call."""
 
-    def tell(self, report: Report) -> None:
+    def tell(self, report: LaunchReport) -> None:
         """Say how the workers of this machine ended."""
 
-    def verdict(self) -> Report | None:
+    def verdict(self) -> LaunchReport | None:
         """How all workers ended; None as long as that is not known."""
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class Alone:
     def __init__(self) -> None:
         self._store = open_store(LOOPBACK)
         self.store = (LOOPBACK, self._store.port)
-        self._report: Report | None = None
+        self._report: LaunchReport | None = None
 
     def raise_alarm(self, alarm: Alarm) -> None:
         """Nobody listens."""
@@ -75,11 +75,11 @@ class Alone:
         """Nobody speaks."""
         return iter(())
 
-    def tell(self, report: Report) -> None:
+    def tell(self, report: LaunchReport) -> None:
         """Say how the workers ended."""
         self._report = report
 
-    def verdict(self) -> Report | None:
+    def verdict(self) -> LaunchReport | None:
         """What was told."""
         return self._report
 

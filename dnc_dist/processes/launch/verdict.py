@@ -21,8 +21,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Report:
-    """How workers ended, of one machine or of all.
+class LaunchReport:
+    """How the workers of a launch ended, of one machine or of all.
 
     Attributes:
         codes: rank -> exit code (negative: killed by that signal; None: had to be ended).
@@ -36,13 +36,13 @@ class Report:
     tails: dict[int, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
 
-    def later(self, seconds: float) -> Report:
+    def later(self, seconds: float) -> LaunchReport:
         """The same with the times of all errors moved: by minus the clock they become ages, which machines can exchange."""
         return replace(self, errors={rank: replace(error, time=error.time + seconds) for rank, error in self.errors.items()})
 
-    def __or__(self, other: Report) -> Report:
+    def __or__(self, other: LaunchReport) -> LaunchReport:
         """Two reports of different machines as one."""
-        return Report(
+        return LaunchReport(
             self.codes | other.codes,
             self.errors | other.errors,
             self.tails | other.tails,
@@ -59,7 +59,7 @@ def _kind(code: int, recorded: bool) -> int:
     return 3 if code == -signal.SIGABRT else 0 if code < 0 else 1
 
 
-def verdict(report: Report, *, stopping: bool = False, hosts: Mapping[int, str] | None = None) -> tuple[int, str]:
+def verdict(report: LaunchReport, *, stopping: bool = False, hosts: Mapping[int, str] | None = None) -> tuple[int, str]:
     """Exit code and message for the whole launch: the cause, not what it did to the other ranks.
 
     A worker that was killed or that left without a record of its error comes first, since a Python error elsewhere is then a
@@ -91,7 +91,7 @@ def verdict(report: Report, *, stopping: bool = False, hosts: Mapping[int, str] 
     return (EXIT_STOPPED, "") if stopped else _cause(rank, failed[rank], report, hosts or {})
 
 
-def _cause(rank: int, code: int, report: Report, hosts: Mapping[int, str]) -> tuple[int, str]:
+def _cause(rank: int, code: int, report: LaunchReport, hosts: Mapping[int, str]) -> tuple[int, str]:
     """Exit code and message for the rank whose failure was the cause."""
     who = f"rank {rank} on {hosts[rank]}" if rank in hosts else f"rank {rank}"
     error = report.errors.get(rank)

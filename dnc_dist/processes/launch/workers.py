@@ -28,7 +28,7 @@ from dnc_dist.processes.launch.meeting import MeetingError, meet
 from dnc_dist.processes.launch.network import interface_settings
 from dnc_dist.processes.launch.peers import Alone, Peers
 from dnc_dist.processes.launch.secret import Secret
-from dnc_dist.processes.launch.verdict import Failure, Report, verdict
+from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
 from dnc_dist.processes.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
 
 WORKERS_WITHOUT_GPU = 2
@@ -175,7 +175,7 @@ def _handling_signals() -> Iterator[set[int]]:
             signal.signal(number, handler)
 
 
-def _report(codes: dict[int, int | None], folder: Path) -> Report:
+def _report(codes: dict[int, int | None], folder: Path) -> LaunchReport:
     """How the workers of this machine ended."""
     errors, tails = {}, {}
     for rank, code in codes.items():
@@ -188,19 +188,19 @@ def _report(codes: dict[int, int | None], folder: Path) -> Report:
             tail = f"{tail}\n{damage}".lstrip()
         if code and rank not in errors and tail:
             tails[rank] = tail
-    return Report(codes, errors, tails)
+    return LaunchReport(codes, errors, tails)
 
 
 def _tail(path: Path, lines: int = 30) -> str:
     return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])[-_MOST_CHARACTERS:] if path.exists() else ""
 
 
-def _conclude(agent: Agent, peers: Peers, report: Report) -> Report:
+def _conclude(agent: Agent, peers: Peers, report: LaunchReport) -> LaunchReport:
     """Wait for the other machines, as long as nothing says that they should have ended; then how all ended, as far as is known."""
     peers.tell(report)
     while (whole := peers.verdict()) is None:
         agent.exchange()
         if time.monotonic() > agent.give_up + _REPORT_SECONDS:
-            return report | Report(lost={"other machines": f"no report within {_REPORT_SECONDS:.0f} s"})
+            return report | LaunchReport(lost={"other machines": f"no report within {_REPORT_SECONDS:.0f} s"})
         time.sleep(0.02)
     return whole
