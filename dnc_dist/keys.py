@@ -83,4 +83,4 @@ def _key(path: str, field: Any, default: str | None = None) -> list[str]:
     value = default if default is not None else field.get_default(call_default_factory=True)
     shown = "required" if field.is_required() else json.dumps(value, default=str)
     words = f" {list(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
-    return [f"  {path} = {shown}{words}", *([f"      {field.description}"] if field.description else [])]
+    return [f"  {path} = {shown}{words}", *(f"      {line}" for line in (field.description or "").splitlines())]

@@ -183,16 +183,20 @@ def test_how_train_fails(
 def test_evaluate_prints_a_table_or_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
-    def evaluate_run(run: Path, *, protocol: str | None, checkpoint: str) -> dict[str, Any]:
-        calls.append((run, protocol, checkpoint))
-        return {"recall@1": 0.51239, "num_queries": 12}
+    def evaluate_run(run: Path, data: Path | None, *, protocol: str | None, checkpoint: str, per_query: Path | None) -> dict[str, Any]:
+        calls.append((run, data, protocol, checkpoint, per_query))
+        return {"recall@1": 0.51239, "protocol": "leave-one-out", "card": {"protocol": "leave-one-out", "seed": 3}}
 
     stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
     assert cli.run(["evaluate", "runs/x"]) == 0
-    assert capsys.readouterr().out == "recall@1     0.5124\nnum_queries  12\n"
-    assert cli.run(["evaluate", "runs/x", "--protocol", "query-gallery", "--checkpoint", "last", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"recall@1": 0.51239, "num_queries": 12}
-    assert calls == [(Path("runs/x"), None, "best"), (Path("runs/x"), "query-gallery", "last")]
+    assert capsys.readouterr().out == "recall@1       0.5124\ncard.protocol  leave-one-out\ncard.seed      3\n"
+    changes = ["--protocol", "query-gallery", "--checkpoint", "last", "--per-query", "q.csv"]
+    assert cli.run(["evaluate", "runs/x", "data/y", *changes, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card"] == {"protocol": "leave-one-out", "seed": 3}
+    assert calls == [
+        (Path("runs/x"), None, None, "best", None),
+        (Path("runs/x"), Path("data/y"), "query-gallery", "last", Path("q.csv")),
+    ]
 
 
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

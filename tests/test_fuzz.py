@@ -21,9 +21,10 @@ from dnc_dist import cli
 from dnc_dist.base.errors import InputError
 from dnc_dist.clustering.division import Division, whole
 from dnc_dist.rundir.gallery import PictureGallery, save_gallery
+from tests.test_card import CARD
 
 SECONDS, SLOW_SECONDS = 1.0, 17.0
-"""For each kind of file: 8 seconds in all of ``make test``, two minutes in all of ``make test-full``."""
+"""For each kind of file: 10 seconds in all of ``make test``, three minutes in all of ``make test-full``."""
 ODD = [
     b"null",
     b"true",
@@ -83,7 +84,7 @@ def make_run(folder: Path) -> Path:
     lines = [
         {"step": 0, "epoch": 0, "kind": "division", "num_learners": 2, "sizes": [4, 4], "left_out": 0, "matched_share": 1.0},
         {"step": 4, "epoch": 0, "kind": "train", "loss": 0.5, "lr/embedding": 0.1, "learner_loss/0": 0.5, "learner_loss/1": 0.25},
-        {"step": 8, "epoch": 1, "kind": "evaluation", "recall@1": 0.5, "num_queries": 8, "protocol": "leave-one-out"},
+        {"step": 8, "epoch": 1, "kind": "evaluation", "recall@1": 0.5, "num_queries": 8, "protocol": "leave-one-out", "card": CARD.plain()},
         {"step": 8, "epoch": 0, "kind": "epoch", "seconds": 3.5, "share_data": 0.25},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -128,6 +129,8 @@ KINDS: dict[str, tuple[str, Callable[[Path], int]]] = {
     "metrics of a report": ("metrics.jsonl", command("report")),
     "configuration of a report": ("config.yaml", command("report")),
     "gallery of a report": ("gallery.npz", command("report")),
+    "metrics of a comparison": ("metrics.jsonl", command("compare")),
+    "configuration of a comparison": ("config.yaml", command("compare")),
     "configuration": ("config.yaml", command("config")),
     "configuration of an evaluation": ("config.yaml", evaluate),
     "pointer to the latest checkpoint": ("checkpoints/latest", evaluate),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.exact import squared_distance
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval import Columns, Protocol, RetrievalResult, evaluate, nmi
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
@@ -104,6 +105,32 @@ def test_queries_without_a_partner_are_left_out_and_counted() -> None:
     assert not {0, 1, 2} & set(result.sample_queries.tolist())
     with pytest.raises(InputError, match="none of the 60 queries"):
         leave_one_out(x, np.arange(60))
+
+
+def test_every_query_is_told_what_it_found() -> None:
+    x, labels = sample(90, 12, noise=0.6)
+    labels[:2] = [100, 101]  # not asking
+    x[20] = x[30].clone()
+    result = leave_one_out(x, labels, (1, 2))
+    found = result.queries
+    assert found is not None and found.rows.tolist() == list(range(2, 90))
+    distance = squared_distance(x[:, None].numpy(), x[None].numpy()).astype(np.float32)
+    np.fill_diagonal(distance, np.inf)
+    listed = max(10, int(np.bincount(labels).max()) - 1)
+    beyond = 0
+    for query, rank, precision, nearest, near in zip(*found, strict=True):
+        order = np.lexsort((np.arange(90), distance[query]))
+        matches = labels[order[:-1]] == labels[query]
+        relevant = int(matches.sum())
+        first = 1 + int(matches.argmax())
+        assert rank == (first if first <= listed else 0)
+        beyond += rank == 0
+        expected = sum(matches[: k + 1].mean() for k in range(relevant) if matches[k]) / relevant
+        assert precision == pytest.approx(expected, rel=1e-12)
+        assert nearest == order[0] and near == distance[query, order[0]]
+    assert beyond > 0  # otherwise this shows nothing of them
+    assert result.metrics["recall@1"] == (found.first_hit == 1).mean()
+    assert result.metrics["map@r"] == pytest.approx(found.average_precision.mean(), rel=1e-12)
 
 
 def test_rows_that_nobody_holds_are_neither_query_nor_gallery() -> None:

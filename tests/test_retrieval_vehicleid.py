@@ -231,9 +231,18 @@ def test_a_run_from_prepare_to_evaluate(tmp_path: Path) -> None:
     assert line["large/recall@1"] == line["recall@1"] and (line["num_queries"], line["num_gallery"]) == (21, 7)
     assert (line["small/num_queries"], line["medium/num_queries"]) == (9, 15)
     assert (line["validation/protocol"], line["validation/list"]) == ("vehicleid-random10", "validation")
+    parameters = {"recall_at": [1, 2, 5], "trials": 10, "list": "large"}
+    assert (line["card"]["parameters"], line["card"]["num_queries"], line["card"]["num_classes"]) == (parameters, 21, 7)
+    assert line["card"]["selected_on"] == "validation" and line["validation/card"]["split"] == "validation"
+    assert line["validation/card"]["parameters"]["list"] == "validation"
     answer = dnc("evaluate", "runs/run", "--protocol", "vehicleid-loo", "--json", folder=tmp_path)
     found = json.loads(answer.out)
     assert (found["protocol"], found["list"], found["num_queries"]) == ("vehicleid-loo", "large", 28) and "recall@5" in found
+    assert found["card"]["parameters"] == {"recall_at": [1, 2, 5], "list": "large"}
+    last = json.loads(dnc("evaluate", "runs/run", "--checkpoint", "last", "--json", folder=tmp_path).out)
+    assert (found["card"]["selected_on"], last["card"]["selected_on"]) == ("validation", "last")
+    refused = dnc("evaluate", "runs/run", "--per-query", "q.csv", folder=tmp_path)
+    assert refused.code == 2 and "vehicleid-random10 draws several galleries" in refused.err and not (tmp_path / "q.csv").exists()
     assert found["large/map@r"] == found["map@r"] and found["small/num_gallery"] == 12 and "nmi" in found
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from dnc_dist import __version__
 from tests.run_fixtures import (
     Done,
     divisions,
@@ -100,14 +101,57 @@ def test_what_was_logged(launched: tuple[Path, Done, Done]) -> None:
     assert all({"share_divide", "share_evaluate", "share_data", "memory_mb", "undecodable_images"} <= line.keys() for line in ends)
 
 
+def test_evaluate_on_other_data(launched: tuple[Path, Done, Done], place: Path) -> None:
+    folder, _, _ = launched
+    found = json.loads(dnc("evaluate", "runs/run", place / "data", "--json", folder=folder).out)
+    # Eight test classes of six images, which the run never saw; it was trained on another number of classes.
+    assert (found["num_queries"], found["card"]["num_classes"]) == (48, 8)
+    assert found["card"]["data_hash"] == json.loads((place / "data/manifest.json").read_text())["content_hash"]
+    assert found["card"]["checkpoint"] == f"step-{32:08d}"
+    for arguments, message in (
+        (["--per-query", "q.parquet"], "the table is written as CSV"),
+        (["--per-query", "nowhere/q.csv"], "nowhere is no folder"),
+    ):
+        assert message in dnc("evaluate", "runs/run", *arguments, folder=folder).error
+
+
 def test_evaluate_and_report_find_what_the_run_found(launched: tuple[Path, Done, Done]) -> None:
     place, _, done = launched
-    found = dnc("evaluate", "runs/run", "--json", folder=place)
+    found = dnc("evaluate", "runs/run", "--per-query", "one.csv", "--json", folder=place)
     assert found.code == 0 and len(found.out.splitlines()) == 1
     values = json.loads(found.out)
     assert {name: values[name] for name in ("recall@1", "map@r", "nmi")} == {
         name: done.result[name] for name in ("recall@1", "map@r", "nmi")
     }
+    # Two processes trained and measured, one measures again: the same numbers stand on the same things.
+    lines = metrics(place / "runs/run", "evaluation")
+    card = values["card"]
+    assert card == lines[-1]["card"]
+    assert {"protocol", "num_queries", "num_gallery", "queries_left_out", "checkpoint", "epoch", "selected_on"} <= card.keys()
+    assert all(card[name] == values[name] for name in values.keys() & card.keys())
+    manifest = json.loads((place / "glyphs/manifest.json").read_text())
+    assert (card["data_hash"], card["split"]) == (manifest["content_hash"], "test")
+    assert (card["num_queries"], card["num_classes"]) == (manifest["splits"]["test"]["rows"], manifest["splits"]["test"]["classes"])
+    assert (card["dimension"], card["seed"], card["parameters"]) == (16, 0, {"recall_at": [1, 2]})
+    assert (card["epoch"], card["selected_on"], card["version"]) == (4, "last", __version__) and (
+        place / "runs/run/checkpoints" / card["checkpoint"]
+    ).is_dir()
+    assert lines[0]["card"] == card | {"epoch": 0, "checkpoint": None}
+    # Two processes measure: the same digits, and the same table of queries.
+    two = dnc("evaluate", "runs/run", "--nproc", "2", "--per-query", "two.csv", "--json", folder=place)
+    assert two.code == 0 and json.loads(two.out) == values
+    assert (place / "one.csv").read_bytes() == (place / "two.csv").read_bytes()
+    with (place / "one.csv").open(newline="") as file:
+        queries = list(csv.DictReader(file))
+    assert len(queries) == card["num_queries"] and len({query["key"] for query in queries}) == len(queries)
+    assert np.mean([query["rank"] == "1" for query in queries]) == pytest.approx(values["recall@1"], abs=1e-12)
+    assert all((query["rank"] == "1") == (query["class"] == query["nearest_class"]) for query in queries)
+    # Each is written to six decimals.
+    assert np.mean([float(query["ap"]) for query in queries]) == pytest.approx(values["map@r"], abs=1e-6)
+    assert all(query["key"] != query["nearest_key"] and -1 <= float(query["similarity"]) <= 1 for query in queries)
+    compared = json.loads(dnc("compare", "runs/run", "--json", folder=place).out)
+    assert compared["groups"][0]["metrics"]["recall@1"] == {"mean": done.result["recall@1"], "std": None, "n": 1}
+    assert compared["groups"][0]["runs"][0]["finished"] and compared["groups"][0]["runs"][0]["card"] == card
     page = place / "runs" / "run" / "report.html"
     page.unlink()
     written = dnc("report", "runs/run", folder=place)

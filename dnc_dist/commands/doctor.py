@@ -9,10 +9,9 @@ from pathlib import Path
 import click
 
 from dnc_dist.base.errors import RunError
-from dnc_dist.base.foreign import environment_int
 from dnc_dist.commands.train import overrides_option
 from dnc_dist.config import RunConfig, load_config, parse_tree
-from dnc_dist.processes.worker import run_worker
+from dnc_dist.processes.worker import is_worker, run_worker
 
 CHECKS = ("env", "data", "network", "parity")
 
@@ -40,7 +39,7 @@ def doctor(words: tuple[str, ...], nproc: int | None, decode: str, losses: str, 
     names, config = _parse(words, overrides, losses)
     # Before torch is imported: its store warns about every address that no name belongs to.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if _is_worker():
+    if is_worker():
         if nproc:
             raise click.UsageError("--nproc starts workers, but srun or torchrun has already started this one; leave it out")
         return run_worker(lambda: _work(names, config, overrides, (decode, losses), as_json))
@@ -65,11 +64,6 @@ def _work(names: tuple[str, ...], config: Path | None, overrides: tuple[str, ...
     distributed.shutdown()
     if failed:
         raise RunError(f"{len(failed)} check(s) failed: {', '.join(failed)}")
-
-
-def _is_worker() -> bool:
-    """Whether torchrun, srun or this command's own launch started this process; a batch script or a shell of SLURM did not."""
-    return "RANK" in os.environ or environment_int("SLURM_STEP_NUM_TASKS", 1) > 1
 
 
 def _parse(words: tuple[str, ...], overrides: tuple[str, ...], losses: str) -> tuple[tuple[str, ...], Path | None]:

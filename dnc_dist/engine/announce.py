@@ -25,10 +25,27 @@ def announce(cfg: RunConfig, view: RowView, state: TrainState, kernels: str, lib
         f"{cfg.schedule.batch_size} images a step over all processes, {per_class} of a class, so {negatives} of other classes for "
         f"every anchor; {cfg.loss.name} loss, {kernels}"
     )
+    _log.info(phases(cfg))
     if libraries:
         _log.info(libraries)
     if state.step:
         _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")
+
+
+def phases(cfg: RunConfig) -> str:
+    """What happens when, in words: how the learners grow, and when the whole embedding is trained."""
+    div, epochs = cfg.division, cfg.schedule.epochs
+    if div.num_learners == 1:
+        return f"{epochs} epoch(s) with one learner"
+    if div.mode == "flat" or div.divided_until == 0:
+        grow = f"{div.num_learners} learners from the start, divided anew every {div.every} epoch(s)"
+    else:
+        grow = f"1 learner, twice as many every {div.every} epoch(s), all {div.num_learners} from epoch {div.divided_until} on"
+    if div.conquer_epoch is not None:
+        batches = "clusters" if div.conquer_batches == "clustered" else "the whole training set"
+        return f"{epochs} epoch(s): {grow}; the whole embedding from epoch {div.conquer_epoch} on, with batches from {batches}"
+    few = f": {epochs} epoch(s) are too few, {div.divided_until + 2} are the least" if epochs < div.divided_until + 2 else ""
+    return f"{epochs} epoch(s): {grow}; the whole embedding is never trained together{few} (division.conquer_from)"
 
 
 def result(cfg: RunConfig, state: TrainState, selected_on: str) -> dict[str, Any]:

@@ -60,11 +60,11 @@ def columns_of(index: DatasetIndex, view: RowView) -> Columns:
     return Columns(view.name, view.labels, view.query, view.gallery, view.lists, sources)
 
 
-class RunData:
-    """Everything that a run reads.
+class Passes:
+    """The dataset of a configuration, read in passes over views of it.
 
     Raises:
-        InputError: the dataset cannot be read, differs between ranks, or has nothing to train on.
+        InputError: it cannot be read, or differs between ranks.
     """
 
     def __init__(self, cfg: RunConfig) -> None:
@@ -76,12 +76,46 @@ class RunData:
             raise InputError(
                 f"data.root={cfg.data.root} holds another dataset on rank {other} than on rank 0; copy the same one to every machine"
             )
+        self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
+        self._pin_memory = distributed.device().type == "cuda"
+
+    def sequential(self, view: RowView) -> SequentialBatches:
+        """This rank's blocks of one pass over a view, with the evaluation transform."""
+        return SequentialBatches(
+            self.index,
+            view,
+            Geometry(None, self.cfg.data.image_size, self.cfg.data.crop),
+            block_size=self.cfg.evaluation.batch_size,
+            rank=distributed.rank(),
+            world=distributed.world_size(),
+            workers=self.cfg.data.workers,
+            pin_memory=self._pin_memory,
+        )
+
+    def thumbnails(self, rows: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
+        """(n..., side, side, 3) pictures of rows of the index; black for -1 and for a row that cannot be decoded."""
+        geometry, reader = Geometry(None, side, 1.0), ShardReader(self.index)
+        pictures = np.zeros((rows.size, side, side, 3), np.uint8)
+        for at, row in enumerate(rows.ravel().tolist()):
+            image = _decoded(reader.read(row)) if row >= 0 else None
+            if image is not None:
+                pictures[at] = geometry(image).permute(1, 2, 0).numpy()
+        return pictures.reshape(*rows.shape, side, side, 3)
+
+
+class RunData(Passes):
+    """Everything that a run reads.
+
+    Raises:
+        InputError: the dataset cannot be read, differs between ranks, or has nothing to train on.
+    """
+
+    def __init__(self, cfg: RunConfig) -> None:
+        super().__init__(cfg)
         self.train: RowView = train_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
-        self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
         if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through
             parts.build("protocol", cfg.data.protocol).for_data(columns_of(self.index, self.test))
-        self._pin_memory = distributed.device().type == "cuda"
         self._train_batches = TrainBatches(
             self.index,
             self.train,
@@ -124,29 +158,6 @@ class RunData:
         return self._train_batches.epoch(
             schedule, first_step=first_step, skip=skip, rank=distributed.rank(), world=distributed.world_size(), group=group
         )
-
-    def sequential(self, view: RowView) -> SequentialBatches:
-        """This rank's blocks of one pass over a view, with the evaluation transform."""
-        return SequentialBatches(
-            self.index,
-            view,
-            Geometry(None, self.cfg.data.image_size, self.cfg.data.crop),
-            block_size=self.cfg.evaluation.batch_size,
-            rank=distributed.rank(),
-            world=distributed.world_size(),
-            workers=self.cfg.data.workers,
-            pin_memory=self._pin_memory,
-        )
-
-    def thumbnails(self, rows: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
-        """(n..., side, side, 3) pictures of rows of the index; black for -1 and for a row that cannot be decoded."""
-        geometry, reader = Geometry(None, side, 1.0), ShardReader(self.index)
-        pictures = np.zeros((rows.size, side, side, 3), np.uint8)
-        for at, row in enumerate(rows.ravel().tolist()):
-            image = _decoded(reader.read(row)) if row >= 0 else None
-            if image is not None:
-                pictures[at] = geometry(image).permute(1, 2, 0).numpy()
-        return pictures.reshape(*rows.shape, side, side, 3)
 
     def close(self) -> None:
         """Stop the loader's workers."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnc_dist import __version__
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.base.exact import nmi
@@ -20,14 +21,16 @@ from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering import Features, kmeans
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView
-from dnc_dist.engine.dataset import RunData, columns_of
+from dnc_dist.engine.dataset import Passes, columns_of
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.per_query import check_place, write_queries
 from dnc_dist.engine.setup import build_objective
-from dnc_dist.engine.zero import load_weights, read_model
+from dnc_dist.engine.zero import load_embedding, read_model
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.retrieval.protocols import Protocol, RetrievalResult
+from dnc_dist.rundir.card import CARD, DISTANCE, Card, commit
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import load_run_config
 from dnc_dist.rundir.gallery import PictureGallery, save_gallery
@@ -46,12 +49,20 @@ class Evaluation:
 
     metrics: dict[str, Any]
     retrieval: RetrievalResult
+    lists: dict[str, RetrievalResult]
+    """The results of all lists; of data without lists one, called ""."""
     failed: list[str]
+    facts: dict[str, Any]
+    """The fields of the card that an evaluation knows by itself."""
+
+    def card(self, *, epoch: int, checkpoint: str | None, selected_on: str) -> Card:
+        """What the metrics stand on, for weights of this epoch and checkpoint that were selected so."""
+        return Card(**self.facts, version=__version__, commit=commit(), epoch=epoch, checkpoint=checkpoint, selected_on=selected_on)
 
 
 def evaluate_view(
     objective: DncObjective,
-    data: RunData,
+    data: Passes,
     view: RowView,
     cfg: RunConfig,
     *,
@@ -75,7 +86,19 @@ def evaluate_view(
     embeddings = found.values if found.valid.all() else found.values[found.valid]
     results = chosen.measure(embeddings, rows, columns, cfg.evaluation.recall_at)
     main = chosen.headline(list(results))
-    if not (members := chosen.members(main, columns)).all():
+    members = chosen.members(main, columns)
+    facts: dict[str, Any] = {
+        "protocol": chosen.name,
+        "parameters": chosen.parameters(cfg.evaluation.recall_at) | ({"list": main} if main else {}),
+        "split": view.name,
+        "data_hash": data.index.content_hash,
+        **_counts(results[main]),
+        "num_classes": len(np.unique(view.labels[members])),
+        "distance": DISTANCE,
+        "dimension": embeddings.shape[1],
+        "seed": cfg.run.seed,
+    }
+    if not members.all():
         inside = torch.from_numpy(members)[rows]
         embeddings, rows = embeddings[inside.to(embeddings.device)], rows[inside]
     metrics: dict[str, Any] = dict(results[main].metrics)
@@ -85,7 +108,7 @@ def evaluate_view(
     if len(results) > 1:
         for list_name, result in results.items():
             metrics |= {f"{list_name}/{key}": value for key, value in (result.metrics | _counts(result)).items()}
-    return Evaluation(metrics, results[main], found.failed)
+    return Evaluation(metrics, results[main], results, found.failed, facts)
 
 
 def _counts(result: RetrievalResult) -> dict[str, int]:
@@ -135,7 +158,7 @@ def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int, stop: StopR
     return distributed.broadcast_object(value)
 
 
-def save_neighbours(data: RunData, view: RowView, found: Evaluation, run_dir: Path) -> None:
+def save_neighbours(data: Passes, view: RowView, found: Evaluation, run_dir: Path) -> None:
     """Write the sampled queries with their nearest neighbours and pictures for the report. Rank 0 writes."""
     if not distributed.is_main():
         return
@@ -157,45 +180,57 @@ def save_neighbours(data: RunData, view: RowView, found: Evaluation, run_dir: Pa
     )
 
 
-def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "best") -> dict[str, Any]:
-    """Collective. Metrics of a run's checkpoint on the test split.
+def evaluate_run(
+    run_dir: Path, data_root: Path | None = None, *, protocol: str | None = None, checkpoint: str = "best", per_query: Path | None = None
+) -> dict[str, Any]:
+    """Collective. Metrics of a run's checkpoint on the test split, and their card.
 
     Args:
         run_dir: a run directory.
+        data_root: of another prepared data set than the run's.
         protocol: instead of the configured one.
         checkpoint: "best" (the last one, if no split selected a best), "last", or a tag.
+        per_query: where rank 0 writes what every query found, as CSV.
 
     Raises:
         InputError: no run, no checkpoint, or no test split there.
     """
     cfg = load_run_config(run_dir)
+    if data_root is not None:
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"root": data_root})})
+    if per_query is not None:
+        distributed.on_main(check_place, per_query)
     checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
-    newest = checkpoint == "last" or (checkpoint == "best" and not checkpoints.has_best())
-    which = "latest" if newest else checkpoint
-    found = distributed.on_main(checkpoints.find, which)
+    newest = checkpoint == "last" or (checkpoint == "best" and not distributed.on_main(checkpoints.has_best))
+    found = distributed.on_main(checkpoints.find, "latest" if newest else checkpoint)
     if found is None:
         raise InputError(f"{run_dir} has no checkpoint yet; train it with `dnc-dist launch`")
     tag, messages = found
-    for message in messages:
-        _log.warning(message)
-    data = RunData(cfg)
+    if distributed.is_main():
+        for message in messages:
+            _log.warning(message)
+    data = Passes(cfg)
     if data.test is None:
         raise InputError(f"data.root={cfg.data.root} has no test split to evaluate on")
-    objective = build_objective(cfg, data.train.num_classes, initial_weights=False)
     saved = read_model(checkpoints.folder / tag)
-    load_weights(objective, saved.weights, checkpoints.folder / tag)
-    with_nmi = cfg.evaluation.nmi != "never"
+    # The loss is not needed, and knows the classes of the training set.
+    objective = build_objective(cfg, data.test.num_classes, initial_weights=False)
+    load_embedding(objective, saved.weights, checkpoints.folder / tag)
     evaluation = evaluate_view(
         objective,
         data,
         data.test,
         cfg,
-        with_nmi=with_nmi,
+        with_nmi=cfg.evaluation.nmi != "never",
         stop=StopRequest(),
         progress=Progress(distributed.is_main()),
         epoch=saved.state.epoch,
         protocol=protocol,
     )
-    data.close()
-    selected_on, _ = data.selection_view()
-    return {"run": str(run_dir), "checkpoint": tag, "epoch": saved.state.epoch, **evaluation.metrics, "selected_on": selected_on}
+    if per_query is not None:
+        distributed.on_main(write_queries, per_query, data.index, data.test, evaluation.lists)
+    # Without validation classes nothing selects but the test split, and then only if it was told to.
+    selected_on = "last" if newest else "test" if cfg.evaluation.select_on == "test" else "validation"
+    card = evaluation.card(epoch=saved.state.epoch, checkpoint=tag, selected_on=selected_on)
+    origin = {"run": str(run_dir), "checkpoint": tag, "epoch": saved.state.epoch}
+    return origin | evaluation.metrics | {"selected_on": selected_on, CARD: card.plain()}

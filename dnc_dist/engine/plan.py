@@ -27,7 +27,7 @@ def finished(cfg: RunConfig, state: TrainState) -> bool:
 
 def conquering(cfg: RunConfig, epoch: int) -> bool:
     """Whether the whole embedding is trained together in this epoch."""
-    return cfg.division.conquer_from is not None and epoch >= cfg.division.conquer_from
+    return cfg.division.conquer_epoch is not None and epoch >= cfg.division.conquer_epoch
 
 
 def trains_whole_set(cfg: RunConfig, epoch: int) -> bool:
@@ -39,8 +39,8 @@ def division_due(cfg: RunConfig, state: TrainState) -> bool:
     """Whether to divide before training this epoch; False once it was done, so that a resume never divides twice."""
     made_in = state.division.epoch if state.division is not None else -1
     if trains_whole_set(cfg, state.epoch):
-        assert cfg.division.conquer_from is not None
-        return made_in < cfg.division.conquer_from
+        assert cfg.division.conquer_epoch is not None
+        return made_in < cfg.division.conquer_epoch
     return state.epoch % cfg.division.every == 0 and made_in < state.epoch
 
 
@@ -56,7 +56,7 @@ def subspaces_change(cfg: RunConfig, state: TrainState) -> bool:
     if state.batches_done > 0:
         return False
     if conquering(cfg, state.epoch):
-        return state.epoch == cfg.division.conquer_from
+        return state.epoch == cfg.division.conquer_epoch
     return cfg.division.num_learners > 1 and state.division is not None and state.division.epoch == state.epoch
 
 

@@ -28,7 +28,8 @@ from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir import DIVISIONS
-from dnc_dist.rundir.checkpoints import Checkpoints
+from dnc_dist.rundir.card import CARD
+from dnc_dist.rundir.checkpoints import Checkpoints, tag_of
 from dnc_dist.rundir.folder import RunDirectory, write_config
 from dnc_dist.rundir.log import close_log, open_log
 from dnc_dist.rundir.tracker import build_tracker
@@ -196,6 +197,9 @@ class Trainer:
         cfg, state = self.cfg, self.state
         trained = state.step > 0
         metrics: dict[str, Any] = {}
+        cards: dict[str, Any] = {}
+        # The untrained network stands before epoch 0, the others after their epoch.
+        epochs = state.epoch + 1 if trained else 0
         for prefix, view in (("", self.data.test), ("validation/", self.data.validation)):
             if view is None:
                 continue
@@ -205,10 +209,12 @@ class Trainer:
             )
             self.failed.update(found.failed)
             metrics |= {prefix + name: value for name, value in found.metrics.items()}
+            if distributed.is_main():
+                card = found.card(epoch=epochs, checkpoint=tag_of(state.step) if trained else None, selected_on=self.selected_on)
+                cards[prefix + CARD] = card.plain()
             if not prefix and trained and state.epoch + 1 == cfg.schedule.epochs:
                 save_neighbours(self.data, view, found, cfg.run.path)
-        # The untrained network stands before epoch 0, the others after their epoch.
-        self.tracker.log("evaluation", state.step, state.epoch + 1 if trained else 0, metrics)
+        self.tracker.log("evaluation", state.step, epochs, metrics | cards)
         if metrics:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
             _log.info(f"{f'after {state.epoch + 1} epoch(s)' if trained else 'untrained'}: {shown}")

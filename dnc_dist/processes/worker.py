@@ -30,6 +30,11 @@ STOP_TIMEOUT_SECONDS = 300.0
 _ending = threading.Event()
 
 
+def is_worker() -> bool:
+    """Whether torchrun, srun or a launch of our own started this process as one of several; a batch script or a shell of SLURM did not."""
+    return "RANK" in os.environ or environment_int("SLURM_STEP_NUM_TASKS", 1) > 1
+
+
 def run_worker(work: Callable[[], None]) -> int:
     """Run the work of one rank and return its exit code.
 

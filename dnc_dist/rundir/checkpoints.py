@@ -28,6 +28,11 @@ _MANIFEST = "files.json"
 _BLOCK = 1 << 20
 
 
+def tag_of(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
 def _crc32(path: Path) -> int:
     """Checksum of a file's bytes; about a second per GB."""
     checksum = 0
@@ -56,7 +61,7 @@ class Checkpoints:
         Raises:
             RunError: it cannot be written; the checkpoints before it are untouched.
         """
-        tag, temporary = f"step-{step:08d}", f".step-{step:08d}.tmp"
+        tag, temporary = tag_of(step), f".{tag_of(step)}.tmp"
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / temporary, ignore_errors=True)

@@ -12,6 +12,7 @@ import numpy as np
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.yaml_text import read_yaml
 from dnc_dist.rundir import CONFIG_FILE, METRICS_FILE
+from dnc_dist.rundir.card import CARD, Card
 from dnc_dist.rundir.gallery import PictureGallery, load_gallery
 from dnc_dist.rundir.tracker import metric_lines
 
@@ -132,6 +133,15 @@ class RunRecord:
             return chosen
         return "validation" if self.names("evaluation", "validation/") else "last"
 
+    def card(self) -> Card | None:
+        """What the numbers of ``result`` stand on; None where nothing was measured, or by a version that wrote no cards.
+
+        Raises:
+            InputError: what stands there is no card.
+        """
+        values = self.result().get(CARD)
+        return None if values is None else Card.of(values, self.path / METRICS_FILE)
+
     def result(self) -> Line:
         """The final metrics: those of the evaluation that the selection picked, or of the last one; empty without any."""
         evaluations = [line for line in self.of("evaluation") if "recall@1" in line]
@@ -185,8 +195,8 @@ def _are_sizes(value: Any) -> bool:
     return all(type(size) is int and 0 <= size < 1 << 53 for size in value)
 
 
-def read_run(run_dir: Path) -> RunRecord:
-    """Read a run directory.
+def read_run(run_dir: Path, *, with_gallery: bool = True) -> RunRecord:
+    """Read a run directory, with or without its pictures.
 
     Raises:
         InputError: it is none, or nothing has been logged yet, or a file of it is damaged.
@@ -206,7 +216,8 @@ def read_run(run_dir: Path) -> RunRecord:
         try:
             config = read_yaml(config_path)
         except InputError as error:
-            raise InputError(f"{error}; delete it, `dnc-dist report` works without") from error
+            cure = "delete it, `dnc-dist report` works without" if with_gallery else "put the right one back"
+            raise InputError(f"{error}; {cure}") from error
         run.config = config if isinstance(config, dict) else {}
-    run.gallery = load_gallery(run_dir)
+    run.gallery = load_gallery(run_dir) if with_gallery else None
     return run

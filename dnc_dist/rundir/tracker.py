@@ -26,6 +26,7 @@ from dnc_dist.base.files import replacing, write_text
 from dnc_dist.base.foreign import JSON_OBJECT, parse_json, read_json, read_lines
 from dnc_dist.processes import distributed
 from dnc_dist.rundir import METRICS_FILE
+from dnc_dist.rundir.card import CARD
 
 Kind = Literal["train", "division", "evaluation", "epoch"]
 
@@ -228,12 +229,18 @@ class WandbTracker(Tracker):
         if self._run is None or step <= self._marks.get(kind, -1):
             return
         record = {"step": step, "epoch": epoch}
+        cards: dict[str, Any] = {}
         for name, value in values.items():
+            if name.rpartition("/")[2] == CARD:
+                cards[f"{kind}/{name}"] = value
+                continue
             record |= _flat(f"{kind}/{name}", value)
         # An event that W&B has not seen, at a step that it has, goes to the next one; the curves use our own "step".
         first_free = max(self._marks.values(), default=-1) + 1
         try:
             self._run.log(record, step=max(step, first_free))
+            # What numbers stand on is no curve.
+            self._run.summary.update(cards)
         except Exception as error:
             self._give_up("logging failed", error)
 

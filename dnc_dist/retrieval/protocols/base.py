@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +13,16 @@ from torch import Tensor
 from dnc_dist.base import parts
 
 SAMPLE_NEIGHBOURS = 10
+
+
+class Queries(NamedTuple):
+    """What each query found, in the order of the rows."""
+
+    rows: np.ndarray  # (q,) int64 the queries
+    first_hit: np.ndarray  # (q,) int64 rank, from 1, of the nearest row of its class; 0: it is beyond the neighbours that were listed
+    average_precision: np.ndarray  # (q,) float64, at R
+    nearest: np.ndarray  # (q,) int64 row; -1: the gallery has none
+    distance: np.ndarray  # (q,) float32 to it, squared
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +38,7 @@ class RetrievalResult:
     sample_neighbours: np.ndarray  # (s, 10) int64 rows, nearest first; -1: the gallery has no more
     sample_distances: np.ndarray  # (s, 10) float32, squared
     trials: dict[str, np.ndarray] = field(default_factory=dict)  # metric -> (trials,) float64, of protocols that draw galleries
+    queries: Queries | None = None  # of protocols in which every query asks once
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +97,10 @@ class Protocol(ABC):
             InputError: nothing can be retrieved.
             RunError: embeddings that are not finite.
         """
+
+    def parameters(self, recall_at: tuple[int, ...]) -> dict[str, Any]:
+        """What besides its name decides what it measures, as JSON has it: for the card of a result."""
+        return {"recall_at": list(recall_at)} | self.options.model_dump(mode="json", exclude={"name"})
 
     def headline(self, lists: Sequence[str]) -> str:
         """Which of the lists stands for all."""

@@ -10,7 +10,7 @@ from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.rng import numpy_generator
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
-from dnc_dist.retrieval.protocols.base import SAMPLE_NEIGHBOURS, RetrievalResult
+from dnc_dist.retrieval.protocols.base import SAMPLE_NEIGHBOURS, Queries, RetrievalResult
 from dnc_dist.retrieval.search import topk_blocks
 
 CHECKED_ROWS = 1 << 15
@@ -61,7 +61,7 @@ def evaluate(
     query_rows = rows[asks.numpy()]
     shown = sample_of(np.flatnonzero(asking), sample)
     sampled = np.isin(query_rows, shown)
-    values, near_ids, near_distance = np.empty((len(query_rows), 3)), [], []
+    values, near_ids, near_distance = np.empty((len(query_rows), 5)), [], []
     for block, near in topk_blocks(
         # Embeddings are large: queries are copied only if they are fewer, and rows outside the gallery are only not searched.
         embeddings_local if asks.all() else embeddings_local[asks.to(embeddings_local.device)],
@@ -73,12 +73,13 @@ def evaluate(
     ):
         ids, r = near.ids.numpy(), relevant[query_rows[block]]
         matches = (ids >= 0) & (labels[ids] == labels[query_rows[block]][:, None])
-        values[block] = np.stack([first_match(matches), average_precision_at_r(matches, r), r_precision(matches, r)], axis=1)
+        nearest = ids[:, 0], near.distance[:, 0].numpy()  # float64 holds both as they are
+        values[block] = np.stack([first_match(matches), average_precision_at_r(matches, r), r_precision(matches, r), *nearest], axis=1)
         near_ids.append(near.ids[sampled[block], :SAMPLE_NEIGHBOURS])
         near_distance.append(near.distance[sampled[block], :SAMPLE_NEIGHBOURS])
     # In the order of the rows, so that the sums are the same sums whichever rank held what.
     all_rows, all_values = in_row_order(torch.from_numpy(query_rows), torch.from_numpy(values))
-    first, average_precision, precision = np.ascontiguousarray(all_values.T)
+    first, average_precision, precision, nearest_row, nearest_distance = np.ascontiguousarray(all_values.T)
     metrics = {f"recall@{n}": int((first <= n).sum()) / len(first) for n in recall_at}
     metrics |= {"map@r": float(average_precision.mean()), "r_precision": float(precision.mean())}
     sample_rows = torch.from_numpy(query_rows[sampled])
@@ -93,6 +94,13 @@ def evaluate(
         sample_queries=sample_queries,
         sample_neighbours=neighbours,
         sample_distances=distances,
+        queries=Queries(
+            all_rows,
+            np.where(first <= k, first, 0).astype(np.int64),
+            average_precision,
+            nearest_row.astype(np.int64),
+            nearest_distance.astype(np.float32),
+        ),
     )
 
 

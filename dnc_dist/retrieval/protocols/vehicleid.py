@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from dnc_dist.retrieval.protocols.base import Columns, Protocol, RetrievalResult
 from dnc_dist.retrieval.protocols.exact import check_finite
 
 RECALL_AT = (1, 5)
+
+
+def _with_own(recall_at: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted({*recall_at, *RECALL_AT}))
 
 
 class VehicleId(Protocol):
@@ -36,6 +41,9 @@ class VehicleId(Protocol):
             )
         return self
 
+    def parameters(self, recall_at: tuple[int, ...]) -> dict[str, Any]:
+        return super().parameters(_with_own(recall_at))
+
     def headline(self, lists: Sequence[str]) -> str:
         """Large, which published tables show."""
         return "large" if "large" in lists else lists[0]
@@ -46,7 +54,7 @@ class VehicleId(Protocol):
     def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:
         """Collective. The results of each list; recall@k besides the protocols' own 1 and 5."""
         check_finite(embeddings)
-        at, rows = tuple(sorted({*recall_at, *RECALL_AT})), rows.cpu()
+        at, rows = _with_own(recall_at), rows.cpu()
         results = {}
         for name, members in self.lists(columns).items():
             mine = torch.from_numpy(members)[rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ class VehicleIdRandom10(VehicleId):
 
     The galleries are drawn by what names an image everywhere, not by the order in which data was prepared.
     """
+
+    def parameters(self, recall_at: tuple[int, ...]) -> dict[str, Any]:
+        return super().parameters(recall_at) | {"trials": TRIALS}
 
     def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:
         self._drawn = draw_numbers(columns.sources())
