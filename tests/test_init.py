@@ -43,7 +43,7 @@ def proposed(folder: Path, facts: Facts) -> RunConfig:
         ),
         (
             Facts(9109, 350, 350, 26.0, 32, True, "leave-one-out", 9174, "glyphs"),
-            {"learners": 16, "epochs": 35, "batch": (80, 4), "side": 32, "lr": 1e-3, "recall_at": (1, 2, 4, 8)},
+            {"learners": 4, "epochs": 35, "batch": (80, 4), "side": 32, "lr": 1e-3, "recall_at": (1, 2, 4, 8)},
         ),
     ],
     ids=["sop", "cub200", "inshop", "few", "small"],
