@@ -20,7 +20,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import numpy_generator
 from dnc_dist.data.duplicates import find_groups
 from dnc_dist.data.images import DECODE_ERRORS, normalise, why_not
-from dnc_dist.data.index import row_key, save_index
+from dnc_dist.data.index import NO_LABEL, row_key, save_index
 from dnc_dist.data.manifest import (
     DUPLICATES,
     FORMAT,
@@ -35,7 +35,7 @@ from dnc_dist.data.manifest import (
     read_manifest,
 )
 from dnc_dist.data.place import check_free, claimed, commit
-from dnc_dist.data.readers import Reading, Sample, plain
+from dnc_dist.data.readers import NO_CLASS, Reading, Sample, plain
 
 SHARD_BYTES = 256 * 2**20
 MIN_SHARDS = 64
@@ -45,14 +45,19 @@ _STORED = 2  # the way images are stored; a data set that was prepared in anothe
 _CHUNK, _MAX_FLYING = 16, 16  # images converted at a time by a thread, and chunks in memory
 
 
-def check_trainable(samples: list[Sample], origin: str) -> None:
-    """Refuse what nothing can be learned from.
+def check_usable(samples: list[Sample], origin: str) -> None:
+    """Refuse what nothing can be learned from, unless it has no classes at all: that is a gallery.
 
     Raises:
-        InputError: no image at all, none to train on, a single training class, or no training class with two images.
+        InputError: no image at all, none to train on, a single training class, no training class with two images, or images without a
+            class beside some that have one.
     """
     if not samples:
         raise InputError(f"{origin} holds no image; expected split/class/*.jpg, class/*.jpg or a CSV that lists images")
+    if without := sum(sample.class_name == NO_CLASS for sample in samples):
+        if without < len(samples):
+            raise InputError(f"{origin} has {without:,} of {len(samples):,} images without a class; give all a class, or none")
+        return
     counts: dict[str, int] = {}
     for sample in samples:
         if sample.split == "train":
@@ -83,13 +88,13 @@ def shard_of_class(class_bytes: list[int]) -> list[int]:
 
 
 def _in_shard_order(samples: list[Sample], seed: int) -> list[tuple[Split, list[Sample]]]:
-    """Groups (split, samples of one shard): classes in seeded random order, a class's samples together."""
+    """Groups (split, samples of one shard): classes in seeded random order, a class's samples together; without classes, images."""
     groups = []
     for split in SPLITS:
         classes: dict[str, list[Sample]] = {}
         for sample in samples:
             if sample.split == split:
-                classes.setdefault(sample.class_name, []).append(sample)
+                classes.setdefault(sample.class_name or sample.source, []).append(sample)
         names = sorted(classes)
         ordered = [names[i] for i in numpy_generator(seed, "class order", split).permutation(len(names))]
         shards = shard_of_class([sum(sample.num_bytes() for sample in classes[name]) for name in ordered])
@@ -230,7 +235,7 @@ def write_shards(
         InputError: nothing to train on, ``out`` holds something else or is being written to, or it cannot be written.
     """
     out = Path(os.path.realpath(out))
-    check_trainable(reading.samples, reading.name)
+    check_usable(reading.samples, reading.name)
     mark = fingerprint(reading, seed, max_side)
     if not force and (out / MANIFEST).is_file() and read_manifest(out).fingerprint == mark:
         return False
@@ -249,7 +254,8 @@ def write_shards(
 def _write(reading: Reading, folder: Path, mark: str, seed: int, max_side: int | None, progress: Callable[[int, int], None] | None) -> None:
     """Write the whole data set into a folder."""
     writer = _Writer(folder)
-    label_of = {name: label for label, name in enumerate(sorted({sample.class_name for sample in reading.samples}))}
+    names = sorted({sample.class_name for sample in reading.samples} - {NO_CLASS})
+    label_of = {name: label for label, name in enumerate(names)} | {NO_CLASS: NO_LABEL}
     done = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for split, group in _in_shard_order(reading.samples, seed):
@@ -257,10 +263,10 @@ def _write(reading: Reading, folder: Path, mark: str, seed: int, max_side: int |
             done += len(group)
             if progress:
                 progress(done, len(reading.samples))
-    check_trainable([row[0] for row in writer.rows], f"{reading.name}, without its {len(writer.unreadable)} unreadable images,")
+    check_usable([row[0] for row in writer.rows], f"{reading.name}, without its {len(writer.unreadable)} unreadable images,")
     extra = sorted({name for sample in reading.samples for name, _ in sample.extra})
     columns = writer.columns(label_of, extra)
-    save_index(folder, columns, sorted(label_of), _manifest(writer, reading, mark, extra, writer.duplicates(columns)))
+    save_index(folder, columns, names, _manifest(writer, reading, mark, extra, writer.duplicates(columns)))
 
 
 def _manifest(writer: _Writer, reading: Reading, mark: str, extra: list[str], duplicates: Duplicates) -> Manifest:
@@ -268,7 +274,7 @@ def _manifest(writer: _Writer, reading: Reading, mark: str, extra: list[str], du
     for split in SPLITS:
         names = [row[0].class_name for row in writer.rows if row[0].split == split]
         if names:
-            splits[split] = SplitCount(len(names), len(set(names)))
+            splits[split] = SplitCount(len(names), len(set(names) - {NO_CLASS}))
     return Manifest(
         format=FORMAT,
         reader=reading.name,
