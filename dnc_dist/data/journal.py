@@ -65,7 +65,7 @@ class Journal:
         if path is not None:
             sync(path)
             sync(path.parent)
-        entry = Finished(path and path.name, _digest(path) if path else "", images)
+        entry = Finished(path.name if path else None, _digest(path) if path else "", images)
         with self._path.open("ab") as file:
             file.write(_line(entry))
             file.flush()
