@@ -96,7 +96,7 @@ def prepare(
         out,
         seed=seed,
         form=Form(max_side, quality, subsampling),
-        processes=processes or len(os.sched_getaffinity(0)),
+        processes=processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
         force=force,
         progress=progress.counter("images", "img"),
         say=click.echo,
