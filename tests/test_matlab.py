@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io.matlab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from scipy import sparse
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from dnc_dist.base import matlab
 from dnc_dist.base.errors import InputError
@@ -45,6 +46,30 @@ def test_values(compressed: bool, tmp_path: Path) -> None:
     savemat(tmp_path / "file.mat", variables, do_compression=compressed)
     rows = [{"name": "a/é.jpg", "number": 3}, {"name": "", "number": 4.5}]
     assert read_mat(tmp_path / "file.mat", ANY) == {"rows": rows, "names": ["x", "y z"], "one": 7, "many": [1, 2, 3]}
+
+
+def plain(value: np.ndarray) -> Any:
+    """What scipy read, as it should be read here."""
+    if value.dtype.names:
+        return [{name: plain(one[name]) for name in value.dtype.names} for one in value.ravel("F")]
+    if value.dtype.kind == "O":
+        return [plain(one) for one in value.ravel("F")]
+    if value.dtype.kind == "U":
+        return str(value[0]) if value.size else ""
+    found = value.ravel("F").tolist()
+    return found[0] if len(found) == 1 else found
+
+
+# Files that MATLAB itself wrote, of several versions and byte orders, which scipy ships.
+SHIPPED = Path(scipy.io.matlab.__file__).parent / "tests" / "data"
+KINDS = ("cell", "cellnest", "structarr", "structnest", "emptycell", "string", "onechar", "unicode", "matrix", "double", "minus")
+WRITTEN_BY_MATLAB = sorted(path.name for kind in KINDS for path in SHIPPED.glob(f"test{kind}_[567]*.mat"))
+
+
+@pytest.mark.parametrize("name", WRITTEN_BY_MATLAB or [pytest.param("", marks=pytest.mark.skip("scipy is installed without its tests"))])
+def test_files_of_matlab(name: str) -> None:
+    expected = {key: plain(value) for key, value in loadmat(SHIPPED / name).items() if not key.startswith("__")}
+    assert read_mat(SHIPPED / name, ANY) == expected
 
 
 def array(what: int, dims: tuple[int, ...], *inside: bytes, name: bytes = b"") -> bytes:
@@ -87,7 +112,8 @@ BAD: dict[str, tuple[bytes, str]] = {
     "left over": (HEADER + array(6, (1, 1), struct.pack("<IId", 9, 8, 1.0), bytes(8)), "does not fill"),
     "damaged compression": (HEADER + struct.pack("<II", 15, 4) + b"abcd", "is damaged"),
     "cut compression": (HEADER + struct.pack("<II", 15, 12) + zlib.compress(bytes(1000))[:12], "cut off"),
-    "complex": (saved(x=1j), "is damaged"),
+    "complex": (saved(x=1j), "complex"),
+    "text that is none": (HEADER + array(4, (1, 2), struct.pack("<II", 16, 2) + b"\xff\xfe".ljust(8, b"\0")), "is damaged"),
 }
 
 
