@@ -93,6 +93,7 @@ class _Reader:
             raise _DamageError(f"an array claims to be {shorten('x'.join(map(str, dims)))[1:-1]} in {size} bytes")
         (flag,) = struct.unpack_from(f"{self._order}I", flags)
         what = flag & 0xFF
+        value: Any
         if what == _TEXT:
             value, at = self._text(dims, at, end)
         elif what in _NUMERIC and not flag & _COMPLEX:
