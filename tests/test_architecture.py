@@ -41,7 +41,7 @@ FENCES = {
     "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.divider", "dnc_dist.doctor", "dnc_kernels"},
     "triton": {"dnc_kernels"},
     "pydantic": {
-        *(f"dnc_dist.base.{part}" for part in ("foreign", "parts", "part_text", "choice")),
+        *(f"dnc_dist.base.{part}" for part in ("foreign", "matlab", "parts", "part_text", "choice")),
         *(f"dnc_dist.{part}" for part in ("config", "loss", "data", "model", "retrieval", "rundir")),
     },
     "pydantic_core": {"dnc_dist.base.choice"},

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.data.images import decode, normalise
+from dnc_dist.data.images import Form, decode, normalise
 from dnc_dist.data.index import hashed_share, open_index, train_view, validation_view
 from dnc_dist.data.readers import Reading, Sample, read
 from dnc_dist.data.rows import ShardReader
@@ -198,7 +198,7 @@ def test_truncated_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
 def test_normalise_keeps_or_converts() -> None:
     plain = jpeg(50, size=(20, 10))
     assert normalise(plain) == plain
-    assert decode(normalise(plain, max_side=10)).size == (10, 5)
+    assert decode(normalise(plain, Form(max_side=10))).size == (10, 5)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     turned = jpeg(50, size=(20, 10), exif=exif)

@@ -62,6 +62,10 @@ TABLE: dict[str, dict[str, str]] = {
         "glyphs": "dnc_dist.data.readers.glyphs:GlyphsReader",
         "folder": "dnc_dist.data.readers.folder:FolderReader",
         "csv": "dnc_dist.data.readers.csv:CsvReader",
+        "cub200": "dnc_dist.data.readers.cub200:Cub200Reader",
+        "cars196": "dnc_dist.data.readers.cars196:Cars196Reader",
+        "sop": "dnc_dist.data.readers.sop:SopReader",
+        "inshop": "dnc_dist.data.readers.inshop:InshopReader",
         "vehicleid": "dnc_dist.data.readers.vehicleid:VehicleIdReader",
     },
     "protocol": {

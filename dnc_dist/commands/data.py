@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -19,12 +20,14 @@ def data() -> None:
 
 def _options_of_readers(function: Callable[..., Any]) -> Callable[..., Any]:
     """A flag for each option of each reader; what it may be, the reader says."""
-    helps: dict[str, list[str]] = {}
+    helps: dict[str, dict[str, list[str]]] = {}  # option -> what is said of it -> readers
     for name in parts.TABLE["reader"]:
         for key, field in parts.options_of("reader", name).items():
-            helps.setdefault(key, []).append(f"{name}: {field.description} [default: {'none' if field.default is None else field.default}]")
+            text = f"{field.description} [default: {'none' if field.default is None else field.default}]"
+            helps.setdefault(key, {}).setdefault(text, []).append(name)
     for key, texts in reversed(helps.items()):
-        function = click.option(f"--{key.replace('_', '-')}", key, metavar="VALUE", help=" ".join(texts))(function)
+        told = " ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
+        function = click.option(f"--{key.replace('_', '-')}", key, metavar="VALUE", help=told)(function)
     return function
 
 
@@ -41,14 +44,37 @@ class _Prepare(click.Command):
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Where the prepared data set goes.")
 @click.option("--seed", default=0, show_default=True, help="Order of the classes, and every random choice of the reader.")
 @click.option("--max-side", type=click.IntRange(min=16), help="Shrink larger images to this longer side (default: keep every size).")
+@click.option("--quality", type=click.IntRange(1, 95), default=95, show_default=True, help="Of JPEGs that are encoded anew.")
+@click.option(
+    "--subsampling",
+    type=click.Choice(["4:4:4", "4:2:0"]),
+    default="4:4:4",
+    show_default=True,
+    help="Of the colours of JPEGs that are encoded anew; 4:2:0 is smaller.",
+)
+@click.option("--processes", type=click.IntRange(min=1), help="How many convert images, with the same result.  [default: one per core]")
 @_options_of_readers
 @click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the reader; repeatable.")
 @click.option("--force", is_flag=True, help="Replace the prepared data set that is there.")
 def prepare(
-    name: str, root: Path | None, out: Path, seed: int, max_side: int | None, settings: tuple[str, ...], force: bool, **flags: str | None
+    name: str,
+    root: Path | None,
+    out: Path,
+    seed: int,
+    max_side: int | None,
+    quality: int,
+    subsampling: Literal["4:4:4", "4:2:0"],
+    processes: int | None,
+    settings: tuple[str, ...],
+    force: bool,
+    **flags: str | None,
 ) -> None:
-    """Write shards, index and manifest of what the reader NAME finds."""
+    """Write shards, index and manifest of what the reader NAME finds.
+
+    Images stay as they are, unless they are no upright RGB JPEG or larger than --max-side. After an interruption the same command goes on.
+    """
     from dnc_dist.base.progress import Progress
+    from dnc_dist.data.images import Form
     from dnc_dist.data.index import open_index
     from dnc_dist.data.readers import read
     from dnc_dist.data.shards import write_shards
@@ -65,7 +91,16 @@ def prepare(
     reading = read(name, root, seed=seed, progress=progress.counter("samples", "sample"), **options)
     for note in reading.notes:
         click.echo(f"{name}: {note}")
-    written = write_shards(reading, out, seed=seed, max_side=max_side, force=force, progress=progress.counter("images", "img"))
+    written = write_shards(
+        reading,
+        out,
+        seed=seed,
+        form=Form(max_side, quality, subsampling),
+        processes=processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+        force=force,
+        progress=progress.counter("images", "img"),
+        say=click.echo,
+    )
     click.echo(describe(open_index(out)))
     took = time.monotonic() - started
     place = click.format_filename(out)

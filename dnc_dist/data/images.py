@@ -6,7 +6,8 @@ import io
 import re
 import struct
 import zlib
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,13 +15,27 @@ from PIL import Image, ImageOps
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.jpeg import without_metadata
 
-JPEG_QUALITY = 95
 # What damaged bytes raise. TypeError, AttributeError and the like are bugs of ours and are never caught, but for Pillow's own in ``_load``.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 Image.init()
 # No other format is opened, whatever a file is called: some of Pillow's start a program (EPS) or load further files.
 FORMATS = tuple(name for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN)
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How images are stored that cannot stay as they are."""
+
+    max_side: int | None = None
+    """Larger images are shrunk to this longer side; None keeps every size."""
+    quality: int = 95
+    """Of JPEG, from 1 to 95."""
+    subsampling: Literal["4:4:4", "4:2:0"] = "4:4:4"
+    """Of the colours: all of them, or one for four pixels, which is smaller and is decoded faster."""
+
+
+AS_THEY_ARE = Form()
 
 
 class _Loaded(NamedTuple):
@@ -97,19 +112,19 @@ def decode(data: bytes) -> Image.Image:
     return _to_rgb(image, coded)
 
 
-def encode(image: Image.Image, quality: int = JPEG_QUALITY) -> bytes:
-    """A JPEG without metadata and without colour subsampling; the same bytes for the same pixels."""
+def encode(image: Image.Image, quality: int = AS_THEY_ARE.quality, subsampling: str = AS_THEY_ARE.subsampling) -> bytes:
+    """A JPEG without metadata; the same bytes for the same pixels."""
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=quality, subsampling=0)
+    image.save(buffer, format="JPEG", quality=quality, subsampling=subsampling)
     return without_metadata(buffer.getvalue())  # Pillow passes on comments
 
 
-def normalise(data: bytes, max_side: int | None = None, box: tuple[int, int, int, int] | None = None) -> bytes:
+def normalise(data: bytes, form: Form = AS_THEY_ARE, box: tuple[int, int, int, int] | None = None) -> bytes:
     """The image as shards hold it: an upright RGB JPEG without metadata, the original compressed pixels where they already are one.
 
     Args:
         data: the file's bytes, any format that Pillow reads.
-        max_side: larger images are shrunk to this longer side.
+        form: what an image that has to be encoded anew becomes.
         box: (left, top, right, bottom) in pixels of the upright image; everything else is cut away.
 
     Raises:
@@ -125,14 +140,16 @@ def normalise(data: bytes, max_side: int | None = None, box: tuple[int, int, int
             raise ValueError(f"box {left, top, right, bottom} holds no pixel of a {pixels.width}x{pixels.height} image")
         kept = kept and box == (0, 0, *pixels.size)
         pixels = pixels.crop(box)
-    if max_side is not None and max(pixels.size) > max_side:
+    if form.max_side is not None and max(pixels.size) > form.max_side:
         kept = False
-        share = max_side / max(pixels.size)
+        share = form.max_side / max(pixels.size)
         pixels = pixels.resize((max(1, round(pixels.width * share)), max(1, round(pixels.height * share))), Image.Resampling.LANCZOS)
     try:
-        return without_metadata(data) if kept else encode(pixels)
+        if kept:
+            return without_metadata(data)
     except ValueError:  # pixels that can be decoded between segments that cannot be told apart
-        return encode(pixels)
+        pass
+    return encode(pixels, form.quality, form.subsampling)
 
 
 def why_not(error: Exception) -> str:

@@ -19,12 +19,14 @@ from dnc_dist.data.manifest import CLASSES, COLUMNS, COPY_AGAIN, INDEX, MANIFEST
 
 # Kinds of the columns' dtypes; all others are text.
 _KINDS = {"label": "i", "split": "u", "query": "b", "gallery": "b", "shard": "i", "offset": "i", "size": "i"}
+NO_LABEL = -1
+"""The label of every row of a data set without classes: its list of class names is empty, and nothing is trained or measured on it."""
 LISTS = "lists"  # an extra column: names, separated by spaces, of the lists that a row is in and a protocol measures one by one
 
 
 @dataclass(frozen=True)
 class RowView:
-    """Some rows of the index with labels of their own: contiguous from 0, in the order of the rows.
+    """Some rows of the index with labels of their own: contiguous from 0, in the order of the rows; without classes all NO_LABEL.
 
     ``rows`` (n,) int64 ascending, ``labels`` (n,) int64 in 0..C-1, ``class_names`` of length C, ``query`` and ``gallery``
     (n,) bool, ``shards`` (n,) int32; ``lists``: name -> (n,) bool, the smaller list first; lists may overlap. Where a row stands in
@@ -71,6 +73,23 @@ class DatasetIndex:
         return self.manifest.content_hash
 
     @property
+    def labelled(self) -> bool:
+        """Whether the rows have classes; without, they are a gallery to be embedded and searched."""
+        return bool(self.class_names)
+
+    def check_labelled(self) -> None:
+        """Refuse a data set without classes where classes are needed.
+
+        Raises:
+            InputError: it has none.
+        """
+        if not self.labelled:
+            raise InputError(
+                f"{self.root} holds images without classes: they can be inspected, embedded and searched, but nothing can be trained or "
+                "measured on them; let data.root name a data set whose images lie in class folders"
+            )
+
+    @property
     def splits(self) -> list[str]:
         """The splits that hold rows, in the order train, validation, test."""
         return [split for split in SPLITS if split in self.manifest.splits]
@@ -97,6 +116,8 @@ class DatasetIndex:
     def select(self, name: str, rows: NDArray[np.int64]) -> RowView:
         """A view of the given ascending rows, with contiguous labels in the order of the global class names."""
         classes, labels = np.unique(np.asarray(self.columns["label"][rows]), return_inverse=True)
+        if not self.labelled:
+            classes, labels = classes[:0], np.full(len(rows), NO_LABEL)
         return RowView(
             name=name,
             rows=rows.astype(np.int64),
@@ -153,6 +174,7 @@ def validation_view(index: DatasetIndex, validation_classes: float = 0.0, seed: 
 
 
 def _train_part(index: DatasetIndex, validation_classes: float, seed: int, held_out: bool) -> RowView:
+    index.check_labelled()
     train = index.view("train")
     if validation_classes == 0:
         return train
@@ -210,7 +232,9 @@ def _column_problems(manifest: Manifest, num_classes: int, columns: dict[str, ND
     if not np.array_equal(columns["split"], np.repeat([SPLITS.index(shard.split) for shard in manifest.shards], counts)):
         yield "split", "the rows are not in the splits that the manifest says"
     label, offset, size = (columns[name] for name in ("label", "offset", "size"))
-    if label.min() < 0 or label.max() >= num_classes:
+    if num_classes == 0 and ((label != NO_LABEL).any() or manifest.splits.keys() != {"test"}):
+        yield "label", f"{CLASSES} has no class, so that every label has to be {NO_LABEL}, in the split test"
+    elif num_classes and (label.min() < 0 or label.max() >= num_classes):
         yield "label", f"a label is not one of the {num_classes:,} classes of {CLASSES}"
     room = np.array([shard.bytes for shard in manifest.shards])[columns["shard"]]
     if (size < 1).any() or (size > room).any():

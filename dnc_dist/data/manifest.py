@@ -14,6 +14,7 @@ from dnc_dist.base.foreign import parse_json, read_bytes, shorten
 
 MANIFEST, CLASSES, DUPLICATES, CONTACT_SHEET, INDEX = "manifest.json", "classes.json", "duplicates.json", "contact_sheet.png", "index"
 STAGING = ".prepare"  # where a data set is collected before it is moved into the folder around
+JOURNAL = "journal.jsonl"  # there: which shards are finished
 FORMAT = 1
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -104,7 +105,11 @@ def read_manifest(root: Path, file: str = MANIFEST) -> Manifest:
     """
     path = root / file
     if not path.is_file():
-        begun = " (a `dnc-dist data prepare` into it is under way or was interrupted)" if (root / STAGING).exists() else ""
+        begun = (
+            " (a `dnc-dist data prepare` into it is under way or was interrupted; the same command goes on)"
+            if (root / STAGING).exists()
+            else ""
+        )
         raise InputError(
             f"{root} holds no prepared data set ({file} is missing){begun}; write one with `dnc-dist data prepare`, or set data.root"
         )

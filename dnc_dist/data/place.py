@@ -2,7 +2,8 @@
 
 A writer holds a lock inside the folder and collects its files in a hidden folder beside it, so that a mount point serves as well as
 any other folder. At the end they are renamed into place, the manifest last: killed at any moment, the folder holds the old data
-set or none. The next writer removes what a dead one left.
+set or none. The next writer goes on with the shards that a dead one of the same data set finished, and removes everything else that
+is left of it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import sync
 from dnc_dist.base.foreign import shorten
-from dnc_dist.data.manifest import INDEX, MANIFEST, STAGING, read_manifest
+from dnc_dist.data.manifest import INDEX, JOURNAL, MANIFEST, STAGING, read_manifest
 
 _log = logging.getLogger(__name__)
 # Inside the staging folder. The last two say whose files lie in the folder when a writer is killed between its renames.
@@ -27,7 +28,7 @@ _LOCK, _COMMITTED, _REPLACED = "lock", "committed.json", "replaced.json"
 # Files of a data set whose manifest is damaged or of another version.
 _OURS = re.compile(
     rf"(train|validation|test)-[0-9]{{6,9}}\.tar|{INDEX}/[a-z0-9_]+\.npy|contact_sheet\.png"
-    r"|(manifest|classes|duplicates|committed|replaced)\.json"
+    r"|(manifest|classes|duplicates|committed|replaced)\.json|journal\.jsonl"
 )
 # Made by file systems and desktops, as is everything that begins with a dot: neither in the way nor touched.
 _IGNORED = {"lost+found"}
@@ -35,7 +36,9 @@ _IGNORED = {"lost+found"}
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[Path]:
-    """Hold ``out``, made if it is missing, and give the folder inside it where files are collected; what is left there goes.
+    """Hold ``out``, made if it is missing, and give the folder inside it where files are collected.
+
+    An interrupted writer's shards and journal are still there; they stay there, too, if this one is interrupted.
 
     Raises:
         InputError: ``out`` is no folder, or another process writes into it.
@@ -48,10 +51,16 @@ def claimed(out: Path) -> Iterator[Path]:
     try:
         lock = _lock(out)
         try:
-            _clean(out)
+            _clean(out, interrupted=True)
             yield staging
-        finally:
             _clean(out)
+        except (KeyboardInterrupt, RunError):
+            _clean(out, interrupted=True)
+            raise
+        except BaseException:
+            _clean(out)
+            raise
+        finally:
             (staging / _LOCK).unlink()
             _remove_folder(staging)
             os.close(lock)
@@ -81,7 +90,7 @@ def commit(out: Path, replace: bool) -> None:
         InputError: other files came into ``out`` meanwhile.
     """
     staging = out / STAGING
-    names = sorted(_files(staging) - {_LOCK, MANIFEST})
+    names = sorted(_files(staging) - {_LOCK, JOURNAL, MANIFEST})
     for name in (*names, MANIFEST):
         sync(staging / name)
     # Only now: what takes long is done, and from here on nothing is awaited.
@@ -123,8 +132,13 @@ def _lock(out: Path) -> int:
         os.close(descriptor)
 
 
-def _clean(out: Path) -> None:
-    """Remove what a writer left that did not come to its end; a data set that is complete stays."""
+def _clean(out: Path, interrupted: bool = False) -> None:
+    """Remove what a writer left that did not come to its end; a data set that is complete stays.
+
+    Args:
+        out: the folder.
+        interrupted: leave shards and journal, for a writer that goes on.
+    """
     staging = out / STAGING
     if not (out / MANIFEST).exists():
         # What is still in the staging folder was never moved: a file of that name in the other folder is somebody else's.
@@ -132,7 +146,8 @@ def _clean(out: Path) -> None:
         for name in (_COMMITTED, _REPLACED):
             if (staging / name).is_file():
                 _remove(out, _files_of_dataset(out, f"{STAGING}/{name}") - (unmoved if name == _COMMITTED else set()))
-    _remove(staging, {name for name in _files(staging) if _OURS.fullmatch(name)})
+    kept = re.compile(r".*\.tar|journal\.jsonl" if interrupted else r"(?!)")
+    _remove(staging, {name for name in _files(staging) if _OURS.fullmatch(name) and not kept.fullmatch(name)})
 
 
 def _files(folder: Path) -> set[str]:

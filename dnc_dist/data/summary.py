@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dnc_dist.base.foreign import printable
@@ -30,7 +31,7 @@ def describe(index: DatasetIndex) -> str:
     shards = index.manifest.shards
     views = {split: index.view(split) for split in index.splits}
     for split, view in views.items():
-        counts = np.bincount(view.labels)
+        counts = np.bincount(view.labels) if index.labelled else np.zeros(1, np.int64)
         mine = [shard for shard in shards if shard.split == split]
         lines.append(
             f"{split:<12}{len(view):>10,}{view.num_classes:>10,}{counts.min():>19,}{np.median(counts):>8g}{counts.max():>6,}"
@@ -40,6 +41,8 @@ def describe(index: DatasetIndex) -> str:
             lines.append(f"{'':<12}queries {view.query.sum():,}, gallery {view.gallery.sum():,}")
         for name, inside in view.lists.items():
             lines.append(f"{f'  {name}':<12}{inside.sum():>10,}{len(np.unique(view.labels[inside])):>10,}")
+    if not index.labelled:
+        lines.append("no classes: a gallery to be embedded and searched; nothing can be trained or measured on it")
     lines.append(f"content {index.content_hash}, read from {index.manifest.reader}")
     if {"train", "test"} <= views.keys() and (shared := set(views["train"].class_names) & set(views["test"].class_names)):
         lines.append(f"{len(shared):,} classes are in train and in test: retrieval here is not of unseen classes")
@@ -62,25 +65,31 @@ def told_duplicates(found: Duplicates) -> str:
 
 
 def contact_sheet(index: DatasetIndex, seed: int = 0) -> Image.Image:
-    """Some classes of each split, chosen by the seed: a class a row, its name above up to ten of its images."""
+    """Some classes of each split, chosen by the seed: a class a row, its name above up to ten of its images; or images without classes."""
     reader = ShardReader(index)
     height = _CELL + _LABEL
-    views = [index.view(split) for split in index.splits]
-    rows = [min(_CLASSES, view.num_classes) for view in views]
-    sheet = Image.new("RGB", (_IMAGES * _CELL, sum(rows) * height), (255, 255, 255))
+    lines = [line for split in index.splits for line in _lines(index.view(split), seed)]
+    sheet = Image.new("RGB", (_IMAGES * _CELL, len(lines) * height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    top = 0
-    for view, count in zip(views, rows, strict=True):
-        for label in np.sort(numpy_generator(seed, "contact sheet", view.name).permutation(view.num_classes)[:count]):
-            draw.text((3, top + 1), f"{view.name} / {view.class_names[label]}", fill=(60, 60, 60))
-            _draw_class(sheet, index, view, int(label), reader, top + _LABEL)
-            top += height
+    for number, (title, rows) in enumerate(lines):
+        draw.text((3, number * height + 1), title, fill=(60, 60, 60))
+        _draw_line(sheet, index, rows, reader, number * height + _LABEL)
     reader.close()
     return sheet
 
 
-def _draw_class(sheet: Image.Image, index: DatasetIndex, view: RowView, label: int, reader: ShardReader, top: int) -> None:
-    for column, row in enumerate(view.rows[view.labels == label][:_IMAGES]):
+def _lines(view: RowView, seed: int) -> list[tuple[str, NDArray[np.int64]]]:
+    """Title and rows of each line of a view."""
+    generator = numpy_generator(seed, "contact sheet", view.name)
+    if not view.num_classes:
+        rows = np.sort(generator.permutation(view.rows)[: _CLASSES * _IMAGES])
+        return [(f"{view.name}, no classes", rows[first : first + _IMAGES]) for first in range(0, len(rows), _IMAGES)]
+    labels = np.sort(generator.permutation(view.num_classes)[:_CLASSES])
+    return [(f"{view.name} / {view.class_names[label]}", view.rows[view.labels == label][:_IMAGES]) for label in labels]
+
+
+def _draw_line(sheet: Image.Image, index: DatasetIndex, rows: NDArray[np.int64], reader: ShardReader, top: int) -> None:
+    for column, row in enumerate(rows):
         try:
             image = decode(reader.read(int(row)))
         except DECODE_ERRORS as error:

@@ -133,7 +133,7 @@ def _contents(index: DatasetIndex, cfg: RunConfig) -> Iterator[Check]:
     if skipped := [note for note in index.manifest.notes if note.startswith("skipped")]:
         yield Check("skipped", printable("; ".join(skipped)), "warning", "convert what should be in the dataset, and prepare it again")
     if (index.root / STAGING).exists():
-        cure = f"harmless; the next `dnc-dist data prepare` removes {index.root / STAGING}"
+        cure = "harmless; the same `dnc-dist data prepare` goes on with them, another one removes them"
         yield Check("left behind", "files of a prepare that is under way or was interrupted", "warning", cure)
 
 

@@ -52,7 +52,12 @@ def _decoded(data: bytes) -> Image | None:
 
 
 def columns_of(index: DatasetIndex, view: RowView) -> Columns:
-    """What a retrieval protocol may know of a view."""
+    """What a retrieval protocol may know of a view.
+
+    Raises:
+        InputError: the images have no classes.
+    """
+    index.check_labelled()
 
     def sources() -> list[str]:
         return [text(source) for source in index.columns["source"][view.rows]]

@@ -14,6 +14,8 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable, read_bytes
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+NO_CLASS = ""
+"""The class name of every image of a data set without classes: a gallery that is embedded and searched."""
 _MOST_BYTES = 1 << 30  # of an image file
 
 

@@ -1,11 +1,12 @@
-"""Reader of image folders: ``split/class/*.jpg``, or ``class/*.jpg`` with a stated rule for the split."""
+"""Reader of image folders: ``split/class/*.jpg``, ``class/*.jpg`` with a stated rule for the split, or images without classes."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,7 +14,7 @@ from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import hashed_share
-from dnc_dist.data.readers import TEST, TRAIN, VALIDATION, Reader, Reading, Sample, plain
+from dnc_dist.data.readers import NO_CLASS, TEST, TRAIN, VALIDATION, Reader, Reading, Sample, plain
 
 # Folder name (lower case) -> split, asked as a query, searched as gallery.
 SPLIT_NAMES = {
@@ -60,7 +61,7 @@ class _Walk:
             folders[:] = followed
             for name in sorted(files):
                 path = Path(place, name)
-                if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+                if _is_image(path):
                     found.append(path)
                 elif not name.startswith("."):
                     self._count(path)
@@ -89,28 +90,55 @@ class _Walk:
 
 
 class FolderReader(Reader):
-    """Image folders: split/class/*.jpg, or class/*.jpg with `test_share` of the classes as test split."""
+    """Image folders: split/class/*.jpg, or class/*.jpg with `test_share` of the classes as test split; without class folders a gallery.
+
+    A class is a folder that holds images, at any depth; its path is its name: train/WOMEN/Dresses/id_1/*.jpg is class WOMEN/Dresses/id_1.
+    """
 
     class Options(parts.Options):
         test_share: float = Field(0.5, ge=0, le=0.9)
         """Share of test classes, if not in split folders."""
+        labels: Literal["folders", "none"] = "folders"
+        """`folders`: a folder that holds images is a class; `none`: no image has a class, all are a gallery to be embedded and searched."""
 
     def read(self, root: Path | None, *, seed: int, progress: Callable[[int, int], None] | None) -> Reading:
         assert root is not None
-        return _read(root, self.options.test_share, seed)
+        if not root.is_dir():
+            raise InputError(f"--root {root} is no folder; give the folder that holds split/class/*.jpg or class/*.jpg")
+        options = {"root": plain(os.path.realpath(root)), "test_share": self.options.test_share, "seed": seed}
+        if self.options.labels == "none":
+            samples, notes = _without_classes(root)
+            return Reading("folder", samples, {**options, "labels": "none"}, notes)
+        samples, notes = _with_classes(root, self.options.test_share, seed)
+        if not samples and any(_is_image(path) for path in root.iterdir()):
+            samples, notes = _without_classes(root)
+        if not samples:
+            found = f" ({'; '.join(notes)})" if notes else ""
+            raise InputError(f"--root {root} holds no image in class folders; expected split/class/*.jpg or class/*.jpg{found}")
+        return Reading("folder", samples, options, notes)
 
 
-def _read(root: Path, test_share: float, seed: int) -> Reading:
-    """List the images of a folder.
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
-    A folder called ``train`` makes it ``split/class/*``, with the split names of ``SPLIT_NAMES``; otherwise every folder is a class,
-    and ``test_share`` of the classes, chosen by a seeded hash of their names, become the test split.
 
-    Raises:
-        InputError: the folder is missing or holds no image in class folders.
+def _without_classes(root: Path) -> tuple[list[Sample], list[str]]:
+    """All images at any depth as a gallery, and notes."""
+    walk = _Walk()
+    paths = walk.images_below(root)
+    samples = [Sample(NO_CLASS, TEST, plain(path.relative_to(root)), path, query=False) for path in paths]
+    return samples, [
+        "no classes: all images are a gallery, which can be embedded and searched; nothing can be trained on it",
+        *walk.notes(),
+    ]
+
+
+def _with_classes(root: Path, test_share: float, seed: int) -> tuple[list[Sample], list[str]]:
+    """The images in class folders, and notes.
+
+    A folder called ``train`` makes it ``split/class/*``, with the split names of ``SPLIT_NAMES``; otherwise every folder that holds
+    images is a class, and ``test_share`` of the classes, chosen by a seeded hash of their names, become the test split.
     """
-    if not root.is_dir():
-        raise InputError(f"--root {root} is no folder; give the folder that holds split/class/*.jpg or class/*.jpg")
     walk = _Walk()
     tops = walk.folders(root)
     samples: list[Sample] = []
@@ -122,13 +150,10 @@ def _read(root: Path, test_share: float, seed: int) -> Reading:
         for top in tops:
             if top.name.lower() in SPLIT_NAMES:
                 split, query, gallery = SPLIT_NAMES[top.name.lower()]
-                for folder in walk.folders(top):
-                    samples += [
-                        Sample(plain(folder.name), split, plain(path.relative_to(root)), path, query=query, gallery=gallery)
-                        for path in walk.images_below(folder)
-                    ]
+                for name, paths in _classes(walk, top, walk.folders(top)).items():
+                    samples += [Sample(name, split, plain(path.relative_to(root)), path, query=query, gallery=gallery) for path in paths]
     else:
-        classes = {plain(top.name): paths for top in tops if (paths := walk.images_below(top))}
+        classes = _classes(walk, root, tops)
         held_out = hashed_share(sorted(classes), test_share, seed, "split") if len(classes) > 1 and test_share > 0 else set()
         for name, paths in classes.items():
             split = TEST if name in held_out else TRAIN
@@ -137,8 +162,18 @@ def _read(root: Path, test_share: float, seed: int) -> Reading:
             f"no folder `train`: every folder is a class; {len(held_out)} of {len(classes)} classes (--test-share {test_share:g}, by a "
             f"hash of their names with --seed {seed}) are the test split"
         )
-    notes += walk.notes()
-    if not samples:
-        found = f" ({'; '.join(walk.notes())})" if walk.notes() else ""
-        raise InputError(f"--root {root} holds no image in class folders; expected split/class/*.jpg or class/*.jpg{found}")
-    return Reading("folder", samples, {"root": plain(os.path.realpath(root)), "test_share": test_share, "seed": seed}, notes)
+    names = {sample.class_name for sample in samples}
+    if deep := sorted(name for name in names if "/" in name):
+        notes.append(f"a class is a folder that holds images: {len(deep):,} of {len(names):,} lie deeper than one level, first {deep[0]}")
+    if around := sorted({name for name in deep if any(str(above) in names for above in PurePosixPath(name).parents)}):
+        notes.append(f"{len(around):,} of these lie inside of another class and are classes of their own, first {around[0]}")
+    return samples, notes + walk.notes()
+
+
+def _classes(walk: _Walk, base: Path, folders: list[Path]) -> dict[str, list[Path]]:
+    """The images in and below some folders by class: the folder that holds them, as its path below ``base``."""
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for path in walk.images_below(folder):
+            found.setdefault(plain(path.parent.relative_to(base)), []).append(path)
+    return found
