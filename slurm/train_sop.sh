@@ -1,4 +1,20 @@
 #!/bin/bash
-# Submits the training of configs/sop_published.yaml, with the resources of train_vehicleid.sh: slurm/train_sop.sh [--set key=value]...
-here=$(dirname "$(readlink -f "$0")")
-SBATCH_JOB_NAME=sop exec "$here/train_vehicleid.sh" "$here/../configs/sop_published.yaml" "$@"
+#SBATCH --job-name=sop
+#SBATCH --nodes=2
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+# Trains configs/sop_published.yaml on whole nodes, one task per GPU; the number of nodes stands above and nowhere else.
+#
+#   sbatch slurm/train_sop.sh [CONFIG] [--set key=value]...      see slurm/README.md
+
+# SLURM starts a copy of this script from its own folder, so the way back to the original leads through the job.
+slurm=$(dirname "$0")
+[ -e "$slurm/lib.sh" ] || slurm=$(dirname "$(scontrol show job --oneliner "$SLURM_JOB_ID" | sed -n 's/.* Command=\([^ ]*\).*/\1/p')")
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$slurm/lib.sh"
+
+train "$DNC_DIST/configs/sop_published.yaml" "$@"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -52,20 +50,6 @@ def test_timm_knows_the_networks_and_their_weights() -> None:
     for path in CONFIGS.glob("*_modern.yaml"):
         known = timm.get_pretrained_cfg(load_config(path).model.backbone.name)
         assert known is not None and known.has_weights
-
-
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "vehicleid"])
-def test_a_job_script_submits_its_recipe(name: str, tmp_path: Path) -> None:
-    """What sbatch is told; that it does so is shown in test_slurm.py, for the script that all of these submit."""
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text('#!/bin/sh\necho "$SBATCH_JOB_NAME"\nrealpath "$1" "$2"\nshift 2\necho "$@"\n')
-    sbatch.chmod(0o755)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SITE": str(tmp_path / "none")}
-    script = ROOT / "slurm" / f"train_{name}.sh"
-    done = subprocess.run([script, "--set", "run.seed=3"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
-    vehicleid = ROOT / "slurm" / "train_vehicleid.sh"
-    assert done.stdout.splitlines() == [name, str(vehicleid), str(PUBLISHED[name]), "--set run.seed=3"]
 
 
 def test_the_page_names_recipes_that_are_there() -> None:

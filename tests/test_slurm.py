@@ -231,6 +231,14 @@ def test_the_scripts_are_clean() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize(("name", "config"), [("sop", "sop"), ("inshop", "inshop"), ("cub", "cub200"), ("cars", "cars196")])
+def test_the_scripts_of_the_benchmarks_differ_in_their_names_only(name: str, config: str) -> None:
+    script = (SCRIPT.parent / f"train_{name}.sh").read_text()
+    assert script.count(f"configs/{config}_published.yaml") == 2
+    script = script.replace(f"configs/{config}_published.yaml", "configs/vehicleid.yaml").replace(f"train_{name}.sh", SCRIPT.name)
+    assert script.replace(f"--job-name={name}\n", "--job-name=vehicleid\n") == SCRIPT.read_text()
+
+
 @pytest.mark.slow
 def test_a_job_on_three_nodes(whole_on_three: Job, whole: Job) -> None:
     assert whole_on_three.Restarts == "0" and "3 process(es)" in whole_on_three.output and "node3: dnc-dist " in whole_on_three.output
