@@ -170,12 +170,7 @@ def evaluate_run(run_dir: Path, protocol: str | None = None, checkpoint: str = "
     """
     cfg = load_run_config(run_dir)
     checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
-    newest = checkpoint == "last" or (checkpoint == "best" and not checkpoints.has_best())
-    which = "latest" if newest else checkpoint
-    found = distributed.on_main(checkpoints.find, which)
-    if found is None:
-        raise InputError(f"{run_dir} has no checkpoint yet; train it with `dnc-dist launch`")
-    tag, messages = found
+    tag, messages = distributed.on_main(checkpoints.choose, checkpoint)
     for message in messages:
         _log.warning(message)
     data = RunData(cfg)
