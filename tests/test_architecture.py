@@ -24,6 +24,7 @@ LAYERS = [
     {"rundir"},
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine", "divider"},
+    {"embedder"},
     {"report", "doctor", "inference"},
     {"commands"},
     {"cli"},
@@ -37,6 +38,8 @@ FENCES = {
     "click": {"dnc_dist.cli", "dnc_dist.commands"},
     "timm": {"dnc_dist.model.backbone"},
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
+    "pyarrow": {"dnc_dist.inference"},
+    "onnxruntime": {"dnc_dist.inference"},
     "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.divider", "dnc_dist.doctor", "dnc_kernels"},
     "triton": {"dnc_kernels"},
     "pydantic": {
@@ -46,7 +49,7 @@ FENCES = {
     "pydantic_core": {"dnc_dist.base.choice"},
 }
 # Values that config.py owns are handed down; of the packages below the engine none reads the configuration.
-CONFIG_READERS = {"processes", "rundir", "engine", "report", "inference", "doctor", "commands", "cli", "keys"}
+CONFIG_READERS = {"processes", "rundir", "engine", "embedder", "report", "inference", "doctor", "commands", "cli", "keys"}
 LONGEST = 300
 ALLOWED_LONG = {"dnc_dist.config": "the tree of all keys is one page"}
 
