@@ -7,6 +7,7 @@ process group. Images go through the evaluation's transform and the network in e
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -41,6 +42,7 @@ _MOST_THREADS = 8
 _AHEAD = 2
 """Batches that are decoded ahead of the network."""
 Decoded = Callable[[], Image.Image]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Embedder:
             found = self._run(named(), compute, dim, batch_size or self.batch_size, phase.update)
         if found.failed and unreadable == "raise":
             at, why = next(iter(found.failed.items()))
-            raise InputError(f'{names[at]} cannot be read ({why}); leave it out, or give unreadable="nan" to get a row of NaN')
+            raise InputError(f'{names[at]} is no image that can be read: {why}; leave it out, or give unreadable="nan" to get a row of NaN')
         return found.vectors
 
     def _run(
@@ -220,7 +222,9 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
             raise InputError(f"{folder} is an exported model of checkpoint {origin.checkpoint}; it has no {checkpoint}")
         source, state = folder / WEIGHTS_FILE, None
     else:
-        tag, _ = Checkpoints(folder, cfg.checkpoint.keep).choose(checkpoint)
+        tag, messages = Checkpoints(folder, cfg.checkpoint.keep).choose(checkpoint)
+        for message in messages:
+            _log.warning(message)
         source = folder / CHECKPOINTS / tag
         saved = read_model(source)
         weights = {name: value for name, value in saved.weights.items() if name.partition(".")[0] in MEMBERS}

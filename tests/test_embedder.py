@@ -187,7 +187,7 @@ def test_what_is_no_image_is_refused_by_name(run: Path, pictures: list[Path], tm
     model = dnc_dist.load(run)
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(pictures[0].read_bytes()[:-300])
-    with pytest.raises(InputError, match=r"broken.jpg cannot be read \(OSError: .*leave it out, or give unreadable=\"nan\""):
+    with pytest.raises(InputError, match=r"broken.jpg is no image that can be read: OSError: .*; leave it out, or give unreadable=\"nan\""):
         model.embed([pictures[0], broken])
     found = model.embed([pictures[0], broken, tmp_path / "none.jpg", pictures[1]], unreadable="nan")
     assert np.isnan(found).any(1).tolist() == [False, True, True, False]

@@ -76,10 +76,10 @@ def killed_at(number: int) -> None:
 
     write = embed.write_block
 
-    def writing(folder: Path, block: int, found: object) -> None:
-        if block == number:
+    def writing(path: Path, found: object) -> None:
+        if path.name.startswith(f"block-{number:08d}-"):
             os.killpg(0, signal.SIGKILL)
-        write(folder, block, found)
+        write(path, found)
 
     embed.write_block = writing
 
@@ -315,6 +315,28 @@ def test_onnx_computes_the_same(place: Path, tmp_path: Path, capsys: pytest.Capt
         (found,) = session.run(["embedding"], {"pixels": np.ascontiguousarray(pixels)})
         np.testing.assert_allclose(found, model.embed(list(raw)), atol=5 * 128 * 9 * 2.0**-24)
     assert "model.onnx" in (tmp_path / "model/README.md").read_text() and isinstance(torch.__version__, str)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "masks", "size"), [("conv4", "sliced", 32), ("resnet18", "fixed", 64), ("vit_tiny_patch16_224", "learned", 224)]
+)
+def test_onnx_of_other_networks(tmp_path: Path, backbone: str, masks: str, size: int) -> None:
+    pytest.importorskip("onnxruntime")
+    import torch
+
+    from dnc_dist.embedder import Embedder, Exported
+    from dnc_dist.engine.network import build_network
+    from dnc_dist.inference.onnx import onnx_bytes
+    from tests.engine_fixtures import config
+
+    changes = {"backbone": backbone, "masks": masks, "embedding_dim": DIM, "batch_norm": "frozen"}
+    mode = "flat" if masks == "sliced" else "hierarchical"
+    cfg = config(tmp_path, tmp_path / "run", model=changes, data={"image_size": size}, division={"num_learners": 4, "mode": mode})
+    network = build_network(cfg, initial_weights=False)
+    model = Embedder(network, cfg, tmp_path, Exported("run", "step-00000001", 0, 4), torch.device("cpu"), None)
+    content, difference = onnx_bytes(model)
+    assert content and 0 <= difference < 1e-4
 
 
 def test_without_its_packages_onnx_says_what_to_install(

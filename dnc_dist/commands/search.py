@@ -52,7 +52,10 @@ def _lines(answers: list[Answer]) -> list[str]:
 def _table(answers: list[Answer]) -> list[str]:
     rows = [("query", "rank", "similarity", "class", "key")]
     for answer in answers:
-        rows += [(answer.query, str(hit.rank), f"{hit.similarity:.4f}", hit.class_name or "", hit.key) for hit in answer.hits]
+        rows += [
+            (answer.query, str(hit.rank), f"{hit.similarity:.4f}", printable(hit.class_name or ""), printable(hit.key))
+            for hit in answer.hits
+        ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["  ".join([*(value.ljust(width) for value, width in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows]
 

@@ -87,14 +87,25 @@ class FileImages(Images):
     def digest(self) -> str:
         found = hashlib.blake2b(digest_size=16)
         for key, path, name in zip(self.keys, self.files, self.classes, strict=True):
-            status = os.stat(path)
-            found.update(repr((key, path, name, status.st_size, status.st_mtime_ns)).encode("utf-8", "backslashreplace"))
+            found.update(repr((key, path, name, *_size_and_date(path))).encode("utf-8", "backslashreplace"))
         return found.hexdigest()
 
 
+def _size_and_date(path: str) -> tuple[int, int]:
+    """Of a file; zeros for a link that leads nowhere, which is told when it is read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
+_reading = threading.Lock()
+
+
 @cache
-def _reader(root: Path, thread: int) -> ShardReader:
-    # One for each thread: a reader closes files that it needs no more.
+def _reader(root: Path) -> ShardReader:
+    """The reader of this process; one thread at a time, as it closes files that others may be reading."""
     return ShardReader(open_index(root))
 
 
@@ -105,7 +116,8 @@ class _Row:
         self.root, self.row = root, row
 
     def __call__(self) -> bytes:
-        return _reader(self.root, threading.get_ident()).read(self.row)
+        with _reading:
+            return _reader(self.root).read(self.row)
 
 
 class PreparedImages(Images):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -34,24 +35,24 @@ class Plan:
         """The images [start, stop) of a block."""
         return number * self.block_rows, min((number + 1) * self.block_rows, self.num_images)
 
+    def digest(self) -> str:
+        """A short hash of it."""
+        return hashlib.blake2b(repr(self).encode(), digest_size=8).hexdigest()
+
     def __len__(self) -> int:
         return -(-self.num_images // self.block_rows)
 
 
-def write_block(folder: Path, number: int, found: Embedded) -> None:
+def write_block(path: Path, found: Embedded) -> None:
     """Write a finished block, whole."""
     failed = sorted(found.failed)
-    with replacing(_block(folder, number)) as file:
+    with replacing(path) as file:
         np.savez(
             file,
             vectors=found.vectors,
             failed=np.array(failed, dtype=np.int64),
             reasons=np.array([found.failed[at] for at in failed], dtype=np.str_),
         )
-
-
-def _block(folder: Path, number: int) -> Path:
-    return folder / f"block-{number:08d}.npz"
 
 
 class BlockFolder:
@@ -92,9 +93,13 @@ class BlockFolder:
             ) from None
         return file
 
+    def file(self, number: int) -> Path:
+        """Where a block is. The name has a hash of the plan: a process that another command left over cannot write into this one's."""
+        return self.path / f"block-{number:08d}-{self.plan.digest()}.npz"
+
     def missing(self) -> list[int]:
         """The blocks that are not there yet."""
-        return [number for number in range(len(self.plan)) if not _block(self.path, number).is_file()]
+        return [number for number in range(len(self.plan)) if not self.file(number).is_file()]
 
     def failed(self, number: int) -> dict[int, str]:
         """The images of a block that could not be read, by their position in the list, and why."""
@@ -114,10 +119,10 @@ class BlockFolder:
         return np.delete(arrays["vectors"], arrays["failed"], axis=0)
 
     def _arrays(self, number: int, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-        return read_arrays(_block(self.path, number), {name: _ARRAYS[name] for name in names}, f"remove {self.path}")
+        return read_arrays(self.file(number), {name: _ARRAYS[name] for name in names}, f"remove {self.path}")
 
     def _damaged(self, number: int) -> InputError:
-        return InputError(f"{_block(self.path, number)} is damaged: it holds something else than its block; remove {self.path}")
+        return InputError(f"{self.file(number)} is damaged: it holds something else than its block; remove {self.path}")
 
     def remove(self) -> None:
         """The file is whole: its blocks are not needed any more."""

@@ -58,11 +58,16 @@ def _results(cfg: RunConfig, state: TrainState | None) -> str:
     measured = state.metrics if state.batches_done == 0 and plan.evaluation_due(cfg, state.epoch - 1) else {}
     if not measured:
         return "This checkpoint was not measured in training; `dnc-dist evaluate RUN` does it."
-    lines = ["| metric | value | untrained |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {_text(value)} | {_text(state.baseline.get(name))} |" for name, value in measured.items() if name not in _TEXTS]
+    untrained = state.baseline
+    lines = ["| metric | value | untrained |", "| --- | --- | --- |"] if untrained else ["| metric | value |", "| --- | --- |"]
+    for name, value in measured.items():
+        if name not in _TEXTS:
+            lines.append(f"| {name} | {_text(value)} |" + (f" {_text(untrained.get(name))} |" if untrained else ""))
+    chosen = cfg.evaluation.select_on
+    chosen = ("validation" if state.best is not None else "last") if chosen == "auto" else chosen
     told = f"Measured on the test split with the protocol `{measured.get('protocol')}`"
     told += f", list `{measured['list']}`" if "list" in measured else ""
-    return "\n".join([f"{told}; selection: `evaluation.select_on: {cfg.evaluation.select_on}`.", "", *lines])
+    return "\n".join([f"{told}. The checkpoint was selected on: {chosen}.", "", *lines])
 
 
 def _text(value: Metrics | float | int | str | None) -> str:

@@ -110,7 +110,7 @@ def _compute(model: Embedder, images: Images, blocks: BlockFolder, missing: list
 def _here(model: Embedder, images: Images, blocks: BlockFolder, missing: list[int], nproc: int) -> Iterator[int]:
     with _one_thread(model.device):
         for number in missing:
-            write_block(blocks.path, number, model.embed_bytes(images.readers(*blocks.plan.bounds(number))))
+            write_block(blocks.file(number), model.embed_bytes(images.readers(*blocks.plan.bounds(number))))
             yield number
 
 
@@ -139,7 +139,7 @@ def _in_processes(model: Embedder, images: Images, blocks: BlockFolder, missing:
             # Few at a time: a list of all that is to be read would be long.
             while len(running) < 2 * nproc and (number := next(waiting, None)) is not None:
                 readers = images.readers(*blocks.plan.bounds(number))
-                running[pool.submit(_embed_block, blocks.path, number, readers)] = number
+                running[pool.submit(_embed_block, blocks.file(number), readers)] = number
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -171,5 +171,5 @@ def _start_worker(start: Callable[[int], None], count: Any, run: Path, checkpoin
     _model = load(run, checkpoint=checkpoint, device=f"cuda:{number % gpus}" if gpus else "cpu")
 
 
-def _embed_block(folder: Path, number: int, readers: list[Callable[[], bytes]]) -> None:
-    write_block(folder, number, _model.embed_bytes(readers))
+def _embed_block(path: Path, readers: list[Callable[[], bytes]]) -> None:
+    write_block(path, _model.embed_bytes(readers))

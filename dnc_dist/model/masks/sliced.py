@@ -46,5 +46,5 @@ class SlicedMasks(SubspaceMasks):
 
     def whole(self, embeddings: Tensor) -> Tensor:
         """(B, D) -> (B, D) the unit slices side by side / sqrt(K)."""
-        slices = F.normalize(at_least_fp32(embeddings).view(len(embeddings), self.num_learners, -1), dim=2)
-        return slices.reshape(embeddings.shape) / self.num_learners**0.5
+        slices = F.normalize(at_least_fp32(embeddings).unflatten(1, (self.num_learners, -1)), dim=2)
+        return slices.flatten(1) / self.num_learners**0.5
