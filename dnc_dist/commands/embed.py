@@ -42,4 +42,4 @@ def embed(run: Path, data: Path, out: Path, split: str | None, checkpoint: str, 
         if len(written.unreadable) > _SHOWN:
             click.echo(f"  … and {len(written.unreadable) - _SHOWN:,} more", err=True)
     took = time.monotonic() - started
-    click.echo(f"{written.rows:,} embeddings of {written.dim} dimensions written to {click.format_filename(out)} in {took:.1f} s")
+    click.echo(f"{written.rows:,} embedding(s) of {written.dim} dimensions written to {click.format_filename(out)} in {took:.1f} s")

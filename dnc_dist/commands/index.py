@@ -24,4 +24,4 @@ def index(embeddings: Path, out: Path, kind: str) -> None:
 
     keys, vectors = read_table(embeddings)
     build_index(out, next(known for known in KINDS if known == kind), keys, vectors)
-    click.echo(f"index ({kind}) of {len(keys):,} embeddings of {vectors.shape[1]} dimensions written to {click.format_filename(out)}")
+    click.echo(f"index ({kind}) of {len(keys):,} embedding(s) of {vectors.shape[1]} dimensions written to {click.format_filename(out)}")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import faiss
 import numpy as np
@@ -24,6 +24,7 @@ _MARGIN = 32
 """More candidates than are asked for, whose distances are computed again: FAISS's own are off by the rounding of their products."""
 _ROWS_PER_CELL = 39
 """FAISS wants so many to find a cell's centre."""
+_LEAST_CELLS = 8
 _LINKS, _BUILD_BREADTH, _SEARCH_BREADTH = 32, 200, 128
 _AGAIN = "build it again with `dnc-dist index`"
 
@@ -58,8 +59,8 @@ def build_index(path: Path, kind: Kind, keys: Keys, vectors: np.ndarray) -> None
 
     Args:
         path: the file.
-        kind: "flat" compares with every row; "ivf" with those of the nearest of 4 sqrt(N) cells, a sixteenth of them; "hnsw" follows a
-            graph of neighbours. The last two are for millions of rows, and may miss some.
+        kind: "flat" compares with every row; "ivf" with those of the nearest of 4 sqrt(N) cells, a sixteenth of them but 8 at least; "hnsw"
+            follows a graph of neighbours. The last two are for millions of rows, and may miss some.
         keys: of the rows.
         vectors: with norm 1.
 
@@ -68,22 +69,29 @@ def build_index(path: Path, kind: Kind, keys: Keys, vectors: np.ndarray) -> None
     """
     if path.is_dir():
         raise InputError(f"--out {path} is a folder; give the name of a file")
-    rows, dim = vectors.shape
-    if kind == "flat":
-        index = faiss.IndexFlatIP(dim)
-    elif kind == "ivf":
-        cells = max(1, min(round(4 * rows**0.5), rows // _ROWS_PER_CELL))
-        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
-        index.nprobe = max(1, cells // 16)
-        index.train(vectors)
-    else:
-        index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = _BUILD_BREADTH, _SEARCH_BREADTH
+    index = _empty_index(kind, vectors)
     index.add(vectors)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
-    write_text(keys_file(path), json.dumps(asdict(IndexKeys(_hash(path), kind, dim, keys)), ensure_ascii=False, indent=0))
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
+    beside = IndexKeys(_hash(path), kind, vectors.shape[1], keys)
+    write_text(keys_file(path), json.dumps(asdict(beside), ensure_ascii=False, indent=0))
+
+
+def _empty_index(kind: Kind, vectors: np.ndarray) -> Any:
+    """An index that the vectors (N, D) can be added to; "ivf" has learned its cells from them."""
+    rows, dim = vectors.shape
+    if kind == "flat":
+        return faiss.IndexFlatIP(dim)
+    if kind == "hnsw":
+        graph = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction, graph.hnsw.efSearch = _BUILD_BREADTH, _SEARCH_BREADTH
+        return graph
+    cells = max(1, min(round(4 * rows**0.5), rows // _ROWS_PER_CELL))
+    lists = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
+    lists.nprobe = min(cells, max(_LEAST_CELLS, cells // 16))
+    lists.train(vectors)
+    return lists
 
 
 def _hash(path: Path) -> str:
@@ -114,7 +122,8 @@ class VectorIndex:
         if self._index.ntotal != len(self.keys.table) or self._index.d != self.keys.dim:
             raise InputError(f"{path} is damaged: {self._index.ntotal} rows and {len(self.keys.table)} keys; {_AGAIN}")
         if self.keys.kind == "ivf":
-            self._index.make_direct_map()  # which row is where: needed to get vectors back
+            # Which row is where: needed to get vectors back.
+            self._index.make_direct_map()  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.keys.table)

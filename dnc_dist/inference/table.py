@@ -75,7 +75,7 @@ def write_table(out: Path, keys: Keys, dim: int, blocks: Iterable[np.ndarray]) -
         write_text(keys_file(out), json.dumps(asdict(keys), ensure_ascii=False, indent=0))
         with replacing(out) as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(keys), dim)}
-            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[attr-defined]
+            np.lib.format.write_array_header_1_0(file, header)
             for block in blocks:
                 file.write(np.ascontiguousarray(block, "<f4").tobytes())
         return
