@@ -25,6 +25,7 @@ LAYERS = [
     {"rundir"},
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine", "divider"},
+    {"embedder"},
     {"report", "doctor", "inference"},
     {"commands"},
     {"cli"},
@@ -38,6 +39,8 @@ FENCES = {
     "click": {"dnc_dist.cli", "dnc_dist.commands"},
     "timm": {"dnc_dist.model.backbone"},
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
+    "pyarrow": {"dnc_dist.inference"},
+    "onnxruntime": {"dnc_dist.inference"},
     "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.divider", "dnc_dist.doctor", "dnc_kernels"},
     "triton": {"dnc_kernels"},
     "pydantic": {
@@ -49,7 +52,7 @@ FENCES = {
 # Attributes of DeepSpeed's engine and optimizers that only the owner of its layouts may know.
 ITS_OWN = {"zero_optimization_stage", "bit16_groups", "overflow", "checkpoint_engine", "save_checkpoint"}
 # Values that config.py owns are handed down; of the packages below the engine none reads the configuration.
-CONFIG_READERS = {"processes", "rundir", "engine", "report", "inference", "doctor", "commands", "cli", "keys"}
+CONFIG_READERS = {"processes", "rundir", "engine", "embedder", "report", "inference", "doctor", "commands", "cli", "keys"}
 LONGEST = 300
 ALLOWED_LONG = {"dnc_dist.config": "the tree of all keys is one page"}
 

@@ -112,6 +112,15 @@ def decode(data: bytes) -> Image.Image:
     return _to_rgb(image, coded)
 
 
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The RGB pixels of an image that somebody has opened or made, as ``decode`` gives those of its file.
+
+    Raises:
+        One of DECODE_ERRORS: its file is damaged, or its grey values have no meaning.
+    """
+    return _to_rgb(ImageOps.exif_transpose(image), image.format)
+
+
 def encode(image: Image.Image, quality: int = AS_THEY_ARE.quality, subsampling: str = AS_THEY_ARE.subsampling) -> bytes:
     """A JPEG without metadata; the same bytes for the same pixels."""
     buffer = io.BytesIO()

@@ -23,10 +23,9 @@ from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView
 from dnc_dist.engine.dataset import Passes, columns_of
 from dnc_dist.engine.extract import extract
-from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network
 from dnc_dist.engine.per_query import check_place, write_queries
-from dnc_dist.engine.setup import build_objective
-from dnc_dist.engine.zero import load_embedding, read_model
+from dnc_dist.engine.zero import load_weights, read_model
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.retrieval.protocols import Protocol, RetrievalResult
@@ -61,7 +60,7 @@ class Evaluation:
 
 
 def evaluate_view(
-    objective: DncObjective,
+    network: EmbeddingNetwork,
     data: Passes,
     view: RowView,
     cfg: RunConfig,
@@ -80,7 +79,7 @@ def evaluate_view(
     columns = columns_of(data.index, view)
     chosen: Protocol = parts.build("protocol", protocol or cfg.data.protocol).for_data(columns)
     name = f"epoch {epoch}: evaluation on {view.name}"
-    found = extract(objective, objective.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress)
+    found = extract(network, network.embeddings, data.sequential(view), name=name, num_rows=len(view), stop=stop, progress=progress)
     rows = found.start + torch.nonzero(found.valid).flatten()
     # Where every row was decoded, as almost always, the embeddings are not copied.
     embeddings = found.values if found.valid.all() else found.values[found.valid]
@@ -202,10 +201,7 @@ def evaluate_run(
         distributed.on_main(check_place, per_query)
     checkpoints = Checkpoints(run_dir, cfg.checkpoint.keep)
     newest = checkpoint == "last" or (checkpoint == "best" and not distributed.on_main(checkpoints.has_best))
-    found = distributed.on_main(checkpoints.find, "latest" if newest else checkpoint)
-    if found is None:
-        raise InputError(f"{run_dir} has no checkpoint yet; train it with `dnc-dist launch`")
-    tag, messages = found
+    tag, messages = distributed.on_main(checkpoints.choose, checkpoint)
     if distributed.is_main():
         for message in messages:
             _log.warning(message)
@@ -213,11 +209,10 @@ def evaluate_run(
     if data.test is None:
         raise InputError(f"data.root={cfg.data.root} has no test split to evaluate on")
     saved = read_model(checkpoints.folder / tag)
-    # The loss is not needed, and knows the classes of the training set.
-    objective = build_objective(cfg, data.test.num_classes, initial_weights=False)
-    load_embedding(objective, saved.weights, checkpoints.folder / tag)
+    network = build_network(cfg, initial_weights=False).to(distributed.device())
+    load_weights(network, of_network(saved.weights), checkpoints.folder / tag)
     evaluation = evaluate_view(
-        objective,
+        network,
         data,
         data.test,
         cfg,

@@ -11,7 +11,7 @@ from torch import Tensor
 from dnc_dist.base.errors import Stopped
 from dnc_dist.base.progress import Progress
 from dnc_dist.data.stream import SequentialBatches
-from dnc_dist.engine.objective import DncObjective
+from dnc_dist.engine.network import EmbeddingNetwork
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 
@@ -31,7 +31,7 @@ class Extracted(NamedTuple):
 
 
 def extract(
-    objective: DncObjective,
+    network: EmbeddingNetwork,
     compute: Callable[[Tensor], Tensor],
     batches: SequentialBatches,
     *,
@@ -40,7 +40,7 @@ def extract(
     stop: StopRequest,
     progress: Progress,
 ) -> Extracted:
-    """Collective. Run ``compute`` (``objective.features`` or ``.embeddings``) over this rank's blocks of a view.
+    """Collective. Run ``compute`` (``network.features`` or ``.embeddings``) over this rank's blocks of a view.
 
     Raises:
         Stopped: a rank was asked to stop; all ranks agree on it every few blocks and abandon the pass together.
@@ -53,8 +53,8 @@ def extract(
     seen = 0
     # Ranks differ in their number of blocks but must vote equally often.
     rounds = max(distributed.gather_objects(len(batches))) // VOTE_EVERY_BLOCKS + 1
-    was_training = objective.training
-    objective.eval()
+    was_training = network.training
+    network.eval()
     watchdog.phase(f"{name}, first block")
     pending = iter(batches)
     with torch.inference_mode(), progress.phase(name, num_rows, "img") as phase:
@@ -79,7 +79,7 @@ def extract(
             if distributed.any_rank(stop.requested):
                 raise Stopped(f"during {name}")
         phase.update(num_rows - seen)
-    objective.train(was_training)
+    network.train(was_training)
     watchdog.phase(f"{name}, all blocks")
     if values is None:
         values = torch.zeros(0, _width(objective, compute))
@@ -88,4 +88,4 @@ def extract(
 
 def _width(objective: DncObjective, compute: Callable[[Tensor], Tensor]) -> int:
     """Columns that ``compute`` would give, for a rank without rows."""
-    return objective.head.linear.in_features if compute == objective.features else objective.masks.embedding_dim
+    return network.head.linear.in_features if compute == network.features else network.masks.embedding_dim

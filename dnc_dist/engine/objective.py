@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dnc_dist.base.rng import uniform
 from dnc_dist.data.stream import Batch
 from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.grad_cache import in_chunks
+from dnc_dist.engine.network import EmbeddingNetwork
 from dnc_dist.engine.plan import Phase
 from dnc_dist.loss.base import Loss, StepRows
 from dnc_dist.model.batch_norm import set_valid_rows
@@ -25,7 +25,7 @@ from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32
 from dnc_dist.model.masks import SubspaceMasks
 
 
-class DncObjective(nn.Module):
+class DncObjective(EmbeddingNetwork):
     """``forward(batch, phase)`` -> (this rank's loss, stats of the global batch). Keeps no phase and no step."""
 
     def __init__(
@@ -41,9 +41,9 @@ class DncObjective(nn.Module):
         autocast: torch.dtype | None,
         grad_cache_chunks: int = 1,
     ) -> None:
-        super().__init__()
-        self.backbone, self.head, self.masks, self.loss, self.augment = backbone, head, masks, loss, augment
-        self.seed, self.mask_penalty, self.autocast = seed, mask_penalty, autocast
+        super().__init__(backbone, head, masks, augment, autocast=autocast)
+        self.loss = loss
+        self.seed, self.mask_penalty = seed, mask_penalty
         self.grad_cache_chunks = grad_cache_chunks
 
     def forward(self, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,25 +98,6 @@ class DncObjective(nn.Module):
                 features = in_chunks(compute, (batch.images, numbers), self.grad_cache_chunks, self.backbone)
         set_valid_rows(self.backbone, None)
         return features
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, F) L2-normalised backbone features in fp32, as k-means sees them. In evaluation mode."""
-        with self._autocast(images.device):
-            features = self.backbone(self._pixels(images))
-        return F.normalize(features.float(), dim=1)
-
-    def embeddings(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 -> (B, D) unit embeddings as retrieval compares them: the whole embedding. In evaluation mode."""
-        with self._autocast(images.device):
-            embeddings = self.head(self.backbone(self._pixels(images)))
-        return self.masks.whole(embeddings)
-
-    def _pixels(self, images: Tensor, uniforms: Tensor | None = None) -> Tensor:
-        """Augmented, normalised pixels in the memory layout that convolutions are fastest in (1.6 times on the CPU)."""
-        return self.augment(images, uniforms).contiguous(memory_format=torch.channels_last)
-
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
     def _rows(self, embeddings: Tensor, masks: Tensor | None, batch: Batch, phase: Phase) -> StepRows:
         """The batch in the subspaces of its learners; without masks (conquer) in the whole embedding, as one learner."""

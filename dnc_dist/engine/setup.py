@@ -12,23 +12,13 @@ from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.device import Backend, choose_backend
-from dnc_dist.config import Model, RunConfig
-from dnc_dist.data.transforms import Augment
+from dnc_dist.config import RunConfig
 from dnc_dist.engine.grad_cache import check_chunks
+from dnc_dist.engine.network import build_network
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.zero import start_engine
-from dnc_dist.model.backbone import build_backbone
-from dnc_dist.model.batch_norm import BatchNormKind
-from dnc_dist.model.embedding import EmbeddingHead
 from dnc_dist.processes import distributed
-
-
-def batch_norm_kind(model: Model) -> BatchNormKind:
-    """What ``model.batch_norm`` means: statistics that nobody measured are not worth freezing."""
-    if model.batch_norm != "auto":
-        return model.batch_norm
-    return "global" if model.weights == "none" else "frozen"
 
 
 def objective_of_run(cfg: RunConfig, num_classes: int, *, begins: bool) -> DncObjective:
@@ -58,20 +48,17 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
         InputError: a value of the configuration does not fit the network.
     """
     torch.manual_seed(seed_for(cfg.run.seed, "model"))
-    model = cfg.model
-    backbone = build_backbone(
-        model.backbone, model.weights if initial_weights else "none", batch_norm=batch_norm_kind(model), pooling=model.pooling
-    )
-    check_chunks(backbone, cfg.engine.grad_cache_chunks, model.batch_norm)
+    network = build_network(cfg, initial_weights=initial_weights)
+    check_chunks(network.backbone, cfg.engine.grad_cache_chunks, cfg.model.batch_norm)
     return DncObjective(
-        backbone,
-        EmbeddingHead(backbone.feature_dim, model.embedding_dim, model.dropout),
-        parts.build("mask", model.masks, num_learners=cfg.division.num_learners, embedding_dim=model.embedding_dim),
-        parts.build("loss", cfg.loss, num_classes=num_classes, embedding_dim=model.embedding_dim),
-        Augment(cfg.data.augment, cfg.data.mean, cfg.data.std),
+        network.backbone,
+        network.head,
+        network.masks,
+        parts.build("loss", cfg.loss, num_classes=num_classes, embedding_dim=cfg.model.embedding_dim),
+        network.augment,
         seed=seed_for(cfg.run.seed, "step"),
         mask_penalty=cfg.division.mask_penalty,
-        autocast=autocast_dtype(cfg),
+        autocast=network.autocast,
         grad_cache_chunks=cfg.engine.grad_cache_chunks,
     ).to(distributed.device())
 
@@ -90,12 +77,6 @@ def kernels_note(kmeans_backend: Backend) -> str:
     except RuntimeError as error:
         raise InputError(str(error)) from None
     return f"{note}; k-means by {choose_backend(kmeans_backend, device)}"
-
-
-def autocast_dtype(cfg: RunConfig) -> torch.dtype | None:
-    """Type of the autocast of backbone and embedding layer; None: everything in fp32."""
-    bf16 = cfg.engine.precision == "bf16" or (cfg.engine.precision == "auto" and distributed.device().type == "cuda")
-    return torch.bfloat16 if bf16 else None
 
 
 def parameter_groups(objective: DncObjective, weight_decay: float) -> list[dict[str, Any]]:

@@ -194,6 +194,20 @@ class Checkpoints:
         cure = "remove the folder to start over" if which == "latest" else "choose another one"
         raise InputError("\n".join([*messages, f"{self.folder}: no usable checkpoint; {cure}"]))
 
+    def choose(self, which: str) -> tuple[str, list[str]]:
+        """The tag to use after training, and messages as ``find`` gives them.
+
+        Args:
+            which: "best" (the last one, if no split selected a best), "last", or a tag.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        last = which == "last" or (which == "best" and not self.has_best())
+        if (found := self.find("latest" if last else which)) is None:
+            raise InputError(f"{self.folder.parent} has no checkpoint yet; train it with `dnc-dist launch`")
+        return found
+
     def empty(self) -> bool:
         """Whether there is no checkpoint, not even one that ``clean_up`` puts back."""
         names = [path.name for path in self._entries()]

@@ -109,17 +109,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: Path)
     module.load_state_dict(dict(weights))
 
 
-def load_embedding(objective: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
-    """Load what embeds images back into an objective, without the loss.
-
-    Raises:
-        InputError: they are those of another network.
-    """
-    for part in ("backbone", "head", "masks"):
-        own = {name.removeprefix(f"{part}."): value for name, value in weights.items() if name.startswith(f"{part}.")}
-        load_weights(objective.get_submodule(part), own, source)
-
-
 def load_optimizer(engine: Any, folder: Path, saved: Saved) -> None:
     """Restore the optimizer of the engine, whatever number of processes wrote the checkpoint; its rates stay those of the configuration.
 

@@ -45,5 +45,5 @@ class SlicedMasks(SubspaceMasks):
 
     def whole(self, embeddings: Tensor) -> Tensor:
         """(B, D) -> (B, D) the unit slices side by side / sqrt(K)."""
-        slices = unit(at_least_fp32(embeddings).view(len(embeddings), self.num_learners, self.embedding_dim // self.num_learners))
-        return slices.reshape(embeddings.shape) / self.num_learners**0.5
+        slices = unit(at_least_fp32(embeddings).unflatten(1, (self.num_learners, -1)))
+        return slices.flatten(1) / self.num_learners**0.5
