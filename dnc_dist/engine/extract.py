@@ -82,10 +82,10 @@ def extract(
     network.train(was_training)
     watchdog.phase(f"{name}, all blocks")
     if values is None:
-        values = torch.zeros(0, _width(objective, compute))
+        values = torch.zeros(0, _width(network, compute))
     return Extracted(values, valid, start, failed)
 
 
-def _width(objective: DncObjective, compute: Callable[[Tensor], Tensor]) -> int:
+def _width(network: EmbeddingNetwork, compute: Callable[[Tensor], Tensor]) -> int:
     """Columns that ``compute`` would give, for a rank without rows."""
     return network.head.linear.in_features if compute == network.features else network.masks.embedding_dim
