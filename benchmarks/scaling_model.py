@@ -159,7 +159,7 @@ def evaluation_bytes(work: Workload) -> dict[str, int]:
         "presence": 8 * (work.queries + work.gallery),  # summed over all
         "queries": work.queries * (4 * work.dim + 8),
         "lists": work.queries * work.neighbours * 12,  # from every rank
-        "values": work.queries * (8 + 3 * 8),
+        "values": work.queries * (8 + 5 * 8),
     }
 
 

@@ -471,19 +471,17 @@ def outcomes_of_seeds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Seq
 
 
 # Minutes on idle cores, several times as many on busy ones.
+@pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize(
-    ("seeds", "world"),
-    [((1000, 1001), 2), *(pytest.param(range(24), world, marks=pytest.mark.slow) for world in (2, 3, 4))],
-    ids=["another", "24 on 2", "24 on 3", "24 on 4"],
-)
+@pytest.mark.parametrize(("count", "world"), [(24, 2), (8, 3), (8, 4)], ids=["24 on 2", "8 on 3", "8 on 4"])
 def test_parity_holds_for_any_seed(
-    seeds: Sequence[int],
+    count: int,
     world: int,
     outcomes_of_seeds: Callable[[Sequence[int], int], Callable[[int], Any]],
     record_property: Callable[[str, Any], None],
 ) -> None:
-    reference, found = outcomes_of_seeds(seeds, 1), outcomes_of_seeds(seeds, world)
+    seeds = range(count)
+    reference, found = outcomes_of_seeds(range(24), 1), outcomes_of_seeds(seeds, world)
     judged, undecided = {}, []
     for seed in seeds:
         in_fp32, in_double, jumps = reference(seed)

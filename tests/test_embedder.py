@@ -110,7 +110,7 @@ def test_order_and_batch_size_do_not_matter(run: Path, pictures: list[Path]) -> 
         assert relative_error(torch.from_numpy(other), torch.from_numpy(found[order])) < bound
 
 
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_every_stage_of_zero(place: Path, pictures: list[Path], zero: int) -> None:
     run = trained(place, place / "data", zero)
     np.testing.assert_array_equal(dnc_dist.load(run).embed(pictures, batch_size=PER_CLASS), of_the_evaluation(run))

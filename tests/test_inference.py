@@ -144,6 +144,7 @@ def test_after_a_kill_the_same_command_writes_the_same_file(place: Path, long_li
     assert sorted(path.name for path in tmp_path.iterdir() if "parts" in path.name) == []
 
 
+@pytest.mark.slow
 def test_blocks_of_other_images_or_another_model_are_not_used(place: Path, long_list: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     running = start(["embed", place / "runs/two", long_list, "--nproc", "1", "--out", out], tmp_path, before=killed_at_block_3)
