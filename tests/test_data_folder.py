@@ -57,7 +57,7 @@ def test_a_flat_folder_is_a_gallery(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert view.gallery.all() and not view.query.any()
     assert {source.decode() for source in index.columns["source"]} == {path.name for path in root.iterdir()}
     blocks = list(SequentialBatches(index, view, Geometry(None, 16, 1.0), block_size=32, rank=0, world=1, workers=0))
-    assert sorted(row for block in blocks for row in view.rows[block.places[block.valid]].tolist()) == view.rows.tolist()
+    assert sorted(row for block in blocks for row in view.rows[block.places[block.valid].numpy()].tolist()) == view.rows.tolist()
     assert cli.run(["data", "inspect", str(tmp_path / "out")]) == 0
     with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
         assert sheet.size == (720, 7 * 86)
