@@ -254,7 +254,7 @@ def loader_killed(trial: Trial) -> Done:
     return trial.go_on()
 
 
-@fault("exception in a loader process: shards vanish", 1, r"rank \d: FileNotFoundError.*shard")
+@fault("exception in a loader process: shards vanish", 1, r"rank \d: FileNotFoundError.*\.tar")
 def loader_exception(trial: Trial) -> Done:
     data = trial.folder / "data"
     # Seen when the loader is started anew, which opens its shards for the first time.
@@ -274,7 +274,7 @@ def corrupt_image(trial: Trial) -> Done:
     return trial.end()
 
 
-@fault("a truncated shard", 2, r"shard.*(bytes|size)")
+@fault("a truncated shard", 2, r"\.tar has .* bytes")
 def truncated_shard(trial: Trial) -> Done:
     shard = sorted((trial.folder / "data").glob("*.tar"))[3]
     whole = shard.read_bytes()

@@ -84,7 +84,10 @@ class Running:
 
     def kill(self) -> None:
         """SIGKILL to the process and all it started, as a machine that goes down does."""
-        os.killpg(self.pid, signal.SIGKILL)
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group of its own yet, and so has started nothing
+            self._process.kill()
         self._process.join()
 
     def signal(self, number: signal.Signals) -> None:
