@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dnc_dist.base.errors import InputError, RunError, explain
-from dnc_dist.base.files import is_part_of, replacing, write_text
+from dnc_dist.base.files import is_part_of, lock, replacing, write_text
 
 
 @contextmanager
@@ -91,3 +93,22 @@ def test_a_file_system_that_cannot_sync_folders(
         with pytest.raises(OSError, match=os.strerror(code)) as caught:
             write_text(tmp_path / "a", "new")
         assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_a_locked_file_is_busy_for_another_process(tmp_path: Path) -> None:
+    held = lock(tmp_path / ".lock", "busy here")
+    code = "import sys; from pathlib import Path; from dnc_dist.base.files import lock; lock(Path(sys.argv[1]), 'somebody has it')"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    busy = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert busy.returncode != 0 and "InputError: somebody has it" in busy.stderr
+    held.close()
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def without_locks(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", without_locks)
+    with lock(tmp_path / ".lock", "busy"):
+        assert "this file system has no locks" in caplog.text

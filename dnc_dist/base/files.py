@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
+
+from dnc_dist.base.errors import InputError
+
+_log = logging.getLogger(__name__)
 
 
 def sync(path: Path) -> None:
@@ -45,6 +51,28 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.filename in (None, str(part)):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def lock(path: Path, busy: str) -> TextIO:
+    """An open file that no other process can lock as long as this one keeps it open. A record lock: forked processes do not hold it.
+
+    Where the file system has no locks, a warning asks for care instead.
+
+    Raises:
+        InputError: another process has it; the message is ``busy``.
+    """
+    file = path.open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(busy) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            file.close()
+            raise
+        _log.warning("%s: this file system has no locks; take care that only one process at a time uses the folder", path.parent)
+    return file
 
 
 def is_part_of(path: Path, name: str) -> bool:

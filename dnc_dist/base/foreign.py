@@ -6,6 +6,8 @@ InputError with the file's name, whatever the bytes are. Code that gets its valu
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import pickle
 import stat
@@ -265,6 +267,24 @@ def environment_int(name: str, default: int | None = None, least: int = 0, most:
 def printable(text: str) -> str:
     """Foreign text for a terminal: what would control it is shown with backslashes."""
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """A CSV file: the columns, and each row with the number of the line that it ends on.
+
+    Raises:
+        InputError: it cannot be read, or is no CSV file.
+    """
+    content = read_text(path)
+    if "\0" in content:
+        line = content.count("\n", 0, content.index("\0")) + 1
+        raise InputError(f"{path}, line {line}: a null character, so it is no CSV file; save it as UTF-8 text")
+    reader = csv.DictReader(io.StringIO(content, newline=""))
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: {error}; correct the line") from error
+    return list(reader.fieldnames or []), rows
 
 
 def shorten(value: Any, most: int = 80) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -15,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import printable, read_bytes, read_text
+from dnc_dist.base.foreign import printable, read_bytes, read_table, read_text
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import open_index, row_key, text
 from dnc_dist.data.manifest import MANIFEST, SPLITS
@@ -226,15 +224,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _of_table(table: Path) -> FileImages:
-    content = read_text(table)
-    if "\0" in content:
-        raise InputError(f"{table} holds a null character, so it is no CSV file; save it as UTF-8 text")
-    reader = csv.DictReader(io.StringIO(content, newline=""))
-    try:
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise InputError(f"{table}, line {reader.line_num}: {error}; correct the line") from error
-    columns = list(reader.fieldnames or [])
+    columns, rows = read_table(table)
     if "path" not in columns:
         raise InputError(f"{table} has no column path; it has {', '.join(map(printable, columns)) or 'none: the file is empty'}")
     label = next((name for name in _LABELS if name in columns), None)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.files import is_part_of, replacing, write_text
+from dnc_dist.base.files import is_part_of, lock, replacing, write_text
 from dnc_dist.base.foreign import Array, read_arrays, read_json
 from dnc_dist.embedder import Embedded
 
@@ -69,7 +67,8 @@ class BlockFolder:
         if self.path.exists() and not self._ours():
             raise InputError(f"{self.path} is in the way, and no `dnc-dist embed` made it; move it away, or choose another --out")
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        busy = f"another `dnc-dist embed` is writing into {self.path}; wait for it, stop it, or choose another --out"
+        self._lock = lock(self.path / _LOCK, busy)
         if (self.path / _PLAN).is_file() and read_json(self.path / _PLAN, Plan, f"remove {self.path}") != plan:
             self.note = f"{self.path} holds blocks of other images or of another model, which are removed: it begins anew"
             for path in self.path.iterdir():
@@ -82,16 +81,6 @@ class BlockFolder:
         if (self.path / _PLAN).is_file():
             return True
         return self.path.is_dir() and all(path.name == _LOCK or is_part_of(path, _PLAN) for path in self.path.iterdir())
-
-    def _take_lock(self) -> TextIO:
-        file = (self.path / _LOCK).open("w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another `dnc-dist embed` is writing into {self.path}; wait for it, stop it, or choose another --out"
-            ) from None
-        return file
 
     def file(self, number: int) -> Path:
         """Where a block is. The name has a hash of the plan: a process that another command left over cannot write into this one's."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TextIO
 
 from dnc_dist.base import part_modules
 from dnc_dist.base.errors import InputError, RunError
-from dnc_dist.base.files import is_part_of, write_text
+from dnc_dist.base.files import is_part_of, lock, write_text
 from dnc_dist.config import RunConfig, dump_config, load_config
 from dnc_dist.processes import distributed
 from dnc_dist.rundir import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
@@ -103,18 +101,8 @@ class RunDirectory:
 
     def _take_lock(self) -> None:
         """Two trainings in one directory would destroy each other's checkpoints."""
-        file = (self.path / _LOCK).open("w")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another process is training in {self.path}; wait for it, stop it, or set run.name to start another run"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            _log.warning("%s: this file system has no locks; take care that only one training at a time uses the folder", self.path)
-        self._lock = file
+        busy = f"another process is training in {self.path}; wait for it, stop it, or set run.name to start another run"
+        self._lock = lock(self.path / _LOCK, busy)
 
 
 def _left_by_a_start(entry: Path) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import read_text, shorten
+from dnc_dist.base.foreign import read_table, shorten
 from dnc_dist.data.readers import TEST, VALIDATION, Reader, Reading, Sample, plain
 from dnc_dist.data.readers.folder import SPLIT_NAMES
 
@@ -46,20 +44,6 @@ def _box(row: dict[str, str], where: str) -> tuple[int, int, int, int] | None:
     return left, top, right, bottom
 
 
-def _rows(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns, and each row with the number of the line that it ends on."""
-    content = read_text(table)
-    if "\0" in content:
-        line = content.count("\n", 0, content.index("\0")) + 1
-        raise InputError(f"{table}, line {line}: a null character, so it is no CSV file; save it as UTF-8 text")
-    reader = csv.DictReader(io.StringIO(content, newline=""))
-    try:
-        rows = [(reader.line_num, row) for row in reader]
-    except csv.Error as error:
-        raise InputError(f"{table}, line {reader.line_num}: {error}; correct the line") from error
-    return list(reader.fieldnames or []), rows
-
-
 class CsvReader(Reader):
     """A table with the columns path, label, split; one of open-metric-learning as it is."""
 
@@ -87,7 +71,7 @@ def _read(table: Path, images: Path | None) -> Reading:
     """
     if not table.is_file():
         raise InputError(f"--root {table} is no file; give the CSV file that lists the images")
-    columns, rows = _rows(table)
+    columns, rows = read_table(table)
     label_column = next((name for name in _LABEL if name in columns), None)
     missing = [name for name, there in (("path", "path" in columns), ("label", label_column), ("split", "split" in columns)) if not there]
     if missing:
