@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -126,7 +127,12 @@ def test_what_ran_out_is_said() -> None:
     for error in (OSError(28, "No space left on device"), RuntimeError("Too many open files. Communication with\nmore")):
         with pytest.raises(InputError, match=r"^data\.workers=3 cannot go on: (No space|Too many).* MB free, `ulimit -n` is \d+"):
             list(transport.batches_of(Source(error)))  # type: ignore[arg-type]
+    full = RuntimeError("unable to mmap 6144 bytes from file <filename not specified>: Cannot allocate memory (12)")
+    with pytest.raises(OSError, match="unable to mmap 6144 bytes") as memory:
+        list(transport.batches_of(Source(full)))  # type: ignore[arg-type]
+    assert memory.value.errno == errno.ENOMEM  # of the machine, not of the configuration
     for error in (
+        OSError(12, "Cannot allocate memory"),
         OSError(5, "Input/output error"),
         RuntimeError("a bug"),
         RuntimeError("DataLoader worker (pid 9) exited"),

@@ -26,7 +26,7 @@ from dnc_dist.data.workers import worker_context, worker_start
 _log = logging.getLogger(__name__)
 _SHARED_MEMORY = "/dev/shm"
 # What Linux reports when shared memory, open files or processes run out; torch wraps some of them in words of its own.
-_EXHAUSTED = {errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+_EXHAUSTED = {errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
 
 
 class _Packed(NamedTuple):
@@ -89,23 +89,30 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
 
     Raises:
         InputError: a shard is damaged, or the machine has no shared memory, files or processes left for so many workers.
+        OSError: the machine has no memory left (ENOMEM), whatever torch calls it.
     """
+    failure: Exception
     try:
         for packed in source:
             yield _unpack(packed)
         return
     except InputError as error:
         # From a worker it comes with that process's whole traceback before the message.
-        message = str(error).rpartition(f"{InputError.__name__}: ")[2].rstrip()
+        failure = InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].rstrip())
     except (OSError, RuntimeError) as error:
         if not source.num_workers or not (reason := _exhausted(error)):
             raise
-        message = (
-            f"data.workers={source.num_workers} cannot go on: {reason}; {_SHARED_MEMORY} has {_free()}, `ulimit -n` is "
-            f"{os.sysconf('SC_OPEN_MAX')}; raise the limit, or set data.workers lower (0 needs none)"
+        without_memory = os.strerror(errno.ENOMEM) in reason
+        failure = (
+            OSError(errno.ENOMEM, reason)
+            if without_memory
+            else InputError(
+                f"data.workers={source.num_workers} cannot go on: {reason}; {_SHARED_MEMORY} has {_free()}, `ulimit -n` is "
+                f"{os.sysconf('SC_OPEN_MAX')}; raise the limit, or set data.workers lower (0 needs none)"
+            )
         )
     # Not from inside: the first error's frames hold the loader, whose workers end when nothing does.
-    raise InputError(message)
+    raise failure
 
 
 def _exhausted(error: OSError | RuntimeError) -> str | None:
