@@ -102,15 +102,13 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
     except (OSError, RuntimeError) as error:
         if not source.num_workers or not (reason := _exhausted(error)):
             raise
-        without_memory = os.strerror(errno.ENOMEM) in reason
-        failure = (
-            OSError(errno.ENOMEM, reason)
-            if without_memory
-            else InputError(
+        if os.strerror(errno.ENOMEM) in reason:
+            failure = OSError(errno.ENOMEM, reason)
+        else:
+            failure = InputError(
                 f"data.workers={source.num_workers} cannot go on: {reason}; {_SHARED_MEMORY} has {_free()}, `ulimit -n` is "
                 f"{os.sysconf('SC_OPEN_MAX')}; raise the limit, or set data.workers lower (0 needs none)"
             )
-        )
     # Not from inside: the first error's frames hold the loader, whose workers end when nothing does.
     raise failure
 
