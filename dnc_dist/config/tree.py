@@ -1,37 +1,25 @@
-"""The configuration: one frozen tree of sections, read from YAML, changed by ``--set a.b=c``, checked as a whole.
+"""The tree of all keys: frozen sections with defaults and ranges, and what has to fit together between them.
 
-The docstring under a key is its documentation: ``dnc-dist config --keys`` prints it. Every problem of a file is reported at
-once, each with the dotted path that ``--set`` takes.
+The docstring under a key is its documentation: ``dnc-dist config --keys`` prints it.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dnc_dist.base import part_modules, parts
 from dnc_dist.base.choice import Choice
-from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import shorten
 from dnc_dist.base.parts import Named, Options
-from dnc_dist.base.yaml_text import parse_yaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ConfigError(InputError):
-    """The configuration cannot be used; the message lists every problem."""
 
 
 class Section(Options):
@@ -319,6 +307,20 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
         yield from chosen(cfg, path).conflicts(cfg)
 
 
+def conquer_start(cfg: RunConfig) -> int | None:
+    """The epoch that ``division.conquer_from: auto`` means; None: never.
+
+    The published share of a training is 80 of 180 epochs. All learners are to have trained for a period by then, which in a short training
+    leaves at least its last epoch to the whole embedding.
+    """
+    div, last = cfg.division, cfg.schedule.epochs - 1
+    first = div.divided_until + 1
+    if div.num_learners == 1 or last < first:
+        return None
+    published = math.ceil(cfg.schedule.epochs * 4 / 9 / div.every) * div.every
+    return min(max(published, div.divided_until + div.every), last)
+
+
 def sections() -> dict[str, type[Section]]:
     """Name -> class of each section; of the loss, whose keys depend on its name, ``choices`` tells."""
     return {name: field.annotation for name, field in RunConfig.model_fields.items() if _choice(field) is None}  # type: ignore[misc]
@@ -340,200 +342,3 @@ def chosen(cfg: RunConfig, path: str) -> Named:
 
 def _choice(field: Any) -> Choice | None:
     return next((item for item in field.metadata if isinstance(item, Choice)), None)
-
-
-def _all_keys() -> list[str]:
-    """Every dotted key; of parts those of all of dnc-dist's own."""
-    keys = [f"{name}.{key}" for name, model in sections().items() for key in model.model_fields]
-    keys += [f"{path}.{key}" for path, choice in choices().items() for name in parts.TABLE[choice.kind] for key in _options(choice, name)]
-    return [*keys, *RunConfig.model_fields]
-
-
-def _options(choice: Choice, name: str) -> dict[str, Any]:
-    return parts.options_class(choice.kind, name).model_fields
-
-
-class _Texts:
-    """The dotted keys whose values are text or paths, and are taken as they are written. Options of parts are read only when asked for."""
-
-    def __contains__(self, key: object) -> bool:
-        path, _, last = str(key).rpartition(".")
-        if key in choices() or (path in choices() and last == "name"):
-            return True
-        if path in choices():
-            choice = choices()[path]
-            return any(_is_text(_options(choice, name).get(last)) for name in parts.TABLE[choice.kind])
-        model = sections().get(path)
-        return model is not None and _is_text(model.model_fields.get(last))
-
-
-def _is_text(field: Any) -> bool:
-    return field is not None and field.annotation in (str, Path)
-
-
-def _name_at(tree: Any, path: str, choice: Choice) -> str | None:
-    """The name that a tree of plain values chooses at a key; None where what stands there is no name."""
-    for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    name = tree.get("name", choice.default) if isinstance(tree, dict) else choice.default if tree is None else tree
-    return name if isinstance(name, str) else None
-
-
-def _describe(problem: Any, tree: dict[str, Any]) -> list[str]:
-    """One pydantic problem as lines for the user."""
-    keys = [str(part) for part in problem["loc"]]
-    path = ".".join(keys)
-    for at, choice in choices().items():
-        if path != at and not path.startswith(f"{at}."):
-            continue
-        name = _name_at(tree, at, choice)
-        if problem["type"] in ("part_name", "part_type") or name is None:
-            as_text = choice.section or not isinstance(problem["input"], str) or _section_at(tree, at) is not None
-            return [f"{path if as_text else at}: {problem['msg']}"]
-        option = {**problem, "loc": problem["loc"][at.count(".") + 1 :]}
-        return [parts.describe_problem(choice.kind, name, option, f"{at}.")]
-    if problem["type"] == "extra_forbidden":
-        return [f"{shorten(path, 200)[1:-1]}: unknown key; {_meant(path)}"]
-    if problem["type"] == "missing":
-        key = "data.root" if path == "data" else path
-        return [f"{key}: missing; set it in the file or with --set {key}=VALUE"]
-    if problem["type"] == "value_error" and not keys:
-        return str(problem["ctx"]["error"]).split("\n")
-    return [f"{path}: {problem['msg'].removeprefix('Value error, ')} (got {shorten(problem['input'])})"]
-
-
-def _meant(path: str) -> str:
-    """Which key somebody may have meant."""
-    every = _all_keys()
-    if close := difflib.get_close_matches(path, every, n=1, cutoff=0.6):
-        return f"did you mean '{close[0]}'?"
-    last = {key.rpartition(".")[2]: key for key in reversed(every) if "." in key}
-    if close := difflib.get_close_matches(path.rpartition(".")[2], last, n=1, cutoff=0.75):
-        return f"did you mean '{last[close[0]]}'?"
-    return "`dnc-dist config --keys` lists all keys"
-
-
-def _section_at(tree: Any, path: str) -> dict[str, Any] | None:
-    """The mapping at a dotted key of a tree, None where there is none."""
-    for key in path.split("."):
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, dict) else None
-
-
-def parse_override(text: str) -> tuple[list[str], Any]:
-    """``a.b=c`` -> (["a", "b"], value); the value is read as YAML.
-
-    Raises:
-        ConfigError: the text is no ``key=value``.
-    """
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set {text}: expected key=value, for example --set optim.lr=0.001")
-    keys = key.strip().split(".")
-    try:
-        return keys, parse_yaml(value, _Texts(), tuple(keys))
-    except InputError as error:
-        raise ConfigError(f"--set {text}: the value is not valid YAML ({error})") from error
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, code_beside: bool = True) -> RunConfig:
-    """Read a YAML file, apply ``key=value`` overrides, validate.
-
-    Args:
-        path: of the file.
-        overrides: each ``key=value``.
-        code_beside: whether a ``module:Class`` in it may be in a file beside it. Not for files that may be of somebody else.
-
-    Raises:
-        ConfigError: the file cannot be read, or values are wrong; all problems are listed.
-    """
-    path = Path(path)
-    try:
-        tree = read_yaml(path, _Texts())
-    except InputError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise ConfigError(f"{path}: no such configuration file; see configs/ for examples") from None
-        raise ConfigError(str(error)) from error
-    if code_beside:
-        part_modules.search_in(path.parent)
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as `data:` and `model:`, got {type(tree).__name__}")
-    for text in overrides:
-        keys, value = parse_override(text)
-        node: Any = tree
-        for number, key in enumerate(keys[:-1], start=1):
-            child = node.get(key)
-            if child is None:
-                child = node[key] = {}
-            if isinstance(child, str) and ".".join(keys[:number]) in choices():  # a name, which now gets options
-                child = node[key] = {"name": child}
-            if not isinstance(child, dict):
-                raise ConfigError(f"--set {text}: '{key}' is a value, not a section")
-            node = child
-        node[keys[-1]] = value
-    # `model:` without anything below it is an empty section.
-    tree = {name: {} if section is None else section for name, section in tree.items()}
-    if isinstance(tree.get("run"), dict) or "run" not in tree:
-        run = tree.setdefault("run", {})
-        # Not every name of a file is one of a run.
-        run["name"] = run.get("name") or re.sub(r"[^\w.+-]+", "-", path.stem)
-    return parse_tree(tree, str(path))
-
-
-def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
-    """Validate a tree of plain values, and put a number where ``division.conquer_from`` is `auto`.
-
-    Raises:
-        ConfigError: lists every problem, with the source's name.
-    """
-    problems = _misplaced_bools(tree)
-    try:
-        cfg = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        found = [line for problem in error.errors() for line in _describe(problem, tree)]
-        problems = {line.split(": ")[0]: line for line in found} | problems if problems else dict(enumerate(found))
-    if problems:
-        raise ConfigError(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  {line}" for line in problems.values()))
-    if cfg.division.conquer_from == "auto":
-        return cfg.model_copy(update={"division": cfg.division.model_copy(update={"conquer_from": conquer_start(cfg)})})
-    return cfg
-
-
-def conquer_start(cfg: RunConfig) -> int | None:
-    """The epoch that ``division.conquer_from: auto`` means; None: never.
-
-    The published share of a training is 80 of 180 epochs. All learners are to have trained for a period by then, which in a short training
-    leaves at least its last epoch to the whole embedding.
-    """
-    div, last = cfg.division, cfg.schedule.epochs - 1
-    first = div.divided_until + 1
-    if div.num_learners == 1 or last < first:
-        return None
-    published = math.ceil(cfg.schedule.epochs * 4 / 9 / div.every) * div.every
-    return min(max(published, div.divided_until + div.every), last)
-
-
-def _misplaced_bools(tree: dict[str, Any]) -> dict[Any, str]:
-    """Dotted key -> what is wrong with it: `true` is no 1, and 1 or `yes` is no `true`."""
-    fields = [(name, model.model_fields) for name, model in sections().items()]
-    for path, choice in choices().items():
-        name = _name_at(tree, path, choice)
-        # What is wrong with a name is told where it is looked up.
-        if name is not None and _section_at(tree, path) is not None and (name in parts.TABLE[choice.kind]):
-            fields.append((path, _options(choice, name)))
-    problems = {}
-    for path, keys in fields:
-        section = _section_at(tree, path) or {}
-        for key, field in keys.items():
-            value, is_bool = section.get(key), field.annotation is bool
-            items = value if isinstance(value, list | tuple) else [value]
-            if key in section and any(isinstance(item, bool) != is_bool for item in items):
-                problems[f"{path}.{key}"] = f"{path}.{key}: must {'' if is_bool else 'not '}be true or false (got {shorten(value)})"
-    return problems
-
-
-def dump_config(cfg: RunConfig) -> str:
-    """The resolved tree as YAML that ``load_config`` reads back to an equal configuration."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
