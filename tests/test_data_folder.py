@@ -10,7 +10,8 @@ from PIL import Image
 
 from dnc_dist import cli
 from dnc_dist.base.errors import InputError
-from dnc_dist.data.index import NO_LABEL, open_index, train_view
+from dnc_dist.data.index import NO_LABEL, open_index, row_key, train_view
+from dnc_dist.data.listing import list_images
 from dnc_dist.data.readers import NO_CLASS, Reading, Sample, read
 from dnc_dist.data.shards import write_shards
 from dnc_dist.data.stream import SequentialBatches
@@ -52,6 +53,9 @@ def test_a_flat_folder_is_a_gallery(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "no classes: a gallery to be embedded and searched; nothing can be trained or measured on it" in said
     index = open_index(tmp_path / "out")
     assert not index.labelled and index.splits == ["test"] and len(index.shard_paths) == 64
+    listed = list_images(tmp_path / "out")
+    assert listed.labels == listed.classes == [None] * 70
+    assert {read() for read in listed.readers(0, 70)} and listed.keys == [row_key(row) for row in range(70)]
     view = index.view("test")
     assert len(view) == 70 and view.num_classes == 0 and set(view.labels) == {NO_LABEL}
     assert view.gallery.all() and not view.query.any()
@@ -88,3 +92,16 @@ def test_nothing_is_trained_or_measured_without_classes(tmp_path: Path) -> None:
     error = dnc("train", "run.yaml", folder=tmp_path, before=without_report).error
     assert "gallery holds images without classes" in error and "data.root" in error
     assert dnc("doctor", "data", "run.yaml", folder=tmp_path).code == 1
+
+
+def test_a_folder_to_embed_has_the_classes_of_one_to_prepare(tmp_path: Path) -> None:
+    for place in ("a/sub", "a", "test/b", "test"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / place / "x.jpg")
+    listed = list_images(tmp_path)
+    assert dict(zip(listed.keys, listed.classes, strict=True)) == {
+        "a/sub/x.jpg": "a/sub",
+        "a/x.jpg": "a",
+        "test/b/x.jpg": "b",
+        "test/x.jpg": "test",
+    }

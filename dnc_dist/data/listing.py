@@ -15,8 +15,9 @@ import numpy as np
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable, read_bytes, read_table, read_text
 from dnc_dist.data.images import SUFFIXES
-from dnc_dist.data.index import open_index, row_key, text
+from dnc_dist.data.index import NO_LABEL, open_index, row_key, text
 from dnc_dist.data.manifest import MANIFEST, SPLITS
+from dnc_dist.data.readers.folder import SPLIT_NAMES
 from dnc_dist.data.rows import ShardReader
 
 MOST_BYTES = 1 << 30
@@ -130,8 +131,9 @@ class PreparedImages(Images):
         self._root, self._hash = index.root, index.content_hash
         self._rows = index.view(split).rows if split else np.arange(len(index))
         self.keys = [row_key(int(row)) for row in self._rows]
-        self.labels = [int(label) for label in index.columns["label"][self._rows]]
-        self.classes = [index.class_names[label] for label in self.labels if label is not None]
+        labels = index.columns["label"][self._rows].tolist()
+        self.labels = [None if label == NO_LABEL else label for label in labels]
+        self.classes = [None if label == NO_LABEL else index.class_names[label] for label in labels]
         base = index.manifest.options.get("images") or index.manifest.options.get("root")
         sources = (text(source) for source in index.columns["source"][self._rows])
         # A reader without a folder, such as glyphs, has sources that are no files.
@@ -148,9 +150,9 @@ def list_images(data: str | Path, split: str | None = None) -> Images:
     """The images that DATA means.
 
     Args:
-        data: a folder of images (at any depth, in the order of their names; the class is the folder that an image lies in), a prepared
-            data set, a .csv file with the column path and maybe label or class, a text file with a path on each line, or an image.
-            Paths in a file are relative to its folder.
+        data: a folder of images (at any depth, in the order of their names; the class is the path of the folder that an image lies in,
+            below that of its split), a prepared data set, a .csv file with the column path and maybe label or class, a text file with a
+            path on each line, or an image. Paths in a file are relative to its folder.
         split: of a prepared data set; None: all of it.
 
     Raises:
@@ -198,8 +200,15 @@ def _of_folder(folder: Path) -> FileImages:
     names = _below(folder)
     if not names:
         raise InputError(_no_image(folder))
-    classes = [_plain(name.parent.name) or None for name in names]
-    return FileImages([_plain(name.as_posix()) for name in names], [folder / name for name in names], classes)
+    return FileImages([_plain(name.as_posix()) for name in names], [folder / name for name in names], [_class_of(name) for name in names])
+
+
+def _class_of(name: Path) -> str | None:
+    """The folder of an image, below that of its split if there is one: the class that `data prepare folder` gives it."""
+    folders = name.parent.parts
+    if len(folders) > 1 and folders[0].lower() in SPLIT_NAMES:
+        folders = folders[1:]
+    return _plain("/".join(folders)) or None
 
 
 def _no_image(folder: Path) -> str:
