@@ -33,6 +33,12 @@ TRITON_MODULES = {
 _triton_functions: dict[str, Callable[..., Any]] = {}  # filled at first use: a machine without Triton runs the reference
 
 
+def _constant_when_compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """What torch.compiler.assume_constant_result does, without its import of the whole compiler: 2.5 seconds in every process."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
 def _why_not_triton(device: torch.device) -> str | None:
     """What keeps Triton from serving this device, or None."""
@@ -50,7 +56,7 @@ def _why_not_triton(device: torch.device) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def implementation(device: torch.device | str) -> str:
     """Name of the implementation that serves tensors on this device, "reference" or "triton".
 
@@ -69,12 +75,12 @@ def implementation(device: torch.device | str) -> str:
     return "triton" if wanted == "" and device.type == "cuda" and _why_not_triton(device) is None else "reference"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _is_current(device: torch.device) -> bool:
     return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into an import
+@_constant_when_compiled  # torch.compile cannot look into an import
 def _load_triton(name: str) -> None:
     if name in _triton_functions:
         return
