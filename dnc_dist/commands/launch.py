@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dnc_dist.commands.train import overrides_option, resume_option
+
+if TYPE_CHECKING:
+    from dnc_dist.config import RunConfig
 
 
 @click.command(short_help="Train on one machine or several, one worker per GPU.")
@@ -19,14 +22,20 @@ from dnc_dist.commands.train import overrides_option, resume_option
 @click.option("--nnodes", type=click.IntRange(min=1), default=1, show_default=True, help="Machines; start the same command on each.")
 @click.option("--rdzv", metavar="HOST:PORT", default="", help="Where the machines meet: an address of one of them and a free port.")
 @click.option("--wait", type=click.FloatRange(min=1), default=600, show_default=True, help="Seconds to wait for the other machines.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and what it costs here, and do nothing else.")
 @overrides_option
 @resume_option
-def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float, overrides: tuple[str, ...], resume: str) -> int:
+def launch(
+    config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float, dry_run: bool, overrides: tuple[str, ...], resume: str
+) -> int:
     """Train what CONFIG describes.
 
     Rank 0's output is shown, on the machine that --rdzv names; if a worker fails, the first error of any rank is shown once on
     every machine, and all end. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 make the workers of all machines save and stop (exit code
     75); `--resume auto` continues.
+
+    --dry-run reads data and weights as the run would, measures a few steps and a piece of a pass in one process with its share of
+    the batch, and prints the epochs, the sizes and the time that follow.
 
     Several machines prove to each other that they know one secret. The one that --rdzv names writes it, anew for each launch, to a
     file beside the run directory (run.dir/.NAME.launch-secret, readable for you alone), where the others find it. Where they share
@@ -42,6 +51,8 @@ def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float,
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dnc_dist.processes.launch import launch_workers, workers_here
 
+    if dry_run:
+        return _dry_run(cfg, nnodes * workers_here(nproc))
     command = [sys.executable, "-m", "dnc_dist", "train", str(config), "--resume", resume]
     command += [part for override in overrides for part in ("--set", override)]
     terms = {"--resume": resume, **dict(_flat(cfg.model_dump(mode="json")))}
@@ -56,6 +67,13 @@ def launch(config: Path, nproc: int | None, nnodes: int, rdzv: str, wait: float,
         wait=wait,
         terms=terms,
     )
+
+
+def _dry_run(cfg: RunConfig, world: int) -> int:
+    from dnc_dist.engine.dry_run import dry_run
+
+    click.echo(dry_run(cfg, world))
+    return 0
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

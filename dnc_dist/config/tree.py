@@ -99,7 +99,7 @@ class DivisionConfig(Section):
     cluster_on: Literal["features", "embeddings"] = "features"
     """What k-means sees: the backbone's features or the embeddings, L2-normalised."""
     backbone_frozen_epochs: int = Field(1, ge=0)
-    """Epochs after each division in which the backbone waits and only embedding, masks and loss learn."""
+    """Epochs after each division in which the backbone waits and only embedding, masks and loss learn; with one learner, at the start."""
     learners_per_step: int = Field(1, ge=1)
     """Learners that share one step's batch."""
     mask_penalty: float = Field(0.01, ge=0)

@@ -35,6 +35,14 @@ def trains_whole_set(cfg: RunConfig, epoch: int) -> bool:
     return conquering(cfg, epoch) and cfg.division.conquer_batches == "whole"
 
 
+def learners_at(cfg: RunConfig, epoch: int) -> int:
+    """How many learners there are in this epoch, 1 where the training set is whole."""
+    div = cfg.division
+    if trains_whole_set(cfg, epoch):
+        return 1
+    return div.num_learners if div.mode == "flat" else min(2 ** (epoch // div.every), div.num_learners)
+
+
 def division_due(cfg: RunConfig, state: TrainState) -> bool:
     """Whether to divide before training this epoch; False once it was done, so that a resume never divides twice."""
     made_in = state.division.epoch if state.division is not None else -1
@@ -61,8 +69,9 @@ def subspaces_change(cfg: RunConfig, state: TrainState) -> bool:
 
 
 def backbone_frozen(cfg: RunConfig, epoch: int) -> bool:
-    """Whether the backbone waits in this epoch: the first ones after each division."""
-    return not trains_whole_set(cfg, epoch) and epoch % cfg.division.every < cfg.division.backbone_frozen_epochs
+    """Whether the backbone waits in this epoch: the first ones after each division; one learner is divided once, at the start."""
+    since_division = epoch % cfg.division.every if cfg.division.num_learners > 1 else epoch
+    return not trains_whole_set(cfg, epoch) and since_division < cfg.division.backbone_frozen_epochs
 
 
 def phase(cfg: RunConfig, state: TrainState) -> Phase:

@@ -1,0 +1,73 @@
+"""``launch --dry-run``: what it says of a run is what the run does, and it leaves nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dnc_dist.engine import plan
+from dnc_dist.engine.dry_run import steps_at
+from dnc_dist.engine.state import TrainState
+from tests.engine_fixtures import config, make_dataset
+from tests.run_fixtures import dnc, metrics, without_report, write_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("dry")
+    make_dataset(place)
+    return place
+
+
+def test_it_says_what_the_run_then_does(folder: Path) -> None:
+    write_config(folder, Path("data"), evaluation={"every": 2}, division={"num_learners": 2, "every": 1, "conquer_from": 3})
+    said = dnc("launch", "run.yaml", "--dry-run", "--nproc", "2", folder=folder)
+    assert said.code == 0, said.error
+    assert not (folder / "runs").exists()
+    assert "72 training images of 12 classes" in said.out and "test: 18 images of 3 classes" in said.out
+    assert "16 images a step over 2 process(es): 4 classes x 4, so 12 images of other classes for every anchor" in said.out
+    table = said.out.split("\n\n")[1].splitlines()
+    columns = [re.split("  +", line) for line in table[1:]]
+    assert [line[:5] for line in columns] == [
+        ["0", "1", "the whole set", "learns", "4 each"],
+        ["1-2", "2", "clusters", "learns", "4 each"],
+        ["3", "all, as one", "clusters", "learns", "4 each"],
+    ]
+    rates = [[float(rate) for rate in line[5].split(" to ")] for line in columns]
+    assert rates[0][0] == 0.003 and rates[0][1] == rates[1][0] and rates[1][1] == rates[2][0]
+    assert "a step of 8 images" in said.out
+    assert re.search(r"16 steps of 16 images about \d+:\d\d; 3 division\(s\) and 2 evaluation\(s\)", said.out)
+    assert dnc("train", "run.yaml", folder=folder, before=without_report).code == 0
+    run = folder / "runs" / "run"
+    assert [line["num_learners"] for line in metrics(run, "division")] == [1, 2, 2, 2]
+    assert max(line["step"] for line in metrics(run, "train")) == 16
+    assert [line["epoch"] for line in metrics(run, "evaluation")] == [2, 4]
+
+
+def test_it_refuses_what_the_run_would_refuse(folder: Path) -> None:
+    write_config(folder, Path("nowhere"), "lost")
+    lost = dnc("launch", "lost.yaml", "--dry-run", folder=folder)
+    assert lost.code == 2 and "data.root" in lost.error
+    write_config(folder, Path("data"), "weightless", model={"weights": "missing.safetensors", "batch_norm": "frozen"})
+    weightless = dnc("launch", "weightless.yaml", "--dry-run", folder=folder)
+    assert weightless.code == 2 and "missing.safetensors" in weightless.error
+    assert not list(folder.glob("runs/lost*")) and not list(folder.glob("runs/weightless*"))
+
+
+@pytest.mark.parametrize(
+    ("division", "learners", "frozen"),
+    [
+        ({"num_learners": 4, "every": 2, "conquer_from": 6}, [1, 1, 2, 2, 4, 4, 4, 4], [0, 2, 4, 6]),
+        ({"num_learners": 4, "every": 2, "conquer_from": 6, "conquer_batches": "whole"}, [1, 1, 2, 2, 4, 4, 1, 1], [0, 2, 4]),
+        ({"num_learners": 4, "every": 2, "mode": "flat", "conquer_from": None}, [4] * 8, [0, 2, 4, 6]),
+        ({"num_learners": 1, "every": 2, "conquer_from": None}, [1] * 8, [0]),
+    ],
+)
+def test_learners_and_waiting_backbones(division: dict[str, object], learners: list[int], frozen: list[int], tmp_path: Path) -> None:
+    cfg = config(tmp_path, tmp_path / "run", division={"backbone_frozen_epochs": 1, **division}, schedule={"epochs": 8})
+    assert [plan.learners_at(cfg, epoch) for epoch in range(8)] == learners
+    assert [epoch for epoch in range(8) if plan.backbone_frozen(cfg, epoch)] == frozen
+    assert plan.division_due(cfg, TrainState())
+    assert steps_at(cfg, 0, 10 * cfg.schedule.batch_size + 1) == 10
