@@ -10,8 +10,9 @@ import torch
 # As many threads here as in the processes that tests start, which are compared with this one: sums depend on the number.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that; the tests of Ctrl-C need its default.
+# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children inherit that; the tests of both need the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Triton reads this when a kernel's module is imported: without a GPU the kernels run in its interpreter.
 if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""``launch --dry-run``: what it says of a run is what the run does, and it leaves nothing."""
+"""``launch --dry-run`` says of a run what it then does, and leaves nothing; ``launch --repeat`` trains with several seeds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_says_what_the_run_then_does(folder: Path) -> None:
     write_config(folder, Path("data"), evaluation={"every": 2}, division={"num_learners": 2, "every": 1, "conquer_from": 3})
     said = dnc("launch", "run.yaml", "--dry-run", "--nproc", "2", folder=folder)
-    assert said.code == 0, said.error
+    assert said.code == 0, said.err
     assert not (folder / "runs").exists()
     assert "72 training images of 12 classes" in said.out and "test: 18 images of 3 classes" in said.out
     assert "16 images a step over 2 process(es): 4 classes x 4, so 12 images of other classes for every anchor" in said.out
@@ -49,10 +49,10 @@ def test_it_says_what_the_run_then_does(folder: Path) -> None:
 def test_it_refuses_what_the_run_would_refuse(folder: Path) -> None:
     write_config(folder, Path("nowhere"), "lost")
     lost = dnc("launch", "lost.yaml", "--dry-run", folder=folder)
-    assert lost.code == 2 and "data.root" in lost.error
+    assert lost.code == 2 and "data.root" in lost.err
     write_config(folder, Path("data"), "weightless", model={"weights": "missing.safetensors", "batch_norm": "frozen"})
     weightless = dnc("launch", "weightless.yaml", "--dry-run", folder=folder)
-    assert weightless.code == 2 and "missing.safetensors" in weightless.error
+    assert weightless.code == 2 and "missing.safetensors" in weightless.err
     assert not list(folder.glob("runs/lost*")) and not list(folder.glob("runs/weightless*"))
 
 
@@ -71,3 +71,19 @@ def test_learners_and_waiting_backbones(division: dict[str, object], learners: l
     assert [epoch for epoch in range(8) if plan.backbone_frozen(cfg, epoch)] == frozen
     assert plan.division_due(cfg, TrainState())
     assert steps_at(cfg, 0, 10 * cfg.schedule.batch_size + 1) == 10
+
+
+@pytest.mark.slow
+def test_repeated_runs_differ_in_their_seed_and_are_compared(folder: Path) -> None:
+    write_config(folder, Path("data"), "again", schedule={"epochs": 2}, division={"conquer_from": None}, run={"seed": 3, "dir": "repeated"})
+    done = dnc("launch", "again.yaml", "--nproc", "1", "--repeat", "2", folder=folder)
+    assert done.code == 0, done.err
+    runs = [folder / "repeated" / f"again-seed{seed}" for seed in (3, 4)]
+    assert sorted((folder / "repeated").iterdir()) == runs
+    losses = [[line["loss"] for line in metrics(run, "train")] for run in runs]
+    assert losses[0] != losses[1]
+    assert "#1  seeds 3, 4" in done.out and "±" in done.out
+    # Complete runs are not trained again.
+    before = [(run / "metrics.jsonl").read_bytes() for run in runs]
+    assert dnc("launch", "again.yaml", "--nproc", "1", "--repeat", "2", folder=folder).code == 0
+    assert [(run / "metrics.jsonl").read_bytes() for run in runs] == before
