@@ -472,7 +472,9 @@ class Table:
         if not one.sees:
             return "nothing"
         lines = "\n".join((trial.first.out, trial.first.err, done.out, done.err)).splitlines() if trial.first else []
-        found = next((line for line in lines if re.search(one.sees, line)), "")
+        found = next((line for line in lines if re.search(one.sees, line)), None)
+        if found is None:  # for whoever looks for the reason
+            return "something else:\n" + (trial.first.err[-2000:] if trial.first else "")
         return found.replace(str(trial.folder), "…")
 
 
