@@ -246,7 +246,7 @@ def out_of_memory(trial: Trial) -> Done:
     return trial.go_on()
 
 
-@fault("a loader process is killed", 1, r"rank 1 failed: .*DataLoader worker .*(killed|exited unexpectedly)")
+@fault("a loader process is killed", 1, r"rank 1(: a loader process was ended from outside| failed: .*DataLoader worker .*killed)")
 def loader_killed(trial: Trial) -> Done:
     trial.start()
     trial.reach()

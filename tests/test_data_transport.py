@@ -132,10 +132,18 @@ def test_what_ran_out_is_said() -> None:
         list(transport.batches_of(Source(full)))  # type: ignore[arg-type]
     assert memory.value.errno == errno.ENOMEM  # of the machine, not of the configuration
     for error in (
+        ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+        EOFError(),
+        RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed. "),
+        RuntimeError("DataLoader worker (pid(s) 9) exited unexpectedly"),
+    ):
+        with pytest.raises(ChildProcessError, match="a loader process was ended from outside"):
+            list(transport.batches_of(Source(error)))  # type: ignore[arg-type]
+    for error in (
         OSError(12, "Cannot allocate memory"),
         OSError(5, "Input/output error"),
         RuntimeError("a bug"),
-        RuntimeError("DataLoader worker (pid 9) exited"),
+        ConnectionResetError("Caught ConnectionResetError in DataLoader worker process 0.\n"),
     ):
         with pytest.raises(type(error)) as caught:
             list(transport.batches_of(Source(error)))  # type: ignore[arg-type]

@@ -90,6 +90,7 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
     Raises:
         InputError: a shard is damaged, or the machine has no shared memory, files or processes left for so many workers.
         OSError: the machine has no memory left (ENOMEM), whatever torch calls it.
+        ChildProcessError: a loader process is gone.
     """
     failure: Exception
     try:
@@ -99,10 +100,17 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
     except InputError as error:
         # From a worker it comes with that process's whole traceback before the message.
         failure = InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].rstrip())
-    except (OSError, RuntimeError) as error:
-        if not source.num_workers or not (reason := _exhausted(error)):
+    except (OSError, EOFError, RuntimeError) as error:
+        if not source.num_workers:
             raise
-        if os.strerror(errno.ENOMEM) in reason:
+        reason = _exhausted(error)
+        if _is_of_dead_worker(error):
+            failure = ChildProcessError(
+                errno.ECHILD, "a loader process was ended from outside, as by the kernel when memory is short; lower data.workers then"
+            )
+        elif reason is None:
+            raise
+        elif os.strerror(errno.ENOMEM) in reason:
             failure = OSError(errno.ENOMEM, reason)
         else:
             failure = InputError(
@@ -113,7 +121,15 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
     raise failure
 
 
-def _exhausted(error: OSError | RuntimeError) -> str | None:
+def _is_of_dead_worker(error: Exception) -> bool:
+    """Whether a loader process is gone: torch says so, or the connection to it broke while a batch came through."""
+    text = str(error)
+    if isinstance(error, ConnectionError | EOFError):
+        return not text.startswith("Caught ")  # what the process itself met
+    return text.startswith("DataLoader worker (pid") and ("killed by signal" in text or "exited unexpectedly" in text)
+
+
+def _exhausted(error: OSError | EOFError | RuntimeError) -> str | None:
     """What ran out, or None if the error says something else."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in _EXHAUSTED else None
