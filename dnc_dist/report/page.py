@@ -141,9 +141,9 @@ def _queries(title: str, note: str, gallery: PictureGallery, queries: np.ndarray
 def _mistakes(run: RunRecord) -> Html:
     if run.diagnosis is not None:
         return join([element("h2", "Why it errs"), mistakes_html(run.diagnosis)])
-    if run.gallery is None:
+    if not run.result():
         return Html()
-    words = "This run was evaluated by a version that kept a sample of queries only: what follows is all that is known of its mistakes."
+    words = "This run has left no diagnosis of all its queries: its last evaluation is still to come, or it was made by an earlier version."
     return join([element("h2", "Why it errs"), element("p", words, cls="note")])
 
 

@@ -15,6 +15,8 @@ from dnc_dist.rundir import DIAGNOSIS_FILE
 
 _MOST_BYTES = 1 << 27
 """With all its pictures a diagnosis has ten or twenty million bytes."""
+_LARGEST = 1e9
+"""Of numbers that are shown: distances and masks are small, and no cluster has more images."""
 _CURE = "delete it, `dnc-dist report` works without"
 
 
@@ -177,7 +179,7 @@ def _problems(arrays: dict[str, np.ndarray]) -> list[tuple[str, str]]:
                 of = letter.rstrip("+")
                 size -= letter.endswith("+")
                 expected = sizes.setdefault(of, size)
-                if not 0 <= size <= MOST[of[0]]:
+                if not (of in "ijDb") <= size <= MOST[of[0]]:
                     found.append((name, f"has the shape {array.shape}"))
             if size != expected:
                 found.append((name, f"has the shape {array.shape}, which does not fit the others"))
@@ -187,6 +189,8 @@ def _problems(arrays: dict[str, np.ndarray]) -> list[tuple[str, str]]:
             most = sizes.get(column.below, 0) if column.below else 1 << 62
             if array.min() < column.least or array.max() >= most:
                 found.append((name, "holds a number that cannot be"))
-        elif array.dtype.kind == "f" and not np.isfinite(array).all():
-            found.append((name, "holds a number that is not finite"))
+        elif array.dtype.kind == "f" and not (np.abs(array) <= _LARGEST).all():  # false for NaN
+            found.append((name, "holds a number that cannot be"))
+    if not found and not (np.diff(arrays["distance_edges"]) > 0).all():
+        found.append(("distance_edges", "does not ascend"))
     return found
