@@ -30,7 +30,7 @@ def make_diagnosis(*, learners: int = LEARNERS, side: int = 16, **changes: Any) 
     sample = SAMPLE if learners else 0
     found = Diagnosis(
         counts=np.array([400, 100]),
-        rank_counts=np.array([300, 40, 30, 10, 15, 5]),
+        rank_counts=np.array([300, 40, 30, 10, 15, 3, 2]),
         distance_edges=np.linspace(0, 1, 11).astype(np.float32),
         distance_counts=generator.integers(0, 60, (2, 10)),
         twins=np.array([3]),

@@ -23,7 +23,7 @@ TWIN = 0.01
 """A distance between unit vectors (a cosine above 0.99995) that two different photographs hardly have."""
 BARS = 40
 RANKS = np.array([1, 2, 3, 6, 11, 101])
-"""Where the groups of ranks begin."""
+"""Where the groups of ranks begin; after the last comes a group for first hits that were not listed."""
 SAMPLED = 1000
 SAMPLED_MISSES = 500
 
@@ -61,7 +61,7 @@ def find_mistakes(found: Queries, labels: np.ndarray) -> Mistakes:
     right = known & (label == other)
     misses = np.flatnonzero(known & ~right)
     near = misses[np.lexsort((misses, found.distance[misses]))]  # the nearest first
-    pairs, counts, pair_examples = _pairs(near, label, other, len(labels))
+    pairs, counts, pair_examples = _pairs(near, found, label, other, len(labels))
     hubs, hub_counts, hub_examples = _hubs(near, found, label, right, len(labels))
     return Mistakes(
         misses,
@@ -95,12 +95,18 @@ def _alike(near: np.ndarray, found: Queries, right: np.ndarray) -> np.ndarray:
     """Pairs of different classes that are nearer than nearly all right ones; every pair once."""
     most = np.quantile(found.distance[right], CLOSE) if right.any() else np.inf
     near = near[found.distance[near] <= max(most, TWIN**2)][: 2 * SHOWN]
-    both = np.sort(np.stack([found.rows[near], found.nearest[near]], axis=1), axis=1)
-    _, first = np.unique(both, axis=0, return_index=True)
-    return near[np.sort(first)][:SHOWN]
+    return near[_once(found, near)][:SHOWN]
 
 
-def _pairs(near: np.ndarray, label: np.ndarray, other: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+def _once(found: Queries, queries: np.ndarray) -> np.ndarray:
+    """Places in ``queries`` of the first of each two that found each other, and of all others."""
+    both = np.sort(np.stack([found.rows[queries], found.nearest[queries]], axis=1), axis=1)
+    return np.sort(np.unique(both, axis=0, return_index=True)[1])
+
+
+def _pairs(
+    near: np.ndarray, found: Queries, label: np.ndarray, other: np.ndarray, num_rows: int
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """The classes that are taken for each other most often: (c, 2), how often each way (c, 2), and queries of each, nearest first."""
     a, b = label[near], other[near]
     low, high = np.minimum(a, b), np.maximum(a, b)
@@ -116,6 +122,7 @@ def _pairs(near: np.ndarray, label: np.ndarray, other: np.ndarray, num_rows: int
         from_class = first if there == upwards else one % num_rows
         pairs.append((from_class, one % num_rows + first - from_class))
         both.append((there, back))
+        inside = inside[_once(found, inside)]
         # Begin with one that goes the usual way.
         begin = int(np.argmax(label[inside] == from_class))
         examples.append(np.concatenate([inside[begin : begin + 1], np.delete(inside, begin)])[:EXAMPLES])
@@ -142,9 +149,9 @@ def _hubs(
 
 
 def ranks_in_groups(found: Queries) -> np.ndarray:
-    """(6,) int64 queries by the rank of their first hit; one that is beyond those listed is in the last group."""
-    rank = np.where(found.first_hit == 0, np.iinfo(np.int64).max, found.first_hit)
-    return np.bincount(np.searchsorted(RANKS, rank, side="right") - 1, minlength=len(RANKS))
+    """(7,) int64 queries by the rank of their first hit; the last group are those of which it was not listed."""
+    group = np.searchsorted(RANKS, found.first_hit, side="right") - 1
+    return np.bincount(np.where(found.first_hit == 0, len(RANKS), group), minlength=len(RANKS) + 1)
 
 
 def distances_in_bars(found: Queries, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -28,7 +28,7 @@ def map_html(found: Diagnosis) -> Html:
     side = found.map_images.shape[1]
     points = []
     for number, (x, y) in enumerate(at.tolist()):
-        kind = " ".join(word for word, holds in (("miss", not found.map_right[number]), ("big", number in always)) if holds)
+        kind = " ".join(word for word, holds in (("off", not found.map_right[number]), ("big", number in always)) if holds)
         place = f"left:{100 * x:.2f}%;top:{100 * (1 - y):.2f}%;--x:{-(number % _COLUMNS) * side}px;--y:{-(number // _COLUMNS) * side}px"
         points.append(element("i", style=place, cls=kind, title=names.shown(str(found.map_names[number]))[:60]))
     colours = "blue if the nearest image is right, red if it is wrong" if asked else "one for each image"

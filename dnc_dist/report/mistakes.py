@@ -14,7 +14,7 @@ from dnc_dist.report.markup import Html, element, join
 from dnc_dist.report.pictures import picture
 from dnc_dist.rundir.diagnosis import Diagnosis
 
-_RANKS = ("1", "2", "3–5", "6–10", "11–100", "later")
+_RANKS = ("1", "2", "3–5", "6–10", "11–100", "later", "not listed")
 _RIGHT, _WRONG = "#16a34a", "#dc2626"
 
 
@@ -93,13 +93,14 @@ def _of(count: int, word: str) -> str:
 
 
 def _charts(found: Diagnosis) -> list[Chart]:
-    share = found.rank_counts / max(1, found.rank_counts.sum())
+    groups = len(_RANKS) if found.rank_counts[-1] else len(_RANKS) - 1
+    share = found.rank_counts[:groups] / max(1, found.rank_counts.sum())
 
     def ranks(axes: Axes) -> None:
-        axes.bar(range(6), share, 0.72, color=[_RIGHT, *["#f59e0b"] * 2, *[_WRONG] * 3])
+        axes.bar(range(groups), share, 0.72, color=[_RIGHT, *["#f59e0b"] * 2, *[_WRONG] * (groups - 3)])
         for at, value in enumerate(share):
             axes.text(at, value, f"{value:.1%}", ha="center", va="bottom", fontsize=8.5)
-        axes.set_xticks(range(6), _RANKS)
+        axes.set_xticks(range(groups), _RANKS[:groups])
         axes.set_xlabel("rank of the first image of the same class")
         axes.set_ylim(0, 1.12 * max(float(share.max()), 1e-9))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

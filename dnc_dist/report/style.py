@@ -62,6 +62,7 @@ h2 ~ h3 { margin-top: 26px; }
 .miss .note { margin-top: 6px; }
 .entry { display: flex; gap: 10px; padding: 4px 0; font-size: 13px; line-height: 1.3; }
 .entry > div { min-width: 0; overflow-wrap: anywhere; align-self: center; }
+.entry b { font-size: 15px; }
 .entry b, .entry small, .entry span { display: block; }
 .entry small, .what { color: var(--muted); font-size: 12px; }
 .what.right { color: var(--right); }
@@ -72,6 +73,7 @@ h2 ~ h3 { margin-top: 26px; }
 .sides { display: flex; flex-wrap: wrap; gap: 6px 12px; margin-top: 6px; }
 .sides img { width: 52px; height: 52px; }
 .two { display: flex; gap: 2px; }
+.grid + .grid { margin-top: 14px; }
 .chart + h3, .grid + h3 { margin-top: 20px; }
 .clusters .cluster { padding: 8px 0; border-top: 1px solid var(--line); font-size: 13px; }
 .clusters .cluster:first-child { border-top: 0; }
@@ -80,10 +82,10 @@ h2 ~ h3 { margin-top: 26px; }
 .map { position: relative; height: min(60vw, 620px); background: var(--card); border: 1px solid var(--line); border-radius: 12px;
   margin-top: 12px; overflow: hidden; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .map i { position: absolute; width: 7px; height: 7px; margin: -3px 0 0 -3px; border-radius: 50%; background: var(--blue); opacity: .75; }
-.map i.miss { background: var(--wrong); }
+.map i.off { background: var(--wrong); }
 .map i.big, .map i:hover { width: var(--side); height: var(--side); margin: calc(var(--side) / -2) 0 0 calc(var(--side) / -2);
   border-radius: 5px; background: var(--sheet) var(--x) var(--y); outline: 2px solid var(--blue); opacity: 1; }
-.map i.miss.big, .map i.miss:hover { outline-color: var(--wrong); }
+.map i.off.big, .map i.off:hover { outline-color: var(--wrong); }
 .map i:hover { z-index: 2; transform: scale(2); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 td, th { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
@@ -113,6 +115,6 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } h1 { font-size: 21px; } .cards { grid-template-columns: 1fr 1fr; }
   .query-row { flex-wrap: wrap; }
   .map i.big:not(:hover) { width: 7px; height: 7px; margin: -3px 0 0 -3px; border-radius: 50%; background: var(--blue); outline: 0; }
-  .map i.miss.big:not(:hover) { background: var(--wrong); }
+  .map i.off.big:not(:hover) { background: var(--wrong); }
   .map { height: 90vw; } }
 """

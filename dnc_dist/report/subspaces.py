@@ -90,7 +90,6 @@ def recall_chart(found: Diagnosis) -> Chart | None:
         axes.bar(at - 0.2, every, 0.38, color=[learner_colour(learner, learners) for learner in range(learners)], alpha=0.45)
         axes.bar(at + 0.2, np.nan_to_num(own), 0.38, color=[learner_colour(learner, learners) for learner in range(learners)])
         axes.axhline(whole, color="#7b8794", linestyle=(0, (4, 3)), linewidth=1.2)
-        axes.text(learners - 0.5, whole, f"whole embedding {whole:.1%}", ha="right", va="bottom", fontsize=8)
         axes.set_xticks(at if learners <= 32 else range(0, learners, learners // 16))
         axes.set_xlabel("learner")
         axes.set_ylim(0, 1.15 * max(whole, float(every.max()), float(np.nan_to_num(own).max())) or 1.0)
@@ -98,7 +97,7 @@ def recall_chart(found: Diagnosis) -> Chart | None:
 
     note = (
         f"Of {len(found.sampled_right):,} queries, drawn at random. Pale: of all of them; full: of those that lie nearest to the learner's "
-        "training images."
+        f"training images; dashed: the whole embedding, {whole:.1%}."
     )
     return Chart("What each subspace finds alone", note, draw(paint, height=3.2))
 

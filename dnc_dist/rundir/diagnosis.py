@@ -38,7 +38,7 @@ learners k, embedding D, pictures t of a cluster, points n of the map, j pixels 
 """
 _COLUMNS = {
     "counts": _Column("i", "2"),
-    "rank_counts": _Column("i", "6"),
+    "rank_counts": _Column("i", "7"),
     "distance_edges": _Column("f", "b+"),
     "distance_counts": _Column("i", "2 b"),
     "twins": _Column("i", "1"),
@@ -89,7 +89,7 @@ class Diagnosis:
     """
 
     counts: np.ndarray  # (2,) int64: queries, and how many of them are misses
-    rank_counts: np.ndarray  # (6,) int64: queries whose first hit has rank 1, 2, 3-5, 6-10, 11-100, more
+    rank_counts: np.ndarray  # (7,) int64: queries whose first hit has rank 1, 2, 3-5, 6-10, 11-100, more; or was not listed
     distance_edges: np.ndarray  # (b + 1,) float32: borders of the bars of ``distance_counts``
     distance_counts: np.ndarray  # (2, b) int64: queries by the distance to the nearest image, where that is right and where it is wrong
     twins: np.ndarray  # (1,) int64: misses at a distance of practically 0
