@@ -196,7 +196,7 @@ def _pairs(found: Diagnosis) -> Html:
         cards.append(
             element(
                 "div",
-                element("p", element("b", names.shown(a), title=names.full(a)), " ↔ ", element("b", names.shown(b), title=names.full(b))),
+                element("p", *_class(a), " ↔ ", *_class(b)),
                 element("p", f"{there} of {of_a} queries of the first found the second, {back} of {of_b} the other way round.", cls="note"),
                 element("div", *sides, cls="sides"),
                 cls="miss",
@@ -207,6 +207,14 @@ def _pairs(found: Diagnosis) -> Html:
         "images of them."
     )
     return join([element("h3", "Most confused classes"), element("p", note, cls="note"), element("div", *cards, cls="misses")])
+
+
+def _class(name: str) -> Iterable[Html]:
+    """The name of a class, and its code where a character stands for it: two characters may look the same."""
+    short = names.shown(name)
+    yield element("b", short, title=names.full(name))
+    if short != name:
+        yield element("small", f" {name[:60]}")
 
 
 def _hubs(found: Diagnosis) -> Html:

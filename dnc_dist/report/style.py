@@ -60,6 +60,7 @@ h2 ~ h3 { margin-top: 26px; }
 .misses { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 285px), 1fr)); gap: 12px; margin-top: 10px; }
 .miss { padding: 10px 14px; background: var(--card); border: 1px solid var(--line); border-radius: 12px; min-width: 0; }
 .miss .note { margin-top: 6px; }
+.miss p small { color: var(--muted); }
 .entry { display: flex; gap: 10px; padding: 4px 0; font-size: 13px; line-height: 1.3; }
 .entry > div { min-width: 0; overflow-wrap: anywhere; align-self: center; }
 .entry b { font-size: 15px; }
@@ -86,6 +87,7 @@ h2 ~ h3 { margin-top: 26px; }
 .map i.big, .map i:hover { width: var(--side); height: var(--side); margin: calc(var(--side) / -2) 0 0 calc(var(--side) / -2);
   border-radius: 5px; background: var(--sheet) var(--x) var(--y); outline: 2px solid var(--blue); opacity: 1; }
 .map i.off.big, .map i.off:hover { outline-color: var(--wrong); }
+.map i.big { z-index: 1; }
 .map i:hover { z-index: 2; transform: scale(2); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 td, th { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
@@ -106,8 +108,17 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
   h2 { margin-top: 20px; break-after: avoid; }
   .chart, .card, .query-row, .story li, .miss { break-inside: avoid; }
   .grid.large { grid-template-columns: 1fr 1fr; }
-  .misses { grid-template-columns: 1fr 1fr 1fr; gap: 8px; }
-  h3 { break-after: avoid; }
+  .misses { grid-template-columns: repeat(4, 1fr); gap: 6px; }
+  .miss { padding: 6px 8px; }
+  .tile, .tile.query { flex-basis: 54px; width: 54px; }
+  .tile img, .tile.query img { width: 54px; height: 54px; border-width: 3px; }
+  .query-row { padding: 6px 0; }
+  .miss img { width: 40px; height: 40px; border-width: 2px; }
+  .sides img { width: 34px; height: 34px; }
+  .entry { gap: 6px; font-size: 10px; }
+  .entry small, .what, .note { font-size: 10px; }
+  h3, h3 + .note, .lead { break-after: avoid; }
+  .cluster { break-inside: avoid; }
   .scroll, .query-row { overflow: hidden; }
   .chart.wide svg { min-width: 0; }
   .map { height: 95mm; }

@@ -34,7 +34,7 @@ def masks_chart(found: Diagnosis) -> Chart:
 
     return Chart(
         "Masks of the learners",
-        "The darker, the more a learner uses a coordinate; white: not at all. Masks that all look the same are no subspaces.",
+        "The stronger the colour, the more a learner uses a coordinate. Masks that all look the same are no subspaces.",
         draw(paint, width=11.6, height=min(5.0, 1.1 + 0.24 * learners)),
         wide=True,
     )
