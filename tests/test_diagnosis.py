@@ -13,8 +13,9 @@ import torch
 from dnc_dist.base.errors import Stopped
 from dnc_dist.base.progress import Progress
 from dnc_dist.data.index import open_index
+from dnc_dist.engine.clusters import last_division
 from dnc_dist.engine.dataset import RunData
-from dnc_dist.engine.diagnose import diagnose, last_division
+from dnc_dist.engine.diagnose import diagnose
 from dnc_dist.engine.evaluate import Evaluation, evaluate_view
 from dnc_dist.engine.network import build_network
 from dnc_dist.processes import distributed

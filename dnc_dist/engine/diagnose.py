@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dnc_dist.base.errors import Stopped
-from dnc_dist.base.exact import contingency
 from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import Division
 from dnc_dist.data.index import RowView, text
+from dnc_dist.engine.clusters import Clusters, clusters_now, last_division
 from dnc_dist.engine.dataset import Passes, RunData
 from dnc_dist.engine.evaluate import THUMBNAIL_SIDE, Evaluation
 from dnc_dist.engine.mistakes import EXAMPLES, SAMPLED, SHOWN, TWIN, Mistakes, distances_in_bars, drawn, find_mistakes, ranks_in_groups
@@ -23,28 +21,12 @@ from dnc_dist.engine.subspaces import Asking, gather_queries, nearest, nearest_o
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.retrieval.protocols import Queries
-from dnc_dist.rundir import DIVISIONS
 from dnc_dist.rundir.diagnosis import MOST, Diagnosis, save_diagnosis
 
 AGREEING = 5
 """Nearest rows of a query that all belong to one other class: its label is suspect."""
-CLUSTER_SAMPLE = 64
-"""Training images of each learner that say where its cluster lies now."""
-MONTAGE, MOST_MONTAGE = 12, 240
-"""Pictures of each cluster, and of all."""
 MAP_SIDE = 32
-BLOCK = 32
-"""Training images that go through the network together, whichever rank has them."""
 _log = logging.getLogger(__name__)
-
-
-class _Clusters(NamedTuple):
-    """The clusters of the last division that had several, and the subspaces of their learners."""
-
-    masks: Tensor  # (k, D) at least 0
-    centres: np.ndarray  # (k, D) mean embeddings of some of their images, now
-    montage: np.ndarray  # (k, t) int64 rows of the index; -1: no more
-    facts: np.ndarray  # (k, 4) float32: images, classes, classes of which most lie here, mean share of an image's class
 
 
 class _Looked(NamedTuple):
@@ -56,18 +38,6 @@ class _Looked(NamedTuple):
     near: np.ndarray  # (w, 5) int64 nearest rows
     own: np.ndarray  # (w,) int64 nearest row of the query's class
     own_distance: np.ndarray  # (w,) float32, squared
-
-
-def last_division(now: Division | None, run_dir: Path) -> Division | None:
-    """The last division of a run that had several learners; None if there was none. While conquering only the run directory has it.
-
-    Raises:
-        InputError: the file of a division is damaged.
-    """
-    if now is not None and now.num_learners > 1:
-        return now
-    made = sorted((run_dir / DIVISIONS).glob("epoch-*.npz"), key=lambda path: (len(path.name), path.name))
-    return next((found for path in reversed(made) if (found := Division.load(path)).num_learners > 1), None)
 
 
 def diagnose(
@@ -124,7 +94,7 @@ def diagnose(
         done()
         clusters, alone = None, np.zeros((len(asking.rows), learners), bool)
         if division is not None:
-            clusters = _clusters(network, data, division)
+            clusters = clusters_now(network, data, division)
             if len(queries.rows):
                 alone = right_alone(found.held, asking, clusters.masks, labels, done)
         if distributed.is_main():
@@ -136,42 +106,6 @@ def diagnose(
 def _nobody() -> Queries:
     none = np.zeros(0, np.int64)
     return Queries(none, none, np.zeros(0), none, np.zeros(0, np.float32))
-
-
-def _clusters(network: EmbeddingNetwork, data: RunData, division: Division) -> _Clusters:
-    """Collective. The clusters of a division of the training view, as the network sees them now."""
-    learners, learner_of, labels = division.num_learners, division.learner_of, data.train.labels
-    sample = [drawn(f"cluster {learner}", np.flatnonzero(learner_of == learner), CLUSTER_SAMPLE) for learner in range(learners)]
-    embeddings = _embed(network, data, data.train.rows[np.concatenate(sample)])
-    centres = [part.mean(0) for part in np.split(embeddings, np.cumsum([len(rows) for rows in sample])[:-1])]
-    table = contingency(learner_of, labels, learners, data.train.num_classes)
-    # Of the class of an image of the cluster, how much lies in the cluster with it.
-    share = (table * (table / np.maximum(table.sum(0), 1))).sum(1) / np.maximum(table.sum(1), 1)
-    main = np.bincount(table.argmax(0)[table.sum(0) > 0], minlength=learners)
-    montage = np.full((learners, min(MONTAGE, max(1, MOST_MONTAGE // learners))), -1)
-    for line, rows in zip(montage, sample, strict=True):
-        some = data.train.rows[rows[: len(line)]]
-        line[: len(some)] = some
-    with torch.no_grad():
-        masks = network.masks.level_masks(learners).float().relu().cpu()
-    return _Clusters(masks, np.stack(centres), montage, np.stack([table.sum(1), (table > 0).sum(1), main, share], 1).astype(np.float32))
-
-
-def _embed(network: EmbeddingNetwork, data: RunData, rows: np.ndarray) -> np.ndarray:
-    """Collective. (n, D) embeddings of a few rows of the index, in blocks that do not depend on the number of ranks."""
-    blocks = [np.arange(at, min(at + BLOCK, len(rows))) for at in range(0, len(rows), BLOCK)]
-    start, stop = distributed.local_range(len(blocks))
-    device, own = distributed.device(), torch.zeros(0, network.masks.embedding_dim, device=distributed.device())
-    was_training = network.training
-    network.eval()
-    with torch.inference_mode():
-        for block in blocks[start:stop]:
-            pixels = data.thumbnails(rows[block], data.cfg.data.image_size, data.cfg.data.crop)
-            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(device)
-            own = torch.cat([own, network.embeddings(images).float()])
-        every = distributed.gather_rows(own).cpu().numpy()
-    network.train(was_training)
-    return every
 
 
 class _Pictures:
@@ -200,7 +134,7 @@ def _padded(lists: list[np.ndarray], width: int) -> np.ndarray:
 
 
 def _diagnosis(
-    data: Passes, view: RowView, queries: Queries, mistakes: Mistakes, looked: _Looked, clusters: _Clusters | None, on_map: np.ndarray
+    data: Passes, view: RowView, queries: Queries, mistakes: Mistakes, looked: _Looked, clusters: Clusters | None, on_map: np.ndarray
 ) -> Diagnosis:
     """What is kept, with its pictures. Rank 0 only."""
     labels, index, pictures = view.labels, data.index, _Pictures()
