@@ -18,6 +18,7 @@ from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.diagnose import diagnose
 from dnc_dist.engine.evaluate import Evaluation, evaluate_view
 from dnc_dist.engine.network import build_network
+from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir.diagnosis import Diagnosis, load_diagnosis
@@ -42,8 +43,8 @@ def diagnosed(root: Path, out: Path, *, learners: int = LEARNERS, masks: str = "
     progress = Progress(distributed.is_main())
     found = evaluate_view(network, data, data.test, cfg, with_nmi=False, stop=stop, progress=progress, epoch=0)
     stop.requested = stopped
-    division = division_by_hand(data.train.labels, learners)
-    diagnose(network, data, data.test, found, out, division=division, stop=stop, progress=progress, name="diagnosis")
+    state = TrainState(epoch=3, division=division_by_hand(data.train.labels, learners))
+    diagnose(network, data, data.test, found, out, state, stop=stop, progress=progress)
     return found
 
 
@@ -110,7 +111,7 @@ def test_one_learner_has_no_subspaces(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_stop_request_leaves_nothing(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stopped, match="during diagnosis"):
+    with pytest.raises(Stopped, match="during epoch 3: diagnosis"):
         diagnosed(root, tmp_path, stopped=True)
     assert load_diagnosis(tmp_path) is None
 

@@ -169,7 +169,8 @@ def test_odd_numbers_cost_no_traceback(tmp_path: Path, change: dict[str, Any]) -
 
 def test_overlap_of_masks() -> None:
     masks = np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 2], [0, 0, 0, 0]], np.float32)
-    assert np.allclose(overlap(masks), [[1, 0.5, 0, 0], [0.5, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+    expected = np.array([[1, 0.5, 0, 0], [0.5, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
+    assert np.allclose(overlap(masks), expected)
 
 
 def test_recall_of_a_learners_own_queries() -> None:

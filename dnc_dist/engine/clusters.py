@@ -58,8 +58,9 @@ def clusters_now(network: EmbeddingNetwork, data: RunData, division: Division) -
     main = np.bincount(table.argmax(0)[table.sum(0) > 0], minlength=learners)
     montage = np.full((learners, min(MONTAGE, max(1, MOST_MONTAGE // learners))), -1)
     for line, rows in zip(montage, sample, strict=True):
-        some = data.train.rows[rows[: len(line)]]
-        line[: len(some)] = some
+        # Classes stand together in the order of the rows: some of all of them.
+        some = rows[np.linspace(0, len(rows) - 1, min(len(line), len(rows))).round().astype(int)]
+        line[: len(some)] = data.train.rows[some]
     with torch.no_grad():
         masks = network.masks.level_masks(learners).float().relu().cpu()
     return Clusters(masks, np.stack(centres), montage, np.stack([table.sum(1), (table > 0).sum(1), main, share], 1).astype(np.float32))

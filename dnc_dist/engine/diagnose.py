@@ -17,6 +17,7 @@ from dnc_dist.engine.dataset import Passes, RunData
 from dnc_dist.engine.evaluate import THUMBNAIL_SIDE, Evaluation
 from dnc_dist.engine.mistakes import EXAMPLES, SAMPLED, SHOWN, TWIN, Mistakes, distances_in_bars, drawn, find_mistakes, ranks_in_groups
 from dnc_dist.engine.network import EmbeddingNetwork
+from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.subspaces import Asking, gather_queries, nearest, nearest_of_class, right_alone
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
@@ -46,11 +47,10 @@ def diagnose(
     view: RowView,
     found: Evaluation,
     run_dir: Path,
+    state: TrainState,
     *,
-    division: Division | None,
     stop: StopRequest,
     progress: Progress,
-    name: str,
 ) -> None:
     """Collective. Write ``diagnosis.npz`` into the run directory; rank 0 writes.
 
@@ -60,15 +60,15 @@ def diagnose(
         view: that it was evaluated on.
         found: by the evaluation.
         run_dir: where to write.
-        division: the one in force; it may be that of the conquer phase.
+        state: of the training; its division may be that of the conquer phase.
         stop: asked between searches.
         progress: of them.
-        name: of the phase.
 
     Raises:
         Stopped: a rank was asked to stop.
     """
-    division = distributed.on_main(last_division, division, run_dir)
+    name = f"epoch {state.epoch}: diagnosis"
+    division: Division | None = distributed.on_main(last_division, state.division, run_dir)
     if division is not None and division.num_learners > MOST["k"]:
         _log.info("the report shows no subspaces: it has room for %d learners, there are %d", MOST["k"], division.num_learners)
         division = None

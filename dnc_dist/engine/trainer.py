@@ -215,8 +215,7 @@ class Trainer:
                 cards[prefix + CARD] = card.plain()
             if not prefix and trained and state.epoch + 1 == cfg.schedule.epochs:
                 save_neighbours(self.data, view, found, cfg.run.path)
-                what = {"division": state.division, "stop": self.stop, "progress": self.progress}
-                diagnose(self.objective, self.data, view, found, cfg.run.path, **what, name=f"epoch {state.epoch}: diagnosis")
+                diagnose(self.objective, self.data, view, found, cfg.run.path, state, stop=self.stop, progress=self.progress)
             del found  # the embeddings of a view are not kept while those of the next are made
         self.tracker.log("evaluation", state.step, epochs, metrics | cards)
         if metrics:
