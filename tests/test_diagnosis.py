@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir.diagnosis import Diagnosis, load_diagnosis
-from tests.engine_fixtures import config, division_by_hand, make_dataset
+from tests.engine_fixtures import config, damage, division_by_hand, make_dataset
 from tests.spawn import spawn
 
 LEARNERS = 4
@@ -33,7 +33,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("diagnosis"))
 
 
-def diagnosed(root: Path, out: Path, *, learners: int = LEARNERS, masks: str = "fixed", stopped: bool = False) -> Evaluation:
+def diagnosed(
+    root: Path, out: Path, *, learners: int = LEARNERS, masks: str = "fixed", stopped: bool = False, answered: bool = True
+) -> Evaluation:
     """Evaluate an untrained network on the test split, and leave the diagnosis in a folder."""
     cfg = config(root, out, model={"masks": masks}, division={"num_learners": learners})
     torch.manual_seed(1)
@@ -42,6 +44,8 @@ def diagnosed(root: Path, out: Path, *, learners: int = LEARNERS, masks: str = "
     assert data.test is not None
     progress = Progress(distributed.is_main())
     found = evaluate_view(network, data, data.test, cfg, with_nmi=False, stop=stop, progress=progress, epoch=0)
+    if not answered:
+        found = replace(found, retrieval=replace(found.retrieval, queries=None))
     stop.requested = stopped
     state = TrainState(epoch=3, division=division_by_hand(data.train.labels, learners))
     diagnose(network, data, data.test, found, out, state, stop=stop, progress=progress)
@@ -108,6 +112,16 @@ def test_one_learner_has_no_subspaces(root: Path, tmp_path: Path) -> None:
     diagnosed(root, tmp_path, learners=1)
     found = loaded(tmp_path)
     assert found.num_learners == 0 and found.counts[0] == 18 and len(found.queries) > 0 and len(found.sampled_right) == 0
+
+
+@pytest.mark.parametrize("answered", [True, False], ids=["", "no one answer"])
+def test_an_image_that_cannot_be_decoded_takes_no_part(root: Path, tmp_path: Path, answered: bool) -> None:
+    """Also of a protocol that draws galleries, whose queries have no one answer: it leaves masks and map."""
+    (tmp_path / "out").mkdir()
+    diagnosed(damage(root, tmp_path / "damaged", [], [0, 7]), tmp_path / "out", answered=answered)
+    found = loaded(tmp_path / "out")
+    assert found.counts[0] == (16 if answered else 0) and len(found.map_points) == 16 and found.num_learners == LEARNERS
+    assert (len(found.queries) > 0) == answered and len(found.sampled_right) == found.counts[0]
 
 
 def test_a_stop_request_leaves_nothing(root: Path, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def diagnose(
         on_map = queries.rows[mistakes.sampled] if len(queries.rows) else drawn("map", np.flatnonzero(found.held.gallery), SAMPLED)
         shown = mistakes.shown()
         asking = gather_queries(found.held, np.union1d(on_map, queries.rows[np.union1d(shown, mistakes.missed)]))
+        on_map = on_map[np.isin(on_map, asking.rows)]  # an image that could not be decoded has no embedding
         few = asking.of(queries.rows[shown])
         near = nearest(found.held, few, AGREEING).ids.numpy()
         own, own_distance = nearest_of_class(found.held, few, labels)
