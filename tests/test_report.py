@@ -171,7 +171,7 @@ def test_report_shows_what_is_there(tmp_path: Path) -> None:
     lines = [{"step": 1, "epoch": 0, "kind": "train", "loss": "NaN"}, {"step": 2, "epoch": 0, "kind": "train", "loss": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = build_report(tmp_path).read_text()
-    assert page.count("<svg") == 1 and "Divisions" not in page
+    assert page.count("<svg") == 1 and "What division did" not in page
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "epoch": 0, "kind": "division", "sizes": [4], "num_learners": 1}) + "\n")
     assert build_report(tmp_path).read_text().count("<svg") == 1
 

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from dnc_dist.report import build_report
 from dnc_dist.report.story import findings
+from dnc_dist.rundir.diagnosis import save_diagnosis
 from dnc_dist.rundir.record import read_run
+from tests.diagnosis_fixtures import make_diagnosis
 
 CONFIG: dict[str, Any] = {
     "schedule": {"batch_size": 32},
@@ -66,6 +69,27 @@ def told(folder: Path, lines: list[dict[str, Any]], **division_keys: Any) -> str
 )  # fmt: skip
 def test_each_finding_where_it_holds(tmp_path: Path, lines: list[dict[str, Any]], says: str, says_not: str) -> None:
     story = told(tmp_path, lines)
+    assert says in story and says_not not in story
+
+
+@pytest.mark.parametrize(
+    ("twins", "pairs", "says", "says_not"),
+    [
+        (11, [[3, 2]], "11% of the misses are practically the same image in two classes", "between"),
+        (10, [[40, 11]], "51% of the misses are between two classes", "practically"),
+        (0, [[30, 10], [8, 8]], "56% of the misses are between 2 pairs of classes", "practically"),
+        (0, [[25, 25]], "", "misses"),
+    ],
+)
+def test_misses_that_a_look_at_the_images_explains(tmp_path: Path, twins: int, pairs: list[list[int]], says: str, says_not: str) -> None:
+    found = make_diagnosis(
+        twins=np.array([twins]),
+        pair_counts=np.array(pairs),
+        pair_queries=np.full((len(pairs), 2), 80),
+        pair_examples=np.full((len(pairs), 3), -1),
+    )
+    save_diagnosis(tmp_path, found)
+    story = told(tmp_path, [evaluation(0, 0.75)])
     assert says in story and says_not not in story
 
 

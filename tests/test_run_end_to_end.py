@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from dnc_dist import __version__
+from dnc_dist.rundir.diagnosis import load_diagnosis
 from tests.run_fixtures import (
     Done,
     divisions,
@@ -70,6 +71,9 @@ def test_a_launch_leaves_a_complete_run(launched: tuple[Path, Done, Done]) -> No
     page = (run / "report.html").read_text()
     assert "<svg" in page or "data:image/png" in page
     assert 'src="http' not in page and "<link" not in page
+    assert "Why it errs" in page and "Map of the embedding" in page
+    found = load_diagnosis(run)
+    assert found is not None and found.num_learners == 4 and 1 - found.counts[1] / found.counts[0] == pytest.approx(result["recall@1"])
     # Rank 1 holds its own part of the optimizer state.
     latest = (run / "checkpoints" / "latest").read_text()
     assert len(list((run / "checkpoints" / latest).glob("zero_pp_rank_*_optim_states.pt"))) == 2

@@ -97,9 +97,9 @@ class Passes:
             pin_memory=self._pin_memory,
         )
 
-    def thumbnails(self, rows: NDArray[np.int64], side: int) -> NDArray[np.uint8]:
+    def thumbnails(self, rows: NDArray[np.int64], side: int, crop: float = 1.0) -> NDArray[np.uint8]:
         """(n..., side, side, 3) pictures of rows of the index; black for -1 and for a row that cannot be decoded."""
-        geometry, reader = Geometry(None, side, 1.0), ShardReader(self.index)
+        geometry, reader = Geometry(None, side, crop), ShardReader(self.index)
         pictures = np.zeros((rows.size, side, side, 3), np.uint8)
         for at, row in enumerate(rows.ravel().tolist()):
             image = _decoded(reader.read(row)) if row >= 0 else None

@@ -25,10 +25,11 @@ from dnc_dist.engine.dataset import Passes, columns_of
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network
 from dnc_dist.engine.per_query import check_place, write_queries
+from dnc_dist.engine.subspaces import Searched
 from dnc_dist.engine.zero import load_weights, read_model
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
-from dnc_dist.retrieval.protocols import Protocol, RetrievalResult
+from dnc_dist.retrieval.protocols import Protocol, RetrievalResult, RolesProtocol
 from dnc_dist.rundir.card import CARD, DISTANCE, Card, commit
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import load_run_config
@@ -53,6 +54,8 @@ class Evaluation:
     failed: list[str]
     facts: dict[str, Any]
     """The fields of the card that an evaluation knows by itself."""
+    held: Searched
+    """What was measured of ``retrieval``."""
 
     def card(self, *, epoch: int, checkpoint: str | None, selected_on: str) -> Card:
         """What the metrics stand on, for weights of this epoch and checkpoint that were selected so."""
@@ -107,7 +110,8 @@ def evaluate_view(
     if len(results) > 1:
         for list_name, result in results.items():
             metrics |= {f"{list_name}/{key}": value for key, value in (result.metrics | _counts(result)).items()}
-    return Evaluation(metrics, results[main], results, found.failed, facts)
+    searched = chosen.roles(columns)[1] if isinstance(chosen, RolesProtocol) else members
+    return Evaluation(metrics, results[main], results, found.failed, facts, Searched(embeddings, rows, searched))
 
 
 def _counts(result: RetrievalResult) -> dict[str, int]:

@@ -18,6 +18,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.engine import plan
 from dnc_dist.engine.announce import announce, result
 from dnc_dist.engine.dataset import RunData
+from dnc_dist.engine.diagnose import diagnose
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.engine.next_division import next_division
@@ -214,6 +215,8 @@ class Trainer:
                 cards[prefix + CARD] = card.plain()
             if not prefix and trained and state.epoch + 1 == cfg.schedule.epochs:
                 save_neighbours(self.data, view, found, cfg.run.path)
+                diagnose(self.objective, self.data, view, found, cfg.run.path, state, stop=self.stop, progress=self.progress)
+            del found  # the embeddings of a view are not kept while those of the next are made
         self.tracker.log("evaluation", state.step, epochs, metrics | cards)
         if metrics:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
@@ -10,7 +9,9 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dnc_dist.report import names
 from dnc_dist.report.markup import Html, element
+from dnc_dist.report.pictures import data_url
 from dnc_dist.rundir.gallery import PictureGallery
 
 RIGHT, WRONG = "#16a34a", "#dc2626"
@@ -23,20 +24,10 @@ def confident_mistakes(gallery: PictureGallery) -> np.ndarray:
     return wrong[np.argsort(gallery.distances[wrong, 0], kind="stable")]
 
 
-def _data_url(pixels: np.ndarray) -> str:
-    """The smaller of PNG and JPEG; (side, side, 3) uint8."""
-    versions = []
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, kind, **options)
-        versions.append((len(buffer.getvalue()), kind, buffer.getvalue()))
-    _, kind, data = min(versions)
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _tile(pixels: np.ndarray, name: str, below: str, kind: str) -> Html:
-    picture = element("img", src=_data_url(pixels), alt=name, title=name, width="64", height="64")
-    return element("figure", picture, element("figcaption", element("span", name), element("small", below)), cls=f"tile {kind}")
+    words, short = names.full(name), names.shown(name)
+    picture = element("img", src=data_url(pixels), alt=words, title=words, width="64", height="64")
+    return element("figure", picture, element("figcaption", element("span", short), element("small", below)), cls=f"tile {kind}")
 
 
 def query_html(gallery: PictureGallery, query: int) -> Html:

@@ -13,9 +13,12 @@ from dnc_dist.base.files import write_text
 from dnc_dist.report.charts import Chart, all_curves
 from dnc_dist.report.divisions import division_chart, division_table
 from dnc_dist.report.gallery import confident_mistakes, query_html
+from dnc_dist.report.map import map_html
 from dnc_dist.report.markup import Html, element, join
+from dnc_dist.report.mistakes import mistakes_html
 from dnc_dist.report.story import story_html
 from dnc_dist.report.style import CSS
+from dnc_dist.report.subspaces import subspaces_html
 from dnc_dist.rundir import METRICS_FILE, REPORT_FILE
 from dnc_dist.rundir.gallery import PictureGallery
 from dnc_dist.rundir.record import RunRecord, number, read_run
@@ -119,7 +122,13 @@ def _divisions(run: RunRecord) -> Html:
     if chart is None:
         return Html()
     numbers = element("summary", "All divisions in numbers"), element("div", division_table(run), cls="scroll")
-    return join([element("h2", "Divisions"), element("div", _chart(chart), cls="grid"), element("details", *numbers)])
+    learners = subspaces_html(run.diagnosis) if run.diagnosis is not None else []
+    parts = [element("h2", "What division did"), element("div", _chart(chart), cls="grid"), *learners, element("details", *numbers)]
+    return join(parts)
+
+
+def _map(run: RunRecord) -> Html:
+    return Html() if run.diagnosis is None else map_html(run.diagnosis)
 
 
 def _queries(title: str, note: str, gallery: PictureGallery, queries: np.ndarray) -> Html:
@@ -127,6 +136,15 @@ def _queries(title: str, note: str, gallery: PictureGallery, queries: np.ndarray
         return Html()
     rows = [query_html(gallery, int(query)) for query in queries]
     return join([element("h3", title), element("p", note, cls="note"), element("div", *rows, cls="query-list")])
+
+
+def _mistakes(run: RunRecord) -> Html:
+    if run.diagnosis is not None:
+        return join([element("h2", "Why it errs"), mistakes_html(run.diagnosis)])
+    if not run.result():
+        return Html()
+    words = "This run has left no diagnosis of all its queries: its last evaluation is still to come, or it was made by an earlier version."
+    return join([element("h2", "Why it errs"), element("p", words, cls="note")])
 
 
 def _gallery(run: RunRecord) -> Html:
@@ -139,7 +157,8 @@ def _gallery(run: RunRecord) -> Html:
         f"From a random sample of {len(sample)} queries; for {right} of them the nearest neighbour is right. "
         "Below each picture: class and distance."
     )
-    mistakes = confident_mistakes(gallery)
+    # A diagnosis looks at all queries.
+    mistakes = confident_mistakes(gallery) if run.diagnosis is None else sample[:0]
     mistakes_note = (
         "Wrong nearest neighbours among the sampled queries, the closest first. Often two classes that really look alike, or a wrong label."
     )
@@ -193,7 +212,7 @@ def build_report(run_dir: Path) -> Path:
         element("title", f"{run.path.resolve().name} · dnc-dist report"),
         element("style", Html(CSS)),
     )
-    parts = [part(run) for part in (_header, story_html, _curves, _divisions, _gallery, _config, _footer)]
+    parts = [part(run) for part in (_header, story_html, _curves, _divisions, _mistakes, _map, _gallery, _config, _footer)]
     page = element("html", head, element("body", element("main", *parts)), lang="en")
     path = run.path / REPORT_FILE
     write_text(path, f"<!doctype html>{page}\n")

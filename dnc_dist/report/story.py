@@ -17,7 +17,11 @@ ERRORS = 2.0
 _ALIKE, _DIFFERENT = 0.95, 0.5
 """Masks whose mean cosine is above the first hardly differ; below the second, learners have subspaces of their own."""
 _MANY = 0.1
-"""The share of images left out, of anchors without negatives, or of time spent waiting, that is worth a word."""
+"""The share of images left out, of misses between equal images, of anchors without negatives, or of time spent waiting, that is worth
+a word."""
+
+_MOST = 0.5
+"""The share of misses between a few pairs of classes that is worth a word."""
 
 
 class Finding(NamedTuple):
@@ -42,7 +46,7 @@ class _Recall(NamedTuple):
 
 def findings(run: RunRecord) -> list[Finding]:
     """What there is to say, the most important first; empty where nothing has been measured."""
-    return list(chain(_result(run), _course(run), _division(run), _masks(run), _batches(run), _time(run)))
+    return list(chain(_result(run), _course(run), _misses(run), _division(run), _masks(run), _batches(run), _time(run)))
 
 
 def story_html(run: RunRecord) -> Html:
@@ -100,6 +104,21 @@ def _course(run: RunRecord) -> Iterator[Finding]:
     elif (gained := last.points_over(earlier)) > 0:
         says = f"recall@1 still rose when training ended: by {gained:.1f} points from epoch {earlier.epoch} to {last.epoch}."
         yield Finding(says, "Train longer (schedule.epochs).")
+
+
+def _misses(run: RunRecord) -> Iterator[Finding]:
+    """Whether a look at the images may help more than training does."""
+    found = run.diagnosis
+    if found is None or found.counts[1] == 0:
+        return
+    misses = float(found.counts[1])
+    if (twins := int(found.twins[0])) > _MANY * misses:
+        says = f"{twins / misses:.0%} of the misses are practically the same image in two classes."
+        yield Finding(says, "Look at them below: one label of each two may be wrong, or the image is there twice.")
+    if len(found.pair_counts) and (share := float(found.pair_counts.sum()) / misses) > _MOST:
+        pairs = len(found.pair_counts)
+        says = f"{share:.0%} of the misses are between {'two classes' if pairs == 1 else f'{pairs} pairs of classes'}."
+        yield Finding(says, "Look at them below: their labels may overlap, or they need more images.")
 
 
 def _division(run: RunRecord) -> Iterator[Finding]:

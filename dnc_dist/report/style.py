@@ -55,6 +55,40 @@ details .grid { margin-top: 12px; }
 .tile small { color: var(--muted); font-size: 12px; font-variant-numeric: tabular-nums; }
 .tile.right small { color: var(--right); }
 .tile.wrong small { color: var(--wrong); }
+.lead { max-width: 75em; margin: 0 0 16px; }
+h2 ~ h3 { margin-top: 26px; }
+.misses { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 285px), 1fr)); gap: 12px; margin-top: 10px; }
+.miss { padding: 10px 14px; background: var(--card); border: 1px solid var(--line); border-radius: 12px; min-width: 0; }
+.miss .note { margin-top: 6px; }
+.miss p small { color: var(--muted); }
+.entry { display: flex; gap: 10px; padding: 4px 0; font-size: 13px; line-height: 1.3; }
+.entry > div { min-width: 0; overflow-wrap: anywhere; align-self: center; }
+.entry b { font-size: 15px; }
+.entry b, .entry small, .entry span { display: block; }
+.entry small, .what { color: var(--muted); font-size: 12px; }
+.what.right { color: var(--right); }
+.what.wrong { color: var(--wrong); }
+.miss img { width: 64px; height: 64px; flex: none; border-radius: 8px; border: 3px solid var(--line); object-fit: cover; display: block; }
+.miss img.right { border-color: var(--right); }
+.miss img.wrong { border-color: var(--wrong); }
+.sides { display: flex; flex-wrap: wrap; gap: 6px 12px; margin-top: 6px; }
+.sides img { width: 52px; height: 52px; }
+.two { display: flex; gap: 2px; }
+.grid + .grid { margin-top: 14px; }
+.chart + h3, .grid + h3 { margin-top: 20px; }
+.clusters .cluster { padding: 8px 0; border-top: 1px solid var(--line); font-size: 13px; }
+.clusters .cluster:first-child { border-top: 0; }
+.clusters p > i { display: inline-block; width: 14px; height: 12px; margin-right: 8px; border-radius: 3px; vertical-align: -1px; }
+.clusters img { border-radius: 6px; display: block; }
+.map { position: relative; height: min(60vw, 620px); background: var(--card); border: 1px solid var(--line); border-radius: 12px;
+  margin-top: 12px; overflow: hidden; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+.map i { position: absolute; width: 7px; height: 7px; margin: -3px 0 0 -3px; border-radius: 50%; background: var(--blue); opacity: .75; }
+.map i.off { background: var(--wrong); }
+.map i.big, .map i:hover { width: var(--side); height: var(--side); margin: calc(var(--side) / -2) 0 0 calc(var(--side) / -2);
+  border-radius: 5px; background: var(--sheet) var(--x) var(--y); outline: 2px solid var(--blue); opacity: 1; }
+.map i.off.big, .map i.off:hover { outline-color: var(--wrong); }
+.map i.big { z-index: 1; }
+.map i:hover { z-index: 2; transform: scale(2); }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 td, th { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 500; border-top: 0; }
@@ -72,11 +106,26 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
   body { background: #fff; font-size: 12px; }
   main { padding: 0; max-width: none; }
   h2 { margin-top: 20px; break-after: avoid; }
-  .chart, .card, .query-row, .story li { break-inside: avoid; }
+  .chart, .card, .query-row, .story li, .miss { break-inside: avoid; }
   .grid.large { grid-template-columns: 1fr 1fr; }
+  .misses { grid-template-columns: repeat(4, 1fr); gap: 6px; }
+  .miss { padding: 6px 8px; }
+  .tile, .tile.query { flex-basis: 54px; width: 54px; }
+  .tile img, .tile.query img { width: 54px; height: 54px; border-width: 3px; }
+  .query-row { padding: 6px 0; }
+  .miss img { width: 40px; height: 40px; border-width: 2px; }
+  .sides img { width: 34px; height: 34px; }
+  .entry { gap: 6px; font-size: 10px; }
+  .entry small, .what, .note { font-size: 10px; }
+  h3, h3 + .note, .lead { break-after: avoid; }
+  .cluster { break-inside: avoid; }
   .scroll, .query-row { overflow: hidden; }
   .chart.wide svg { min-width: 0; }
+  .map { height: 95mm; }
 }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } h1 { font-size: 21px; } .cards { grid-template-columns: 1fr 1fr; }
-  .query-row { flex-wrap: wrap; } }
+  .query-row { flex-wrap: wrap; }
+  .map i.big:not(:hover) { width: 7px; height: 7px; margin: -3px 0 0 -3px; border-radius: 50%; background: var(--blue); outline: 0; }
+  .map i.off.big:not(:hover) { background: var(--wrong); }
+  .map { height: 90vw; } }
 """

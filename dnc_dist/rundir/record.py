@@ -1,4 +1,4 @@
-"""What a run has left behind, read for the report: ``metrics.jsonl``, ``config.yaml``, ``gallery.npz``; from any hand, of any length."""
+"""What a run has left behind, read for the report: ``metrics.jsonl``, ``config.yaml``, pictures; from any hand, of any length."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.base.yaml_text import read_yaml
 from dnc_dist.rundir import CONFIG_FILE, METRICS_FILE
 from dnc_dist.rundir.card import CARD, Card
+from dnc_dist.rundir.diagnosis import Diagnosis, load_diagnosis
 from dnc_dist.rundir.gallery import PictureGallery, load_gallery
 from dnc_dist.rundir.tracker import metric_lines
 
@@ -85,6 +86,7 @@ class RunRecord:
     path: Path
     config: dict[str, Any] = field(default_factory=dict)
     gallery: PictureGallery | None = None
+    diagnosis: Diagnosis | None = None
     lines: dict[str, list[Line]] = field(default_factory=lambda: {kind: [] for kind in _KINDS})
     """Those about epochs, by kind; of training steps only the curves are kept."""
     curves: dict[str, dict[str, Thinned]] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
@@ -219,5 +221,6 @@ def read_run(run_dir: Path, *, with_gallery: bool = True) -> RunRecord:
             cure = "delete it, `dnc-dist report` works without" if with_gallery else "put the right one back"
             raise InputError(f"{error}; {cure}") from error
         run.config = config if isinstance(config, dict) else {}
-    run.gallery = load_gallery(run_dir) if with_gallery else None
+    if with_gallery:
+        run.gallery, run.diagnosis = load_gallery(run_dir), load_diagnosis(run_dir)
     return run
