@@ -108,7 +108,8 @@ class Asked:
             later = (at < len(keys)) & (keys[np.minimum(at, len(keys) - 1)] == key)
             later[later] = rows[at[later]] < hits.ids[rest[doubt[later]]]
             doubt, key, at = doubt[later], key[later], at[later] + 1
-        np.add.at(self.before.reshape(-1), place[place < (query + 1) * self.rows.shape[1]], 1)
+        place = place[place < (query + 1) * self.rows.shape[1]]
+        self.before += np.bincount(place, minlength=self.before.size).reshape(self.before.shape).astype(np.int32)
 
     def _look_nearer(self, which: np.ndarray, least: np.ndarray, most: np.ndarray, hits: Hits) -> None:
         """Whether one of some hits is the nearest row so far."""

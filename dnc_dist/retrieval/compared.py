@@ -62,7 +62,7 @@ class Searched(Gallery):
         """Count all rows for the queries (Q, D) that visit this rank."""
         left, everyone = self._left(visitors, visiting), np.arange(len(visitors))
         for at in range(0, len(self), TILE):
-            self._compare(left, everyone, visiting, self._right(slice(at, at + TILE)), None)
+            self._compare(left, everyone, visiting, slice(at, at + TILE), None)
 
     def exchange(self, visitors: np.ndarray, visiting: Asked, counts: list[int], own: Asked, parts: list[slice], number: int) -> None:
         """Count rows for the queries (Q, D) that visit this rank, and the visitors for the rows: once for every pair.
@@ -77,12 +77,11 @@ class Searched(Gallery):
         left, me = self._left(visitors, visiting), distributed.rank()
         of_rank = np.split(np.arange(len(visitors)), np.cumsum(counts)[:-1])
         for part, which in enumerate(parts):
-            right = self._right(which)
             now = [part > number if rank == me else ((part + number) % 2 == 0) == (me < rank) for rank in range(len(counts))]
             others = [of_rank[rank] if compared else of_rank[rank][:0] for rank, compared in enumerate(now)]
-            self._compare(left, np.concatenate(others), visiting, right, own.part(which))
+            self._compare(left, np.concatenate(others), visiting, which, own.part(which))
             if part == number:
-                self._compare(left, of_rank[me], visiting, right, None)
+                self._compare(left, of_rank[me], visiting, which, None)
 
     def _left(self, visitors: np.ndarray, visiting: Asked) -> _Side:
         centred = visitors - self.centre
@@ -92,17 +91,17 @@ class Searched(Gallery):
         return _Side(visitors, visiting.ids, visiting.labels, torch.from_numpy(factors), np.sqrt(square))
 
     def _right(self, which: slice) -> _Side:
-        rows = self.rows(which)
+        rows, square = self.rows(which), self.square[which]
         factors = np.empty((len(rows), rows.shape[1] + 2), np.float32)
-        centred = np.subtract(rows, self.centre, out=factors[:, :-2])
-        square = squares(centred)
+        np.subtract(rows, self.centre, out=factors[:, :-2])
         factors[:, -2], factors[:, -1] = 1, square
         return _Side(rows, self.ids[which], self.labels[which], torch.from_numpy(factors), np.sqrt(square))
 
-    def _compare(self, left: _Side, chosen: np.ndarray, visiting: Asked, right: _Side, own: Asked | None) -> None:
-        """Count rows on the right for the chosen queries on the left; the latter also for the former, if these ask."""
-        if not len(chosen) or not len(right.ids):
+    def _compare(self, left: _Side, chosen: np.ndarray, visiting: Asked, which: slice, own: Asked | None) -> None:
+        """Count some rows for the chosen queries on the left; and these queries for the rows, if the rows ask, too."""
+        if not len(chosen) or not len(self.ids[which]):
             return
+        right = self._right(which)
         dim = self.vectors.shape[1]
         left_error = np.asarray(gram_error(dim, left.norms, self.longest))
         right_error = np.asarray(gram_error(dim, right.norms, float(left.norms.max())))

@@ -27,7 +27,8 @@ class Gallery:
         self.centre = np.zeros(vectors.shape[1], np.float32)
         sums = [block.sum(0, dtype=np.float64) for _, block in self.centred_blocks()]
         self.centre = (np.sum(sums, 0) / len(self.ids)).astype(np.float32) if sums else self.centre
-        self.longest = max((float(squares(block).max()) for _, block in self.centred_blocks()), default=0.0) ** 0.5
+        self.square = np.concatenate([np.empty(0), *(squares(block) for _, block in self.centred_blocks())])
+        self.longest = float(self.square.max(initial=0)) ** 0.5
 
     def __len__(self) -> int:
         return len(self.ids)

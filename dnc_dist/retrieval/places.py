@@ -78,6 +78,7 @@ def _both_sides(
         visitors, counts = _gather(gallery.vectors[at])
         known.append(_relevant(gallery, visitors, counts, ids[at], labels[at], most))
     own = Asked.new(ids[order], labels[order], *(np.concatenate(part) for part in zip(*known, strict=True)))
+    own.narrow()
     del known
     ends = np.cumsum([len(at) for at in blocks])
     parts = [slice(int(end) - len(at), int(end)) for at, end in zip(blocks, ends, strict=True)]
