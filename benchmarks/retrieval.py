@@ -283,7 +283,7 @@ def main() -> None:
     for peer in () if args.no_peers else (faiss_flat, torch_topk):
         line[peer.__name__] = got = run(peer, 1, problem, int(k))[0]
         print(
-            f"peer {peer.__name__} (one process, all rows; its search alone): {got['seconds']} s, {got['cpu_seconds']} s of the processors, "
+            f"peer {peer.__name__} (one process, all rows; its search alone): {got['seconds']} s, {got['cpu_seconds']} CPU s, "
             f"peak {got['peak_mb']:.0f} MB, recall@1 {got['recall@1']:.4f}"
         )
     if args.out is not None:

@@ -85,9 +85,7 @@ def ours(problem: Products, recall_at: tuple[int, ...]) -> dict[str, Any]:
     few = min(len(rows), 256)
     evaluate(vectors[:few], rows[:few], labels, every, every, protocol="leave-one-out")  # libraries load what they need
     distributed.barrier()
-    result, took = measured(
-        lambda: evaluate(vectors, rows, labels, every, every, protocol="leave-one-out", recall_at=recall_at, sample=24)
-    )
+    result, took = measured(lambda: evaluate(vectors, rows, labels, every, every, protocol="leave-one-out", recall_at=recall_at, sample=24))
     return {"result": result, **took}
 
 

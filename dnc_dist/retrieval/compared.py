@@ -108,7 +108,9 @@ class Searched(Gallery):
         for start in range(0, len(chosen), TILE):
             queries = chosen[start : start + TILE]
             product = self._product[: len(queries) * len(right.ids)].view(len(queries), len(right.ids))
-            torch.mm(left.factors[torch.from_numpy(queries)], right.factors.T, out=product)
+            together = queries[-1] - queries[0] + 1 == len(queries)  # ascending: then nothing has to be copied
+            factors = left.factors[queries[0] : queries[-1] + 1] if together else left.factors[torch.from_numpy(queries)]
+            torch.mm(factors, right.factors.T, out=product)
             at = np.minimum(np.searchsorted(right.ids, left.ids[queries]), len(right.ids) - 1)
             itself = np.flatnonzero(right.ids[at] == left.ids[queries])
             product.numpy()[itself, at[itself]] = np.inf

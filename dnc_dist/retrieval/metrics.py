@@ -15,9 +15,7 @@ __all__ = ["average_precision_at_r", "nmi", "r_precision"]
 
 def _within_r(places: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     if len(relevant) and not 1 <= relevant.min() <= relevant.max() <= places.shape[1]:
-        raise ValueError(
-            f"{relevant.min()} to {relevant.max()} relevant rows, but {places.shape[1]} places; leave queries without any out"
-        )
+        raise ValueError(f"{relevant.min()} to {relevant.max()} relevant rows, but {places.shape[1]} places; leave queries without any out")
     return places <= relevant[:, None]
 
 
