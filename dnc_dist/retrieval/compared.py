@@ -27,7 +27,7 @@ class _Side(NamedTuple):
     vectors: np.ndarray
     ids: np.ndarray  # (b,)
     labels: np.ndarray  # (b,)
-    factors: Tensor  # (b, D + 2) float32; products of two sides are squared distances
+    factors: np.ndarray  # (b, D + 2) float32; products of two sides are squared distances
     norms: np.ndarray  # (b,) float64 lengths, less the centre
 
 
@@ -88,14 +88,14 @@ class Searched(Gallery):
         square = squares(centred)
         factors = np.empty((len(centred), centred.shape[1] + 2), np.float32)
         factors[:, :-2], factors[:, -2], factors[:, -1] = -2 * centred, square, 1
-        return _Side(visitors, visiting.ids, visiting.labels, torch.from_numpy(factors), np.sqrt(square))
+        return _Side(visitors, visiting.ids, visiting.labels, factors, np.sqrt(square))
 
     def _right(self, which: slice) -> _Side:
         rows, square = self.rows(which), self.square[which]
         factors = np.empty((len(rows), rows.shape[1] + 2), np.float32)
         np.subtract(rows, self.centre, out=factors[:, :-2])
         factors[:, -2], factors[:, -1] = 1, square
-        return _Side(rows, self.ids[which], self.labels[which], torch.from_numpy(factors), np.sqrt(square))
+        return _Side(rows, self.ids[which], self.labels[which], factors, np.sqrt(square))
 
     def _compare(self, left: _Side, chosen: np.ndarray, visiting: Asked, which: slice, own: Asked | None) -> None:
         """Count some rows for the chosen queries on the left; and these queries for the rows, if the rows ask, too."""
@@ -109,9 +109,11 @@ class Searched(Gallery):
             queries = chosen[start : start + TILE]
             product = self._product[: len(queries) * len(right.ids)].view(len(queries), len(right.ids))
             together = queries[-1] - queries[0] + 1 == len(queries)  # ascending: then nothing has to be copied
-            factors = left.factors[queries[0] : queries[-1] + 1] if together else left.factors[torch.from_numpy(queries)]
-            torch.mm(factors, right.factors.T, out=product)
+            factors = left.factors[queries[0] : queries[-1] + 1] if together else left.factors[queries]
+            # By NumPy: torch may have been told that products need not have the digits of float32.
+            np.matmul(factors, right.factors.T, out=product.numpy())
             at = np.minimum(np.searchsorted(right.ids, left.ids[queries]), len(right.ids) - 1)
+            # A query that is searched, too, does not find itself.
             itself = np.flatnonzero(right.ids[at] == left.ids[queries])
             product.numpy()[itself, at[itself]] = np.inf
             for visitor, row, approximate in self._within_reach(product, (visiting.reach + left_error)[queries, None]):
