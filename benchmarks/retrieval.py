@@ -38,8 +38,8 @@ MB = 1e6
 BLOCK = 8192  # rows that are made from one seed
 CHUNK = 16 * BLOCK  # rows that a process without all of them makes at a time
 STAGES = {  # what a profile of `evaluate` is summed up to: functions (file, name), with all that they call
-    "candidates": ("extra_wrappers.py", "knn"),
-    "exact_distances": ("search.py", "_distances"),
+    "products": ("compared.py", "_compare"),  # and what is made of them
+    "exact_distances": ("compared.py", "_distances"),
     "collectives": ("distributed.py", "gather_rows"),  # waiting for slower ranks is part of it
 }
 
@@ -166,20 +166,17 @@ def _timed(problem: Problem, queries: torch.Tensor, search: Callable[[torch.Tens
     return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mb": round(peak_mb(), 1), "recall@1": recall}
 
 
-PARTS: dict[str, Callable[..., dict[str, Any]]] = {"sharded": sharded, "faiss_flat": faiss_flat, "torch_topk": torch_topk}
-
-
-def _worker(rank: int, part: str, nproc: int, port: int, folder: str, threads: int, arguments: tuple[Any, ...]) -> None:
+def _worker(rank: int, part: Callable[..., Any], nproc: int, port: int, folder: str, threads: int, arguments: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     distributed.init()
-    torch.save(PARTS[part](*arguments), f"{folder}/{rank}")
+    torch.save(part(*arguments), f"{folder}/{rank}")
     distributed.shutdown()
 
 
-def run(part: str, nproc: int, *arguments: Any) -> list[dict[str, Any]]:
-    """What a part returns on each of `nproc` fresh processes, which share the cores evenly."""
+def run(part: Callable[..., dict[str, Any]], nproc: int, *arguments: Any) -> list[dict[str, Any]]:
+    """What a function returns on each of `nproc` fresh processes, which share the cores evenly."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -261,7 +258,7 @@ def main() -> None:
         f"{args.rows:,} x {args.dim} gallery, {args.queries:,} queries on {args.nproc} processes, {line['device']}, {line['cores']} cores"
     )
 
-    found = run("sharded", args.nproc, problem, args.sample)
+    found = run(sharded, args.nproc, problem, args.sample)
     result = found[0]["result"]
     line |= {"metrics": result.metrics, "gallery_mb": round(4 * args.rows * args.dim / MB, 1)}
     line["ranks"] = [{key: {name: round(v, 2) for name, v in rank[key].items()} for key in ("seconds", "memory_mb")} for rank in found]
@@ -277,16 +274,16 @@ def main() -> None:
 
     line["checks"] = check(problem, found, args.sample)
     small = Problem(args.small, args.dim, max(1, args.small // 40), args.per_class, args.noise, args.seed)
-    results = {nproc: run("sharded", nproc, small, args.sample)[0]["result"] for nproc in (1, args.nproc)}
+    results = {nproc: run(sharded, nproc, small, args.sample)[0]["result"] for nproc in (1, args.nproc)}
     line["checks"][f"1 and {args.nproc} processes give the same digits at {args.small:,} rows"] = same(results[1], results[args.nproc])
     for name, holds in line["checks"].items():
         print(f"{'yes' if holds else 'NO '}  {name}")
 
     k = max(SAMPLE_NEIGHBOURS, *np.bincount(problem.labels[~problem.asks]))
-    for peer in () if args.no_peers else ("faiss_flat", "torch_topk"):
-        line[peer] = got = run(peer, 1, problem, int(k))[0]
+    for peer in () if args.no_peers else (faiss_flat, torch_topk):
+        line[peer.__name__] = got = run(peer, 1, problem, int(k))[0]
         print(
-            f"peer {peer} (one process, all rows; its search alone): {got['seconds']} s, {got['cpu_seconds']} s of the processors, "
+            f"peer {peer.__name__} (one process, all rows; its search alone): {got['seconds']} s, {got['cpu_seconds']} CPU s, "
             f"peak {got['peak_mb']:.0f} MB, recall@1 {got['recall@1']:.4f}"
         )
     if args.out is not None:

@@ -29,7 +29,7 @@ from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective, parameter_groups
 from dnc_dist.loss.base import StepRows
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval.search import topk
+from dnc_dist.retrieval import evaluate
 
 CLASSES = 1000
 PHOTO = (500, 375)  # pixels of the image that is decoded, the size of many photographs on the web
@@ -57,12 +57,10 @@ def measure(cfg: RunConfig, rows: Sequence[int], *, calls: int, size: int) -> Me
     rows_of_x = Features.alone(x)
     lloyd = [clock.seconds(partial(kmeans, rows_of_x, learners, seed=0, options=KMeansOptions(n), init=x[:learners])) for n in (1, 5)]
     z = torch.nn.functional.normalize(torch.randn(size, dim, generator=random), dim=1)
-    ids = torch.arange(size)
-    asked = ids[:1024]
-    search = [
-        clock.seconds(partial(topk, z[asked], z[:n], 50, query_ids=asked, gallery_ids=ids[:n], exclude_self=True))
-        for n in (size // 2, size)
-    ]
+    ids, labels = torch.arange(size), np.arange(size) % max(2, size // 50)
+    asks = np.arange(size) < min(1024, size // 4)
+    roles = {"protocol": "query-gallery", "sample": 0}
+    search = [clock.seconds(partial(evaluate, z[:n], ids[:n], labels[:n], asks[:n], ~asks[:n], **roles)) for n in (size // 2, size)]
     return Measured(
         device=record.machine()["device"],
         parameters=sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad),
@@ -76,7 +74,7 @@ def measure(cfg: RunConfig, rows: Sequence[int], *, calls: int, size: int) -> Me
         lloyd_row=max(0.0, lloyd[1] - lloyd[0]) / (4 * size),
         first_centroids=clock.seconds(_init(x, learners)) * SAMPLE_ROWS / size,
         bookkeeping_row=clock.seconds(_bookkeeping(size, learners)) / size,
-        search_pair=max(0.0, search[1] - search[0]) / len(asked) / (size - size // 2),
+        search_pair=max(0.0, search[1] - search[0]) / int(asks.sum()) / (size - size // 2),
     )
 
 

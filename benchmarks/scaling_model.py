@@ -78,7 +78,7 @@ class Workload:
     images: int = 1_000_000
     queries: int = 10_000
     gallery: int = 1_000_000
-    neighbours: int = 50  # a query's list: as long as the largest class
+    relevant: int = 50  # gallery rows of the largest class
     image_bytes: int = 40_000
     lloyd_iterations: int = 50
     loader_workers: int = 8  # of each GPU
@@ -154,11 +154,13 @@ def division_bytes(work: Workload, features: int) -> dict[str, int]:
 
 
 def evaluation_bytes(work: Workload) -> dict[str, int]:
-    """What all ranks together hand out in one evaluation: queries to everybody, each query's lists to its own rank, metrics."""
+    """What all ranks together hand out in one evaluation: queries to everybody, what is found to each query's own rank, metrics."""
     return {
         "presence": 8 * (work.queries + work.gallery),  # summed over all
-        "queries": work.queries * (4 * work.dim + 8),
-        "lists": work.queries * work.neighbours * 12,  # from every rank
+        # The vector, row and label; then once more row and label, with the relevant rows and the distances to them.
+        "queries": work.queries * (4 * work.dim + 16 + 8 * (5 + 2 * work.relevant)),
+        # From every rank its relevant rows with their distances, then how many others come before each of them, and the nearest row.
+        "found": work.queries * (12 * work.relevant + 8 * (2 + work.relevant)),
         "values": work.queries * (8 + 5 * 8),
     }
 
@@ -219,5 +221,5 @@ def evaluation(work: Workload, measured: Measured, network: Network, ranks: int)
         "extraction": extraction,
         "input": max(0.0, _input(work, measured, network, ranks, images / ranks) - extraction),
         "search": work.queries * work.gallery / ranks * measured.search_pair,
-        "exchange": moved + network.all_gather(sizes["lists"], ranks),
+        "exchange": moved + network.all_gather(sizes["found"], ranks),
     }

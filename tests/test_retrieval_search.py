@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dnc_dist.base.exact import squared_distance
 from dnc_dist.processes import distributed
+from dnc_dist.retrieval import gallery as rows_of_a_rank
 from dnc_dist.retrieval import search
 from dnc_dist.retrieval.search import Neighbours, topk, topk_blocks
 from tests.spawn import spawn
@@ -90,8 +91,9 @@ def test_missing_neighbours_are_padded() -> None:
 def test_small_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, rows = unit(150), torch.arange(150)
     expected = topk(x, x, 9, query_ids=rows, gallery_ids=rows, exclude_self=True)
-    for name, value in (("WORK_ELEMENTS", 100), ("CANDIDATES", 100), ("GALLERY_ELEMENTS", 400), ("LIST_ELEMENTS", 90), ("MARGIN", 0)):
+    for name, value in (("WORK_ELEMENTS", 100), ("CANDIDATES", 100), ("LIST_ELEMENTS", 90), ("MARGIN", 0)):
         monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(rows_of_a_rank, "BLOCK_ELEMENTS", 400)
     assert_equal(topk(x, x, 9, query_ids=rows, gallery_ids=rows, exclude_self=True), expected)
 
 
@@ -107,8 +109,9 @@ NUM_GALLERY, NUM_QUERIES, DIM, K = 20_000, 500, 32, 10
 
 def search_in_little_memory(num_queries: int) -> tuple[Neighbours, int, int]:
     """This rank's neighbours, the bytes of its gallery, and the most that NumPy held while searching it."""
-    for name, value in (("WORK_ELEMENTS", 1 << 12), ("CANDIDATES", 1 << 12), ("GALLERY_ELEMENTS", 1 << 15), ("LIST_ELEMENTS", 1 << 13)):
+    for name, value in (("WORK_ELEMENTS", 1 << 12), ("CANDIDATES", 1 << 12), ("LIST_ELEMENTS", 1 << 13)):
         setattr(search, name, value)
+    rows_of_a_rank.BLOCK_ELEMENTS = 1 << 15
     rows, queries = (torch.arange(*distributed.local_range(count)) for count in (NUM_GALLERY, num_queries))
     gallery = unit(NUM_GALLERY, DIM)[rows]
     found = Neighbours(torch.empty(len(queries), K, dtype=torch.int64), torch.empty(len(queries), K))

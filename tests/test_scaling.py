@@ -271,9 +271,9 @@ def test_the_bytes_of_a_division_are_those_that_are_counted(counted: list[Counte
 
 def test_the_bytes_of_an_evaluation_are_those_that_are_counted(counted: list[Counted]) -> None:
     world = len(counted)
-    sizes = evaluation_bytes(Workload(queries=QUERIES, gallery=GALLERY, dim=DIM, neighbours=PER_CLASS))
+    sizes = evaluation_bytes(Workload(queries=QUERIES, gallery=GALLERY, dim=DIM, relevant=PER_CLASS))
     for rank in counted:
-        gathered = sizes["queries"] + sizes["lists"] + sizes["values"]
+        gathered = sizes["queries"] + sizes["found"] + sizes["values"]
         assert 0 <= rank.evaluation["gather"] - (world - 1) * gathered // world < 500
         assert 0 <= rank.evaluation["reduce"] - 2 * (world - 1) * sizes["presence"] // world < 1000
 

@@ -32,7 +32,7 @@ def evaluate(
     Below the metrics stands their card: the protocol, data, weights and code that they stand on.
 
     --per-query writes a line for every query: key, source and class of the image, rank of the first hit, average precision, and the nearest
-    image with its class and similarity (cosine). The rank is empty where the first hit is beyond the neighbours that the metrics need.
+    image with its class and similarity (cosine).
 
     The digits do not depend on --nproc. Started by srun or torchrun, the command is one of their processes.
     """

@@ -15,8 +15,8 @@ from dnc_dist.data.index import DatasetIndex, RowView, row_key, text
 from dnc_dist.retrieval.protocols import Queries, RetrievalResult
 
 COLUMNS = ("list", "key", "source", "class", "rank", "ap", "nearest_key", "nearest_source", "nearest_class", "similarity")
-"""``list`` is empty for data without lists. ``rank`` is that of the first hit, from 1, and empty beyond the neighbours that an evaluation
-lists; ``ap`` is the average precision at R; ``similarity`` is the cosine to the nearest image."""
+"""``list`` is empty for data without lists. ``rank`` is that of the first hit, from 1, however far it is; ``ap`` is the average precision
+at R; ``similarity`` is the cosine to the nearest image."""
 
 
 def check_place(path: Path) -> None:
@@ -68,5 +68,4 @@ def _rows(found: Queries, index: DatasetIndex, view: RowView) -> Iterator[tuple[
     for query, rank, precision, nearest, cosine in zip(
         found.rows, found.first_hit, found.average_precision, found.nearest, similarity, strict=True
     ):
-        neighbour = (*told(nearest), f"{cosine:.6f}") if nearest >= 0 else ("", "", "", "")
-        yield (*told(query), rank or "", f"{precision:.6f}", *neighbour)
+        yield (*told(query), rank, f"{precision:.6f}", *told(nearest), f"{cosine:.6f}")

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from dnc_dist.base.exact import gram_error, squared_distance
 from dnc_dist.processes import distributed
+from dnc_dist.retrieval.gallery import Gallery, first_columns, squares
 
-MARGIN = 32
+MARGIN = 8
 """More candidates than neighbours asked for, so that few queries have to ask twice."""
 
 WORK_ELEMENTS = 1 << 20
 CANDIDATES = 1 << 21
-GALLERY_ELEMENTS = 1 << 23
 LIST_ELEMENTS = 1 << 22
-"""Bounds on one block's differences (rows x D), its candidates, its gallery rows (x D), and on the queries (x D) and neighbour lists
-that a rank holds before merging."""
+"""Bounds on one block's differences (rows x D), its candidates, and on the queries (x D) and neighbour lists that a rank holds before
+merging."""
 
 
 class Neighbours(NamedTuple):
@@ -66,7 +66,7 @@ def topk_blocks(
         Which of this rank's queries (maybe none), and their neighbours; equally often on every rank.
     """
     device, world = distributed.device(), distributed.world_size()
-    gallery = _Gallery(gallery_local.detach().float().cpu().numpy(), gallery_ids.cpu().numpy())
+    gallery = _Candidates(gallery_local.detach().float().cpu().numpy(), gallery_ids.cpu().numpy())
     queries, ids = query_local.detach().float().cpu(), query_ids.cpu()
     per_rank = max(1, LIST_ELEMENTS // (world * max(k, queries.shape[1])))
     most = int(distributed.gather_rows(torch.tensor([len(queries)], device=device)).max())
@@ -80,7 +80,7 @@ def topk_blocks(
             distributed.exchange_rows(torch.from_numpy(part).to(device), counts).cpu().transpose(0, 1).flatten(1).numpy()
             for part in gallery.search(everyone, k, everyone_ids if exclude_self else None)
         )
-        merged = _first(all_rows, all_distance, k)
+        merged = first_columns(all_rows, all_distance, k)
         yield slice(at, at + len(block)), Neighbours(*(torch.from_numpy(part) for part in merged))
 
 
@@ -102,46 +102,12 @@ def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor
     device = distributed.device()
     ids = distributed.gather_rows(gallery_ids.to(device)).cpu()
     rows = distributed.gather_rows(gallery_local.detach().float().to(device)).cpu()
-    gallery = _Gallery(rows.numpy(), ids.numpy())
+    gallery = _Candidates(rows.numpy(), ids.numpy())
     return torch.from_numpy(gallery.places(query_local.detach().float().cpu().numpy(), match_ids.cpu().numpy()))
 
 
-def _first(rows: np.ndarray, distance: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first k columns of each line by (distance, row); unused entries hold distance inf."""
-    order = np.lexsort((rows, distance), axis=1)[:, :k]
-    return np.take_along_axis(rows, order, 1), np.take_along_axis(distance, order, 1)
-
-
-def _squares(vectors: np.ndarray) -> np.ndarray:
-    """(n,) float64 squared lengths of float32 rows (n, D)."""
-    return np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
-
-
-class _Gallery:
-    """The rows (n, D) of one rank whose ids (n,) are not -1, in the order of their ids: neither the order of the ranks nor that within
-    a rank must matter."""
-
-    def __init__(self, vectors: np.ndarray, ids: np.ndarray) -> None:
-        order = np.argsort(ids)
-        self.vectors, self.at = vectors, order[ids[order] >= 0]
-        self.ids = ids[self.at]
-        # Close together and far from 0, vectors differ in few digits: candidates are looked for among centred ones.
-        self.centre = np.zeros(vectors.shape[1], np.float32)
-        sums = [block.sum(0, dtype=np.float64) for _, block in self.centred_blocks()]
-        self.centre = (np.sum(sums, 0) / len(self.ids)).astype(np.float32) if sums else self.centre
-        self.longest = max((float(_squares(block).max()) for _, block in self.centred_blocks()), default=0.0) ** 0.5
-
-    def rows(self, which: np.ndarray | slice) -> np.ndarray:
-        """(…, D) copies of some rows, by their place in the order."""
-        return self.vectors[self.at[which]]
-
-    def centred_blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All rows less the centre, a block (b, D) after the other, each with the place of its first row."""
-        step = max(1, GALLERY_ELEMENTS // self.vectors.shape[1])
-        for at in range(0, len(self.ids), step):
-            block = self.rows(slice(at, at + step))
-            block -= self.centre
-            yield at, block
+class _Candidates(Gallery):
+    """The gallery rows of this rank, of which FAISS proposes some."""
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(Q, k) ids and float32 distances of the nearest rows here but ``exclude`` (Q,), padded with (-1, inf)."""
@@ -151,7 +117,7 @@ class _Gallery:
             return ids, distance
         itself = ids == exclude[:, None]
         ids[itself], distance[itself] = -1, np.inf
-        return _first(ids, distance, k)
+        return first_columns(ids, distance, k)
 
     def _search(self, queries: np.ndarray, k: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
         """(Q, k) ids and distances from ``wanted`` candidates, from more where these may not hold all of the k nearest."""
@@ -173,15 +139,15 @@ class _Gallery:
         """Ids and distances (Q, min(k, wanted)), and whether (Q,) no row beyond the candidates can belong to them."""
         if wanted == len(self.ids):
             every = np.broadcast_to(np.arange(wanted), (len(queries), wanted))
-            return *_first(self.ids[every], self._distances(queries, every), k), True
+            return *first_columns(self.ids[every], self._distances(queries, every), k), True
         centred = np.ascontiguousarray(queries - self.centre)
         best = faiss.ResultHeap(len(queries), wanted)
         for at, block in self.centred_blocks():
             approximate, row = faiss.knn(centred, block, min(wanted, len(block)))
             best.add_result(approximate, row + at)
         best.finalize()
-        ids, distance = _first(self.ids[best.I], self._distances(queries, best.I), k)
-        nearest_other = best.D[:, -1] - gram_error(queries.shape[1], np.sqrt(_squares(centred)), self.longest)
+        ids, distance = first_columns(self.ids[best.I], self._distances(queries, best.I), k)
+        nearest_other = best.D[:, -1] - gram_error(queries.shape[1], np.sqrt(squares(centred)), self.longest)
         return ids, distance, distance[:, -1] < nearest_other.astype(np.float32)
 
     def places(self, queries: np.ndarray, match: np.ndarray) -> np.ndarray:
@@ -200,8 +166,8 @@ class _Gallery:
         """
         wanted = squared_distance(queries, self.rows(match)).astype(np.float32)
         centred = queries - self.centre
-        norms = _squares(centred)
-        approximate = norms[:, None] + _squares(block) - 2.0 * (centred @ block.T)
+        norms = squares(centred)
+        approximate = norms[:, None] + squares(block) - 2.0 * (centred @ block.T)
         error = np.asarray(gram_error(queries.shape[1], np.sqrt(norms), self.longest))[:, None]
         # Rounding keeps the order: what is nearer by more than the error is nearer in float32, too.
         nearer = (approximate + error).astype(np.float32) < wanted[:, None]

@@ -19,9 +19,9 @@ class Queries(NamedTuple):
     """What each query found, in the order of the rows."""
 
     rows: np.ndarray  # (q,) int64 the queries
-    first_hit: np.ndarray  # (q,) int64 rank, from 1, of the nearest row of its class; 0: it is beyond the neighbours that were listed
+    first_hit: np.ndarray  # (q,) int64 rank, from 1, of the nearest row of its class, however far
     average_precision: np.ndarray  # (q,) float64, at R
-    nearest: np.ndarray  # (q,) int64 row; -1: the gallery has none
+    nearest: np.ndarray  # (q,) int64 the nearest row of any class
     distance: np.ndarray  # (q,) float32 to it, squared
 
 

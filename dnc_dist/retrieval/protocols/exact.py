@@ -9,11 +9,12 @@ from torch import Tensor
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.rng import numpy_generator
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval.metrics import average_precision_at_r, first_match, r_precision
+from dnc_dist.retrieval.metrics import average_precision_at_r, r_precision
+from dnc_dist.retrieval.places import place_blocks
 from dnc_dist.retrieval.protocols.base import SAMPLE_NEIGHBOURS, Queries, RetrievalResult
-from dnc_dist.retrieval.search import topk_blocks
+from dnc_dist.retrieval.search import topk
 
-CHECKED_ROWS = 1 << 15
+CHECKED_ROWS = 1 << 12
 """Embeddings that are looked at together: the masks of a check are as large as what they check."""
 
 
@@ -55,36 +56,40 @@ def evaluate(
             f"none of the {is_query.sum()} queries has a gallery row of its class, so nothing can be retrieved; "
             f"let data.root name a set with several images per class"
         )
-    k = max(*recall_at, SAMPLE_NEIGHBOURS, int(relevant[asking].max()))
     rows = rows_local.numpy()
-    asks = torch.from_numpy(asking[rows])
-    query_rows = rows[asks.numpy()]
-    shown = sample_of(np.flatnonzero(asking), sample)
-    sampled = np.isin(query_rows, shown)
-    values, near_ids, near_distance = np.empty((len(query_rows), 5)), [], []
-    for block, near in topk_blocks(
-        # Embeddings are large: queries are copied only if they are fewer, and rows outside the gallery are only not searched.
-        embeddings_local if asks.all() else embeddings_local[asks.to(embeddings_local.device)],
+    found_rows, values = [np.empty(0, np.int64)], [np.empty((0, 5))]
+    for at, found in place_blocks(
         embeddings_local,
-        k,
-        query_ids=rows_local[asks],
-        gallery_ids=torch.from_numpy(np.where(is_gallery[rows], rows, -1)),
-        exclude_self=True,
+        rows,
+        labels[rows],
+        asks=asking[rows],
+        searched=is_gallery[rows],
+        most=int(relevant[asking].max()),
+        mutual=bool((is_query == is_gallery).all()),
     ):
-        ids, r = near.ids.numpy(), relevant[query_rows[block]]
-        matches = (ids >= 0) & (labels[ids] == labels[query_rows[block]][:, None])
-        nearest = ids[:, 0], near.distance[:, 0].numpy()  # float64 holds both as they are
-        values[block] = np.stack([first_match(matches), average_precision_at_r(matches, r), r_precision(matches, r), *nearest], axis=1)
-        near_ids.append(near.ids[sampled[block], :SAMPLE_NEIGHBOURS])
-        near_distance.append(near.distance[sampled[block], :SAMPLE_NEIGHBOURS])
+        known = asking[rows[at]]
+        query_rows, places = rows[at][known], found.of_relevant[known]
+        r = relevant[query_rows]
+        nearest = found.nearest[known], found.distance[known]
+        # float64 holds whole numbers and float32 as they are.
+        values.append(np.stack([places[:, 0], average_precision_at_r(places, r), r_precision(places, r), *nearest], axis=1))
+        found_rows.append(query_rows)
     # In the order of the rows, so that the sums are the same sums whichever rank held what.
-    all_rows, all_values = in_row_order(torch.from_numpy(query_rows), torch.from_numpy(values))
+    all_rows, all_values = in_row_order(torch.from_numpy(np.concatenate(found_rows)), torch.from_numpy(np.concatenate(values)))
     first, average_precision, precision, nearest_row, nearest_distance = np.ascontiguousarray(all_values.T)
     metrics = {f"recall@{n}": int((first <= n).sum()) / len(first) for n in recall_at}
     metrics |= {"map@r": float(average_precision.mean()), "r_precision": float(precision.mean())}
-    sample_rows = torch.from_numpy(query_rows[sampled])
-    sample_queries, neighbours = in_row_order(sample_rows, torch.cat(near_ids))
-    _, distances = in_row_order(sample_rows, torch.cat(near_distance))
+    sampled = torch.from_numpy(np.isin(rows, sample_of(all_rows, sample)))
+    near = topk(
+        embeddings_local[sampled.to(embeddings_local.device)],
+        embeddings_local,
+        SAMPLE_NEIGHBOURS,
+        query_ids=rows_local[sampled],
+        gallery_ids=torch.from_numpy(np.where(is_gallery[rows], rows, -1)),
+        exclude_self=True,
+    )
+    sample_queries, neighbours = in_row_order(rows_local[sampled], near.ids)
+    _, distances = in_row_order(rows_local[sampled], near.distance)
     return RetrievalResult(
         protocol,
         metrics,
@@ -96,7 +101,7 @@ def evaluate(
         sample_distances=distances,
         queries=Queries(
             all_rows,
-            np.where(first <= k, first, 0).astype(np.int64),
+            first.astype(np.int64),
             average_precision,
             nearest_row.astype(np.int64),
             nearest_distance.astype(np.float32),

@@ -1,0 +1,151 @@
+"""The rows of one rank compared with queries: float32 products say which rows matter, and how near they are within a known error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dnc_dist.base.exact import gram_error, squared_distance
+from dnc_dist.processes import distributed
+from dnc_dist.retrieval.asked import NO_ROW, Asked, Hits
+from dnc_dist.retrieval.gallery import Gallery, squares
+
+TILE = 1024
+HITS = 1 << 16
+DIFFERENCES = 1 << 18
+"""Bounds on the rows on each side of one product, the hits that are looked at together, and one block's differences (rows x D)."""
+
+
+class _Side(NamedTuple):
+    """Rows (b, D) on one side of products."""
+
+    vectors: np.ndarray
+    ids: np.ndarray  # (b,)
+    labels: np.ndarray  # (b,)
+    factors: np.ndarray  # (b, D + 2) float32; products of two sides are squared distances
+    norms: np.ndarray  # (b,) float64 lengths, less the centre
+
+
+class Searched(Gallery):
+    """The gallery rows of this rank with their labels."""
+
+    def __init__(self, vectors: np.ndarray, ids: np.ndarray, labels: np.ndarray) -> None:
+        super().__init__(vectors, ids)
+        self.labels = labels[self.at]
+        self._by_label = np.argsort(self.labels, kind="stable")
+        self._sorted_labels = self.labels[self._by_label]
+        self._product = torch.empty(TILE * TILE)
+        self._within = torch.empty(TILE * TILE, dtype=torch.bool)
+
+    def relevant(self, visitors: np.ndarray, ids: np.ndarray, labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows (Q, R) here with the labels of these queries (Q, D), themselves excluded, and the exact distances, nearest first."""
+        start = np.searchsorted(self._sorted_labels, labels, "left")
+        count = np.searchsorted(self._sorted_labels, labels, "right") - start
+        query = np.repeat(np.arange(len(ids)), count)
+        row = self._by_label[np.arange(len(query)) + np.repeat(start - np.cumsum(count) + count, count)]
+        other = self.ids[row] != ids[query]
+        query, row = query[other], row[other]
+        distance = _distances(visitors, query, self.vectors, self.at[row])
+        order = np.lexsort((self.ids[row], distance, query))
+        query, row, distance = query[order], row[order], distance[order]
+        column = np.arange(len(query)) - np.searchsorted(query, query, "left")
+        rows, near = np.full((len(ids), most), NO_ROW), np.full((len(ids), most), np.inf, np.float32)
+        rows[query, column], near[query, column] = self.ids[row], distance
+        return rows, near
+
+    def serve(self, visitors: np.ndarray, visiting: Asked) -> None:
+        """Count all rows for the queries (Q, D) that visit this rank."""
+        left, everyone = self._left(visitors, visiting), np.arange(len(visitors))
+        for at in range(0, len(self), TILE):
+            self._compare(left, everyone, visiting, slice(at, at + TILE), None)
+
+    def exchange(self, visitors: np.ndarray, visiting: Asked, counts: list[int], own: Asked, parts: list[slice], number: int) -> None:
+        """Count rows for the queries (Q, D) that visit this rank, and the visitors for the rows: once for every pair.
+
+        Block x of one rank meets part y of another one twice: when x visits, and when y does. Each rank skips one half of these.
+
+        Args:
+            visiting: of every rank the block ``number`` of its rows, ``counts`` in all.
+            own: what all rows of this rank ask.
+            parts: the blocks of this rank.
+        """
+        left, me = self._left(visitors, visiting), distributed.rank()
+        of_rank = np.split(np.arange(len(visitors)), np.cumsum(counts)[:-1])
+        for part, which in enumerate(parts):
+            now = [part > number if rank == me else ((part + number) % 2 == 0) == (me < rank) for rank in range(len(counts))]
+            others = [of_rank[rank] if compared else of_rank[rank][:0] for rank, compared in enumerate(now)]
+            self._compare(left, np.concatenate(others), visiting, which, own.part(which))
+            if part == number:
+                self._compare(left, of_rank[me], visiting, which, None)
+
+    def _left(self, visitors: np.ndarray, visiting: Asked) -> _Side:
+        centred = visitors - self.centre
+        square = squares(centred)
+        factors = np.empty((len(centred), centred.shape[1] + 2), np.float32)
+        factors[:, :-2], factors[:, -2], factors[:, -1] = -2 * centred, square, 1
+        return _Side(visitors, visiting.ids, visiting.labels, factors, np.sqrt(square))
+
+    def _right(self, which: slice) -> _Side:
+        rows, square = self.rows(which), self.square[which]
+        factors = np.empty((len(rows), rows.shape[1] + 2), np.float32)
+        np.subtract(rows, self.centre, out=factors[:, :-2])
+        factors[:, -2], factors[:, -1] = 1, square
+        return _Side(rows, self.ids[which], self.labels[which], factors, np.sqrt(square))
+
+    def _compare(self, left: _Side, chosen: np.ndarray, visiting: Asked, which: slice, own: Asked | None) -> None:
+        """Count some rows for the chosen queries on the left; and these queries for the rows, if the rows ask, too."""
+        if not len(chosen) or not len(self.ids[which]):
+            return
+        right = self._right(which)
+        dim = self.vectors.shape[1]
+        left_error = np.asarray(gram_error(dim, left.norms, self.longest))
+        right_error = np.asarray(gram_error(dim, right.norms, float(left.norms.max())))
+        for start in range(0, len(chosen), TILE):
+            queries = chosen[start : start + TILE]
+            product = self._product[: len(queries) * len(right.ids)].view(len(queries), len(right.ids))
+            together = queries[-1] - queries[0] + 1 == len(queries)  # ascending: then nothing has to be copied
+            factors = left.factors[queries[0] : queries[-1] + 1] if together else left.factors[queries]
+            # By NumPy: torch may have been told that products need not have the digits of float32.
+            np.matmul(factors, right.factors.T, out=product.numpy())
+            at = np.minimum(np.searchsorted(right.ids, left.ids[queries]), len(right.ids) - 1)
+            # A query that is searched, too, does not find itself.
+            itself = np.flatnonzero(right.ids[at] == left.ids[queries])
+            product.numpy()[itself, at[itself]] = np.inf
+            for visitor, row, approximate in self._within_reach(product, (visiting.reach + left_error)[queries, None]):
+                query = queries[visitor]
+                exact = partial(_distances, left.vectors, query, right.vectors, row)
+                visiting.count(Hits(query, right.ids[row], right.labels[row], approximate, left_error[query], exact))
+            visiting.narrow()
+            if own is None:
+                continue
+            for visitor, row, approximate in self._within_reach(product, own.reach + right_error):
+                query = queries[visitor]
+                exact = partial(_distances, right.vectors, row, left.vectors, query)
+                own.count(Hits(row, left.ids[query], left.labels[query], approximate, right_error[row], exact))
+            own.narrow()
+
+    def _within_reach(self, product: Tensor, reach: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Where a product is at most ``reach`` (broadcast against it): its rows, its columns, and its numbers."""
+        limit = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
+        within = torch.le(product, torch.from_numpy(limit), out=self._within[: product.numel()].view(product.shape))
+        numbers, places = product.numpy().ravel(), np.flatnonzero(within.numpy())
+        for at in range(0, len(places), HITS):
+            part = places[at : at + HITS]
+            yield *np.divmod(part, product.shape[1]), numbers[part]
+
+
+def _distances(
+    queries: np.ndarray, query: np.ndarray, rows: np.ndarray, row: np.ndarray, which: np.ndarray | slice = slice(None)
+) -> np.ndarray:
+    """(h,) exact float32 distances of some pairs of a query (by its place among the queries) and a row."""
+    query, row = query[which], row[which]
+    distance = np.empty(len(query), np.float32)
+    step = max(1, DIFFERENCES // queries.shape[1])
+    for at in range(0, len(query), step):
+        distance[at : at + step] = squared_distance(queries[query[at : at + step]], rows[row[at : at + step]])
+    return distance
