@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.clustering import Features, KMeansOptions, KMeansResult, kmeans
-from dnc_dist.clustering.features import sum_by_group
 from dnc_dist.clustering.kmeans import nearest
 from dnc_dist.processes import distributed
 from tests.rounding import EPS
@@ -132,12 +131,6 @@ def test_wrong_rows_are_refused() -> None:
     broken[7, 2] = float("nan")
     with pytest.raises(RunError, match="1 rows"):
         kmeans(Features.alone(broken), 2, seed=0)
-
-
-def test_sums_are_exact() -> None:
-    x, group = blobs(20_000).numpy(), np.arange(20_000) % 7
-    expected = np.stack([x[group == g].sum(0, dtype=np.float64) for g in range(8)])
-    np.testing.assert_allclose(sum_by_group(x, group, 8), expected, rtol=1e-12, atol=1e-12)
 
 
 def bounds(n: int, world: int) -> list[int]:
