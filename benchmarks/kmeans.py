@@ -4,7 +4,8 @@
 
 `division` is a whole `divide` of 60,000 x 2048 features into 32 clusters; `nmi` is the k-means with 11,316 clusters of 60,502 x 512
 embeddings. FAISS is not let choose a sample: it sees all rows, as ours does. Its iterations all cost the same, so `--peer-iterations 2`
-times two and the preparation, and reckons with 20; the line says so. Appends JSON lines to benchmarks/results/kmeans_cpu.jsonl.
+times two and the preparation, and reckons with 20; the line says so. `--part 4` takes a quarter of the rows and classes. Appends JSON
+lines to benchmarks/results/kmeans_cpu.jsonl.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from dnc_dist.clustering import DivisionRules, Features, divide, kmeans
 GROUPS, CLASS_SPREAD, ROW_SPREAD, DECAY = 64, 1.0, 0.6, 0.5
 PEER_ITERATIONS = 20
 SIZES = {"division": (60_000, 2048, 11_318, 32), "nmi": (60_502, 512, 11_316, 11_316)}  # rows, width, classes, clusters
-QUICK = {"division": (3_000, 64, 560, 8), "nmi": (3_000, 32, 560, 560)}
 
 
 def products(rows: int, width: int, classes: int) -> tuple[Tensor, np.ndarray]:
@@ -75,10 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("tasks", nargs="+", choices=SIZES)
     parser.add_argument("--peer-iterations", type=int, default=PEER_ITERATIONS, help="FAISS iterations that are really run")
-    parser.add_argument("--quick", action="store_true", help="small: does the script work?")
+    parser.add_argument("--part", type=int, default=1, help="one in so many rows, classes and, of nmi, clusters")
     args = parser.parse_args()
     for task in args.tasks:
-        rows, width, classes, clusters = (QUICK if args.quick else SIZES)[task]
+        rows, width, classes, clusters = SIZES[task]
+        rows, classes = rows // args.part, classes // args.part
+        clusters = classes if task == "nmi" else clusters
         x, labels = products(rows, width, classes)
         size = {"task": task, "rows": rows, "width": width, "clusters": clusters, "threads": torch.get_num_threads()}
         found = timed(lambda: ours(task, x, labels, clusters))  # noqa: B023  (called before the next task)

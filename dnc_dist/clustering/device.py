@@ -71,7 +71,6 @@ def lloyd_on_device(
     if init is None:
         init = torch.from_numpy(first_centroids(features._replace(local=x), parent, rows_of_parent, k // parents, seed, beat))
     own = None if restrict is None else torch.from_numpy(parent).to(x.device)
-
     energy = torch.stack([block.double().square().sum() for block in x.split(max(1, BLOCK_ELEMENTS // x.shape[1]))]).sum()
 
     def start(centroids: Tensor, previous: Tensor) -> _Step:

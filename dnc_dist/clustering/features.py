@@ -13,7 +13,7 @@ from dnc_dist.clustering.sums import GroupSums, energy, exponent_votes, highest_
 from dnc_dist.processes import distributed
 
 REPLICATED_ROWS = 100_000
-"""Up to so many rows every rank gathers all of them and computes the same; results are then equal bit for bit for any W."""
+"""Up to so many rows every rank gathers all of them and computes the same; on GPUs, too, results are then equal bit for bit for any W."""
 
 VOTE_EVERY = 16
 

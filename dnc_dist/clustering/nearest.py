@@ -37,7 +37,7 @@ def nearest_of(x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, beat: Cal
     squares = np.square(around.astype(np.float64)).sum(1)
     longest = np.sqrt(squares.max())
     squares, factors = squares.astype(np.float32), np.ascontiguousarray((-2 * around).T)
-    # Two more roundings than gram_error counts, of the row and of the centroid around the middle; twice: both distances err.
+    # Roundings that gram_error does not count: of row and centroid around the middle, each in the product and in the distance.
     width = centroids.shape[1] + 4
     step = max(1, min(PRODUCT_ROWS, PRODUCT_ELEMENTS // len(centroids)))
     space = np.empty((step, x.shape[1]), np.float32)
@@ -52,7 +52,8 @@ def nearest_of(x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, beat: Cal
         row = np.arange(len(part))
         first = distance.argmin(1)
         smallest = distance[row, first]
-        limit = smallest + 2 * gram_error(width, length.astype(np.float64), longest)
+        error = gram_error(width, length.astype(np.float64), longest) + width * np.finfo(np.float32).tiny
+        limit = smallest + 2 * error  # both distances err
         distance[row, first] = np.inf
         unsure = np.flatnonzero(~(distance.min(1) > limit))
         if len(unsure):
