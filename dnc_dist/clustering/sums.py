@@ -17,7 +17,7 @@ BLOCK_ELEMENTS = 1 << 16
 """Of float64 work at a time: it stays in the processor's cache."""
 MOVED_ELEMENTS = 1 << 21
 """Of rows that move at a time: enough that preparing their product costs little."""
-_LOWEST, _EXPONENTS = -150, 280  # 2^-150 .. 2^129: every float32 lies below one of these powers of two
+_LOWEST, EXPONENTS = -150, 280  # 2^-150 .. 2^129: every float32 lies below one of these powers of two
 
 
 def blocks(num_rows: int, width: int, elements: int = BLOCK_ELEMENTS) -> list[slice]:
@@ -28,7 +28,7 @@ def blocks(num_rows: int, width: int, elements: int = BLOCK_ELEMENTS) -> list[sl
 
 def exponent_votes(largest: float) -> np.ndarray:
     """(E,) int64, a one where the smallest power of two above ``largest`` stands: sums over ranks tell ``highest_exponent``."""
-    votes = np.zeros(_EXPONENTS, np.int64)
+    votes = np.zeros(EXPONENTS, np.int64)
     votes[math.frexp(largest)[1] - _LOWEST] = 0 < largest < math.inf
     return votes
 
