@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from fractions import Fraction
 from itertools import permutations
 
@@ -99,7 +99,7 @@ def test_starts_are_drawn_by_squared_distance() -> None:
     """Drawing many at a time gives every set of four of six rows as often as drawing one after the other."""
     x, k, draws = np.array([[0, 0], [1, 0], [0, 3], [5, 5], [6, 5], [9, 0]], np.float32), 4, 4000
     squares = np.square(x[:, None] - x[None]).sum(2)
-    expected: Counter[frozenset[int]] = Counter()
+    expected: defaultdict[frozenset[int], float] = defaultdict(float)
     for order in permutations(range(len(x)), k):
         chance, nearest = 1 / len(x), squares[order[0]]
         for row in order[1:]:
