@@ -67,7 +67,7 @@ def ours(task: str, x: Tensor, labels: np.ndarray, clusters: int) -> dict[str, A
 def peer(x: Tensor, clusters: int, iterations: int) -> dict[str, Any]:
     means = faiss.Kmeans(x.shape[1], clusters, niter=iterations, seed=1, max_points_per_centroid=10**9, min_points_per_centroid=1)
     means.train(x.numpy())
-    return {"objective": float(means.obj[-1]), "iterations": iterations}
+    return {"objective": float(np.asarray(means.obj)[-1]), "iterations": iterations}
 
 
 def main() -> None:
