@@ -16,7 +16,7 @@ from PIL import Image
 from benchmarks import record
 from benchmarks.scaling_model import Measured, Workload
 from dnc_dist.clustering import Features, KMeansOptions, kmeans
-from dnc_dist.clustering.centroids import SAMPLE_ROWS, first_centroids
+from dnc_dist.clustering.centroids import SAMPLE_ROWS_PER_CENTROID, first_centroids
 from dnc_dist.clustering.division import make_division, match
 from dnc_dist.clustering.repair import class_sizes
 from dnc_dist.config import RunConfig
@@ -55,7 +55,10 @@ def measure(cfg: RunConfig, rows: Sequence[int], *, calls: int, size: int) -> Me
     random = torch.Generator().manual_seed(0)
     x = torch.nn.functional.normalize(torch.randn(size, features, generator=random), dim=1).to(distributed.device())
     rows_of_x = Features.alone(x)
-    lloyd = [clock.seconds(partial(kmeans, rows_of_x, learners, seed=0, options=KMeansOptions(n), init=x[:learners])) for n in (1, 5)]
+    lloyd = [
+        clock.seconds(partial(kmeans, rows_of_x, learners, seed=0, options=KMeansOptions(n, tolerance=0), init=x[:learners]))
+        for n in (1, 5)
+    ]
     z = torch.nn.functional.normalize(torch.randn(size, dim, generator=random), dim=1)
     ids, labels = torch.arange(size), np.arange(size) % max(2, size // 50)
     asks = np.arange(size) < min(1024, size // 4)
@@ -72,7 +75,7 @@ def measure(cfg: RunConfig, rows: Sequence[int], *, calls: int, size: int) -> Me
         images_per_second=max(rows) / clock.seconds(_extraction(objective, cfg, max(rows))),
         decoded_per_second=1 / clock.seconds(_decoding(cfg)),
         lloyd_row=max(0.0, lloyd[1] - lloyd[0]) / (4 * size),
-        first_centroids=clock.seconds(_init(x, learners)) * SAMPLE_ROWS / size,
+        first_centroids=clock.seconds(_init(x, learners)) * max(1.0, SAMPLE_ROWS_PER_CENTROID * learners / size),
         bookkeeping_row=clock.seconds(_bookkeeping(size, learners)) / size,
         search_pair=max(0.0, search[1] - search[0]) / int(asks.sum()) / (size - size // 2),
     )
@@ -198,7 +201,7 @@ def _decoding(cfg: RunConfig) -> Callable[[], Any]:
 
 
 def _init(x: torch.Tensor, learners: int) -> Callable[[], Any]:
-    """k-means++ on these rows, as if they were the sample."""
+    """k-means++ on a sample of these rows."""
     parent, count = np.zeros(len(x), np.int64), np.array([len(x)])
     return lambda: first_centroids(Features.alone(x), parent, count, learners, 0)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from dnc_dist.clustering.centroids import SAMPLE_ROWS, SAMPLE_ROWS_PER_CENTROID
+from dnc_dist.clustering.centroids import SAMPLE_ROWS_PER_CENTROID
 from dnc_dist.clustering.features import REPLICATED_ROWS
 
 # Statistics of a step besides losses, counts and presence of each learner, in float64: those of the draws, and the active pairs.
@@ -145,7 +145,7 @@ def lloyd_bytes(k: int, dim: int) -> int:
 def division_bytes(work: Workload, features: int) -> dict[str, int]:
     """What all ranks together hand out in one division: gathered by all, or summed over all (which does not grow with the images)."""
     n, k = work.images, work.learners
-    sample = min(n, max(SAMPLE_ROWS_PER_CENTROID * k, SAMPLE_ROWS))
+    sample = min(n, SAMPLE_ROWS_PER_CENTROID * k)
     if n <= REPLICATED_ROWS:
         return {"features": 4 * n * features, "sample": 0, "ids": n, "broadcast": 2 * n, "iteration": 0}
     # Who could be decoded, and the clusters, which travel as bytes; then rank 0's division.

@@ -200,14 +200,10 @@ def test_the_same_divisions_on_any_number_of_ranks(world: int) -> None:
     alone = on_ranks()
     labels = classes(9, 3)[1]
     for replicated, spread, lopsided in spawn(on_ranks, world):
-        for got, expected in zip(replicated, alone[0], strict=True):
+        for got, expected in zip(replicated + spread, alone[0] + alone[1], strict=True):
             assert got.state_dict().keys() == expected.state_dict().keys()
             for name, value in vars(expected).items():
                 np.testing.assert_array_equal(getattr(got, name), value, err_msg=name)
-        for got, expected in zip(spread, alone[1], strict=True):
-            assert got.num_learners == expected.num_learners
-            assert (got.learner_of == expected.learner_of).mean() >= 0.999
-            assert got.objective == pytest.approx(expected.objective, rel=1e-6)
         assert_trainable(lopsided, labels)
         np.testing.assert_array_equal(lopsided.learner_of, alone[2].learner_of)
 

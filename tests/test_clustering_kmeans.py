@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.clustering import Features, KMeansOptions, KMeansResult, kmeans
-from dnc_dist.clustering.features import sum_by_group
 from dnc_dist.clustering.kmeans import nearest
 from dnc_dist.processes import distributed
 from tests.rounding import EPS
@@ -29,6 +28,8 @@ def brute(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     distance, assignment = (x.double()[:, None] - centroids.double()[None]).square().sum(2).min(1)
     return distance, assignment
 
+
+TO_THE_END = KMeansOptions(tolerance=0)
 
 # What fp32 makes of the squared distance of two rows of 12 values and length 1, by their norms and their product.
 CLOSE = 4 * 12 * EPS
@@ -57,7 +58,7 @@ def test_same_objective_as_faiss_from_the_same_start() -> None:
     peer = faiss.Kmeans(16, k, niter=100, max_points_per_centroid=10**7)
     peer.train(x.numpy(), init_centroids=start.numpy())
     peer_objective, _ = brute(x, torch.from_numpy(peer.centroids))
-    ours = kmeans(Features.alone(x), k, seed=0, init=start)
+    ours = kmeans(Features.alone(x), k, seed=0, init=start, options=TO_THE_END)
     assert ours.iterations < 100, "did not converge"
     assert ours.objective == pytest.approx(float(peer_objective.sum()), rel=1e-6)
     assert kmeans(Features.alone(x), k, seed=0, init=ours.centroids).iterations == 1
@@ -65,7 +66,7 @@ def test_same_objective_as_faiss_from_the_same_start() -> None:
 
 def test_the_objective_never_grows_and_the_start_spreads_out() -> None:
     x = blobs(2000, noise=0.05)
-    history = [kmeans(Features.alone(x), 9, seed=3, options=KMeansOptions(i)).objective for i in range(8)]
+    history = [kmeans(Features.alone(x), 9, seed=3, options=KMeansOptions(i, tolerance=0)).objective for i in range(8)]
     assert all(a >= b - 1e-9 for a, b in pairwise(history))
     random_start = kmeans(Features.alone(x), 9, seed=3, init=x[:9], options=KMeansOptions(0)).objective
     assert history[0] < random_start
@@ -134,10 +135,46 @@ def test_wrong_rows_are_refused() -> None:
         kmeans(Features.alone(broken), 2, seed=0)
 
 
-def test_sums_are_exact() -> None:
-    x, group = blobs(20_000).numpy(), np.arange(20_000) % 7
-    expected = np.stack([x[group == g].sum(0, dtype=np.float64) for g in range(8)])
-    np.testing.assert_allclose(sum_by_group(x, group, 8), expected, rtol=1e-12, atol=1e-12)
+def test_lloyd_in_float64() -> None:
+    """Step by step, from where ours stands: the means of the clusters, and the nearest of them."""
+    x, k = blobs(3000, noise=0.8), 20
+    here = kmeans(Features.alone(x), k, seed=2, options=KMeansOptions(0))
+    for _ in range(6):
+        member = torch.nn.functional.one_hot(here.assignment, k).double()
+        means = (member.T @ x.double()) / member.sum(0)[:, None]
+        here = kmeans(Features.alone(x), k, seed=2, init=here.centroids, options=KMeansOptions(1, tolerance=0))
+        # Half a unit of float32, and the rounding of the rows for exact sums, which is finer.
+        torch.testing.assert_close(here.centroids.double(), means, rtol=EPS, atol=2.0**-33)
+        distance = (x.double()[:, None] - here.centroids.double()).square().sum(2)
+        gap = distance.sort(1).values.diff(dim=1)[:, 0]
+        clear = gap > 1e-12  # float64 sums of 12 terms are wrong by 1e-15
+        assert torch.equal(here.assignment[clear], distance.argmin(1)[clear])
+
+
+def test_it_stops_at_the_first_gain_below_the_tolerance() -> None:
+    x, k = blobs(3000, noise=0.8), 20
+
+    def run(iterations: int, tolerance: float) -> KMeansResult:
+        return kmeans(Features.alone(x), k, seed=2, options=KMeansOptions(iterations, tolerance=tolerance))
+
+    objective = [run(i, 0).objective for i in range(30)]
+    gain = [(a - b) / a for a, b in pairwise(objective)]
+    for tolerance in (1e-1, 1e-2, 1e-3):
+        expected = next(i for i, share in enumerate(gain) if share <= tolerance) + 1
+        stopped = run(100, tolerance)
+        assert (stopped.iterations, stopped.objective) == (expected, objective[expected])
+
+
+def test_no_worse_than_faiss() -> None:
+    """Another start ends in another local optimum, 1 to 2 % apart here: the mean of eight is uncertain by a third of that."""
+    x, k = blobs(4000, dim=16, centres=40, noise=0.5), 24
+    ours, theirs = [], []
+    for seed in range(8):
+        peer = faiss.Kmeans(16, k, niter=20, seed=seed, max_points_per_centroid=10**7)
+        peer.train(x.numpy())
+        theirs.append(float(brute(x, torch.from_numpy(peer.centroids))[0].sum()))
+        ours.append(kmeans(Features.alone(x), k, seed=seed).objective)
+    assert np.mean(ours) <= 1.02 * np.mean(theirs)
 
 
 def bounds(n: int, world: int) -> list[int]:
@@ -152,7 +189,7 @@ def on_ranks(replicated_rows: int) -> dict[str, KMeansResult]:
     parent = torch.arange(len(x)) % 4
     features = Features(x[start:stop], start, len(x), distributed.all_reduce_sum, distributed.gather_rows, replicated_rows)
     result = {}
-    for name, k, restrict in (("all", 6, None), ("parents", 8, parent[start:stop])):
+    for name, k, restrict in (("all", 6, None), ("parents", 8, parent[start:stop]), ("many", 700, None)):
         found = kmeans(features, k, seed=5, options=KMeansOptions(20), restrict=restrict)
         everyone = distributed.gather_rows(found.assignment), distributed.gather_rows(found.distance)
         result[name] = found._replace(assignment=everyone[0], distance=everyone[1])
@@ -165,18 +202,13 @@ def both_ways() -> dict[int, dict[str, KMeansResult]]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_same_clusters_on_any_number_of_ranks(world: int) -> None:
-    alone = both_ways()
-    for ranks in spawn(both_ways, world):
-        for name in ("all", "parents"):
-            replicated, expected = ranks[10**6][name], alone[10**6][name]
-            assert torch.equal(replicated.assignment, expected.assignment)
-            assert torch.equal(replicated.distance, expected.distance)
-            assert torch.equal(replicated.centroids, expected.centroids)
-            assert replicated.objective == expected.objective
-            spread = ranks[0][name]
-            assert spread.objective == pytest.approx(expected.objective, rel=1e-6)
-            assert (spread.assignment == expected.assignment).double().mean() >= 0.999
-            torch.testing.assert_close(spread.centroids, expected.centroids, atol=1e-6, rtol=0)
+    """Bit for bit, whether every rank holds all rows or only its own."""
+    expected = on_ranks(0)
+    for ranks in [both_ways(), *spawn(both_ways, world)]:
+        for found in ranks.values():
+            for name, result in found.items():
+                assert all(torch.equal(*pair) for pair in zip(result[:3], expected[name][:3], strict=True)), name
+                assert result[3:] == expected[name][3:], name
 
 
 def bytes_per_iteration(num_rows: int, k: int, dim: int) -> tuple[list[int], int, int]:
@@ -192,7 +224,7 @@ def bytes_per_iteration(num_rows: int, k: int, dim: int) -> tuple[list[int], int
 
     before = distributed.traffic()["gather"]
     features = Features(x[start:stop], start, num_rows, all_reduce, distributed.gather_rows, replicated_rows=0)
-    result = kmeans(features, k, seed=5, options=KMeansOptions(6), init=x[:k])
+    result = kmeans(features, k, seed=5, options=KMeansOptions(6, tolerance=0), init=x[:k])
     return summed, distributed.traffic()["gather"] - before, result.iterations
 
 
@@ -203,6 +235,6 @@ def few_and_many(k: int, dim: int) -> list[tuple[list[int], int, int]]:
 def test_bytes_per_iteration_do_not_depend_on_the_number_of_rows() -> None:
     k, dim = 5, 8
     for (expected, _, _), (summed, gathered, iterations) in spawn(few_and_many, 4, k, dim):
-        # Sums and counts of the clusters, the objective and the number of moved rows, in float64; from a given start no row travels.
+        # Sums and counts of the clusters, the squared lengths and the number of moved rows, in float64; from a given start no row travels.
         assert summed[1:] == [8 * (k * dim + k + 2)] * (iterations + 1)
         assert summed == expected and gathered == 0 and iterations == 6

@@ -1,4 +1,4 @@
-"""k-means with the fused Lloyd step, on a GPU or in the interpreter, against the FAISS path."""
+"""k-means with the fused Lloyd step, on a GPU or in the interpreter, against the CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRITON = KMeansOptions(backend="triton")
 
 def both(x: Tensor, k: int, iterations: int = 100, **start: Tensor) -> tuple[KMeansResult, KMeansResult]:
     features = Features.alone(x.to(DEVICE))
-    ours, peer = (kmeans(features, k, seed=1, options=KMeansOptions(iterations, name), **start) for name in ("triton", "faiss"))
+    ours, peer = (kmeans(features, k, seed=1, options=KMeansOptions(iterations, name), **start) for name in ("triton", "cpu"))
     return ours, peer
 
 
@@ -47,7 +47,7 @@ def assert_equal(ours: KMeansResult, peer: KMeansResult) -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(200, 5), (100, 1), (9, 9)])
 @pytest.mark.parametrize("iterations", [0, 2, 100])
-def test_the_same_as_faiss(n: int, k: int, iterations: int) -> None:
+def test_the_same_as_on_the_cpu(n: int, k: int, iterations: int) -> None:
     ours, peer = both(blobs(n), k, iterations=iterations)
     assert_equal(ours, peer)
     assert iterations < 100 or ours.iterations < 100, "did not converge"
@@ -67,7 +67,7 @@ def test_a_warm_start() -> None:
 
 
 def test_empty_clusters_get_half_of_another() -> None:
-    """The host learns of an empty cluster one step late, and the result is still that of the FAISS path."""
+    """The host learns of an empty cluster one step late, and the result is still that of the CPU."""
     x = blobs(300)
     ours, peer = both(x, 5, init=torch.cat([x[:2], torch.full((3, 12), 50.0)]))
     assert_equal(ours, peer)
@@ -90,10 +90,10 @@ def test_wrong_rows_are_refused() -> None:
 
 def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend("triton", DEVICE) == "triton"
-    assert choose_backend("auto", torch.device("cpu")) == choose_backend("faiss", DEVICE) == "faiss"
+    assert choose_backend("auto", torch.device("cpu")) == choose_backend("cpu", DEVICE) == "cpu"
     assert DEVICE.type == "cpu" or choose_backend("auto", DEVICE) == "triton"
     monkeypatch.setenv("DNC_KERNELS", "reference")
-    assert choose_backend("auto", DEVICE) == "faiss"
+    assert choose_backend("auto", DEVICE) == "cpu"
     with pytest.raises(InputError, match=r"division\.kmeans_backend=triton does not run"):
         choose_backend("triton", DEVICE)
 
@@ -103,7 +103,7 @@ def test_a_division() -> None:
     features, labels = blobs(240, centres=12, seed=3), np.arange(240) % 12
     spread = spread_features(features, 0, len(labels))
     divisions = []
-    for backend in ("triton", "faiss"):
+    for backend in ("triton", "cpu"):
         previous = None
         for epoch in (0, 1, 2):
             rules = DivisionRules(4, seed=4, trials=3, kmeans=KMeansOptions(backend=backend))  # type: ignore[arg-type]

@@ -16,14 +16,16 @@ from torch import Tensor
 from dnc_dist.base.exact import squared_distance
 from dnc_dist.base.rng import numpy_generator, seed_for
 from dnc_dist.clustering.features import Features
+from dnc_dist.clustering.sums import blocks
 
-SAMPLE_ROWS = 65_536
 SAMPLE_ROWS_PER_CENTROID = 256
-WORK_ELEMENTS = 1 << 21
+SAMPLE_BLOCK = 1024
+DRAWN_AT_ONCE = 256
+GRID_BITS = 11
 SPLIT_TRIES = 10_000
 SPLIT_PERTURBATION = 1 / 1024
 
-Backend = Literal["auto", "triton", "faiss"]
+Backend = Literal["auto", "triton", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class KMeansOptions:
     iterations: int = 100
     """Updates of the centroids, at most."""
     backend: Backend = "auto"
-    """``triton`` on the device of the features, or ``faiss`` on the CPU; ``auto`` is triton where it serves a GPU."""
+    """``triton`` on the device of the features, or ``cpu``; ``auto`` is triton where it serves a GPU."""
+    tolerance: float = 1e-4
+    """Stop when an update lowers the objective by no more than this share of it; 0: only when nothing is gained."""
 
 
 KMEANS = KMeansOptions()
@@ -65,10 +69,10 @@ def first_centroids(
     seed: int,
     beat: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
-    """Collective. (k, D) k-means++ (Arthur and Vassilvitskii 2007) per parent on a sample shared by all ranks; a beat per centroid."""
+    """Collective. (k, D) k-means++ (Arthur and Vassilvitskii 2007) per parent on a sample shared by all ranks; beats while it runs."""
     x, gather = features.local, features.gather
     parents = len(rows_of_parent)
-    quota = max(SAMPLE_ROWS_PER_CENTROID * children, SAMPLE_ROWS // parents)
+    quota = SAMPLE_ROWS_PER_CENTROID * children
     chosen = _uniform(seed, features.start, len(x)) < (quota / np.maximum(rows_of_parent, 1))[parent]
     taken = torch.from_numpy(np.flatnonzero(chosen)).to(x.device)
     sample = gather(x[taken]).cpu().numpy()
@@ -77,24 +81,60 @@ def first_centroids(
     for p in range(parents):
         points = sample if parents == 1 else sample[sample_parent == p]
         if len(points):
-            centroids[p * children : (p + 1) * children] = _plus_plus(points, children, numpy_generator(seed, "k-means++", p), beat)
+            centroids[p * children : (p + 1) * children] = plus_plus(points, children, numpy_generator(seed, "k-means++", p), beat)
     return centroids
 
 
-def _plus_plus(x: np.ndarray, k: int, random: np.random.Generator, beat: Callable[[], None]) -> np.ndarray:
-    step = max(1, WORK_ELEMENTS // x.shape[1])
+def plus_plus(x: np.ndarray, k: int, random: np.random.Generator, beat: Callable[[], None] = lambda: None) -> np.ndarray:
+    """(k, D) rows of x (n, D): every one drawn with a probability proportional to its squared distance to those before it.
+
+    Many are drawn at a time, by their distances before the round, and kept with the share that is left of the distance when those
+    that the round has kept are counted, too: by rejection sampling that is the same distribution (Cohen-Addad et al. 2020).
+    Distances are those of rows on a grid of ``GRID_BITS`` bits: float32 products of these are exact, so that all processors draw
+    the same.
+    """
     chosen = [int(random.integers(len(x)))]
-    distance = np.full(len(x), np.inf)
+    points = _on_grid(x, chosen[0])
+    squares = np.einsum("ij,ij->i", points, points)
+    distance = squares.astype(np.float64)  # the first one is the origin of the grid
     while len(chosen) < k:
-        beat()
-        for at in range(0, len(x), step):
-            block = slice(at, at + step)
-            np.minimum(distance[block], squared_distance(x[block], x[chosen[-1]]), out=distance[block])
         mass = np.cumsum(distance)
-        point = random.random() * mass[-1]
-        # With no distance left (fewer distinct rows than centroids) any row does: its cluster stays empty or is split.
-        chosen.append(min(int(np.searchsorted(mass, point, side="right")), len(x) - 1))
+        if mass[-1] == 0:  # no row is left that is no centroid: any will do, its cluster stays empty or is split
+            chosen += random.integers(len(x), size=k - len(chosen)).tolist()
+            break
+        tries = min(len(chosen), DRAWN_AT_ONCE)
+        drawn = np.minimum(np.searchsorted(mass, random.random(tries) * mass[-1], side="right"), len(x) - 1)
+        threshold = random.random(tries) * distance[drawn]
+        left, kept = distance[drawn], np.empty(0, np.int64)
+        between = squares[drawn][:, None] + squares[drawn].astype(np.float64) - 2 * (points[drawn] @ points[drawn].T)
+        for number in range(tries):
+            if threshold[number] < left[number] and len(chosen) + len(kept) < k:
+                kept = np.append(kept, drawn[number])
+                np.minimum(left, between[number], out=left)
+        factors, offsets = np.ascontiguousarray(-2 * points[kept].T), squares[kept]
+        for at in range(0, len(x), SAMPLE_BLOCK):
+            beat()
+            block = slice(at, at + SAMPLE_BLOCK)
+            nearest = (points[block] @ factors + offsets).min(1).astype(np.float64) + squares[block]
+            np.minimum(distance[block], nearest, out=distance[block])
+        chosen += kept.tolist()
     return x[chosen]
+
+
+def _on_grid(x: np.ndarray, origin: int) -> np.ndarray:
+    """(n, D) float32 integers, x less its row ``origin`` to ``GRID_BITS`` bits.
+
+    Rows are then about 2^GRID_BITS long at most, so a sum of products of two rows stays below 2^24, the integers of float32.
+    """
+    largest = np.sqrt(max(float(squared_distance(x[block], x[origin]).max()) for block in blocks(len(x), x.shape[1])))
+    points = x - x[origin]
+    points *= np.float32(2.0 ** (GRID_BITS - np.frexp(largest)[1]))
+    return np.rint(points, out=points)
+
+
+def settled(before: float, now: float, tolerance: float) -> bool:
+    """Whether an update that took the objective from ``before`` (NaN: it cannot be compared) to ``now`` gained too little to go on."""
+    return before - now <= tolerance * before
 
 
 def split_empty(centroids: np.ndarray, counts: np.ndarray, rows_of_parent: np.ndarray, seed: int, iteration: int) -> int:

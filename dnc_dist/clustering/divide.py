@@ -52,8 +52,8 @@ def divide(features: Features, labels: np.ndarray, rules: DivisionRules, *, epoc
 
     A k-means is repeated with other seeds until every cluster has two trainable classes (four if it will be split now);
     after ``rules.trials`` runs, clusters without are dissolved into their nearest neighbour and re-formed from the classes of a
-    large one, so that every learner can train. Children of cluster c are 2c and 2c + 1. Up to ``features.replicated_rows`` rows
-    the result is equal bit for bit for any number of ranks (with Triton: of equal GPUs).
+    large one, so that every learner can train. Children of cluster c are 2c and 2c + 1. The result is equal bit for bit for any
+    number of ranks; with Triton: of equal GPUs, and up to ``features.replicated_rows`` rows.
 
     Args:
         features: L2-normalised features of all rows.

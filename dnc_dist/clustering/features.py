@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from dnc_dist.clustering.sums import GroupSums, energy, exponent_votes, highest_exponent, in_order
 from dnc_dist.processes import distributed
 
 REPLICATED_ROWS = 100_000
-"""Up to so many rows every rank gathers all of them and computes the same; results are then equal bit for bit for any W."""
+"""Up to so many rows every rank gathers all of them and computes the same; on GPUs, too, results are then equal bit for bit for any W."""
 
-SUM_BLOCK = 8192
 VOTE_EVERY = 16
 
 Collective = Callable[[Tensor], Tensor]
@@ -65,15 +64,22 @@ class Features(NamedTuple):
 
     def means(self, group: np.ndarray, num_groups: int) -> np.ndarray:
         """Collective. (num_groups, F) float64 means of the rows with each number; 0 for a number without rows."""
-        sums = sum_by_group(self.local.numpy(), self.mine(group), num_groups)
+        x = self.local.numpy()
+        sums = GroupSums(x, num_groups, self._exponent(), self.total)
+        sums.move(np.full(len(x), -1), self.mine(group))
         counts = np.bincount(group, minlength=num_groups)
-        return self.all_reduce(torch.from_numpy(sums)).numpy() / np.maximum(counts, 1)[:, None]
+        return self.all_reduce(torch.from_numpy(sums.values)).numpy() / np.maximum(counts, 1)[:, None]
 
     def scatter_around(self, group: np.ndarray, means: np.ndarray) -> float:
         """Collective. The sum of squared distances of all rows to the mean of their group, from the second moments."""
-        energy = torch.tensor([sum(float(block.double().square().sum()) for block in self.local.split(SUM_BLOCK))], dtype=torch.float64)
-        between = np.bincount(group, minlength=len(means)) @ np.square(means).sum(1)
-        return max(0.0, float(self.all_reduce(energy)) - float(between))
+        own = torch.tensor([energy(self.local.numpy(), self._exponent(), self.total)], dtype=torch.float64)
+        between = np.bincount(group, minlength=len(means))[:, None] * np.square(means)
+        return max(0.0, float(self.all_reduce(own)) - in_order(between))
+
+    def _exponent(self) -> int:
+        """Collective. That of a power of two that no value of any rank is above."""
+        largest = float(torch.linalg.vector_norm(self.local, torch.inf)) if self.local.numel() else 0.0
+        return highest_exponent(self.all_reduce(torch.from_numpy(exponent_votes(largest))).numpy())
 
 
 def spread_features(
@@ -127,14 +133,3 @@ class _Gather:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return distributed.gather_rows(tensor.to(self.device)).cpu()
-
-
-def sum_by_group(x: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
-    """(num_groups, D) float64 sums of the rows with each number, added row by row in fixed blocks."""
-    sums = np.zeros((num_groups, x.shape[1]))
-    for at in range(0, len(x), SUM_BLOCK):
-        member = group[at : at + SUM_BLOCK]
-        ends = np.cumsum(np.bincount(member, minlength=num_groups))
-        one_hot = csr_matrix((np.ones(len(member)), np.argsort(member, kind="stable"), np.append(0, ends)), shape=(num_groups, len(member)))
-        sums += one_hot @ x[at : at + SUM_BLOCK].astype(np.float64)
-    return sums

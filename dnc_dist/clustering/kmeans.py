@@ -1,34 +1,24 @@
 """Lloyd's k-means on the rows of this rank: per iteration one all-reduce whose size does not depend on the number of rows.
 
-``device.py`` runs it on a GPU; the rest here is the FAISS path on the CPU. There the nearest centroid of a row is the argmin
-of float64 distances, the lowest index winning: FAISS finds the two nearest in float32, and rows whose two distances are
-closer than float32 can tell are decided again in float64. So neither BLAS, threads nor block shapes show in the result.
+``device.py`` runs it on a GPU; the rest here is the CPU's. There the nearest centroids (``nearest.py``), the sums of the clusters
+(``sums.py``) and the start (``centroids.py``) are exact, so the result is the same bit for bit for any number of ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
 
-import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError, RunError
-from dnc_dist.base.exact import gram_error, squared_distance
-from dnc_dist.clustering.centroids import KMEANS, WORK_ELEMENTS, KMeansOptions, KMeansResult, first_centroids, split_empty
+from dnc_dist.clustering.centroids import KMEANS, KMeansOptions, KMeansResult, first_centroids, settled, split_empty
 from dnc_dist.clustering.device import choose_backend, lloyd_on_device
-from dnc_dist.clustering.features import SUM_BLOCK, Features, sum_by_group
-
-
-class _Segment(NamedTuple):
-    """Rows ``start:stop`` compete for the centroids ``first:last`` only."""
-
-    start: int
-    stop: int
-    first: int
-    last: int
+from dnc_dist.clustering.features import Features
+from dnc_dist.clustering.nearest import exact_distance, nearest_again, nearest_of
+from dnc_dist.clustering.sums import GroupSums, energy, exponent_votes, highest_exponent, in_order
 
 
 def kmeans(
@@ -41,7 +31,7 @@ def kmeans(
     restrict: Tensor | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> KMeansResult:
-    """Collective. Cluster rows that are spread over ranks, until no row moves or ``options.iterations`` updates are done.
+    """Collective. Cluster rows that are spread over ranks, until an update gains too little or ``options.iterations`` are done.
 
     Up to ``features.replicated_rows`` rows all ranks gather the rows and run the same k-means.
 
@@ -67,9 +57,9 @@ def kmeans(
         )
     lloyd = lloyd_on_device if choose_backend(options.backend, features.local.device) == "triton" else _lloyd
     if features.total > features.replicated_rows:
-        return lloyd(features, k, seed, options.iterations, init, restrict, beat)
+        return lloyd(features, k, seed, options, init, restrict, beat)
     restrict = None if restrict is None else features.gather(restrict)
-    result = lloyd(features.replicated(), k, seed, options.iterations, init, restrict, beat)
+    result = lloyd(features.replicated(), k, seed, options, init, restrict, beat)
     local = slice(features.start, features.start + len(features.local))
     return result._replace(assignment=result.assignment[local], distance=result.distance[local])
 
@@ -77,99 +67,84 @@ def kmeans(
 def nearest(x_local: Tensor, centroids: Tensor) -> Tensor:
     """The nearest centroid of each row in float64, lowest index on a tie: (n, D), (k, D) -> (n,) int64."""
     x = _numpy(x_local)
-    return torch.from_numpy(_assign(x, _norms(x), _numpy(centroids), [_Segment(0, len(x), 0, centroids.shape[0])]))
+    return torch.from_numpy(nearest_of(x, np.arange(len(x)), _numpy(centroids)))
 
 
 def _numpy(x: Tensor) -> np.ndarray:
     return np.ascontiguousarray(x.detach().float().cpu().numpy())
 
 
-def _norms(x: np.ndarray) -> np.ndarray:
-    """(n,) float64 lengths of the rows, in blocks."""
-    blocks = [np.sqrt(squared_distance(x[at : at + SUM_BLOCK], np.zeros(1, np.float32))) for at in range(0, len(x), SUM_BLOCK)]
-    return np.concatenate(blocks) if blocks else np.empty(0)
-
-
 def _lloyd(
     features: Features,
     k: int,
     seed: int,
-    iterations: int,
+    options: KMeansOptions,
     init: Tensor | None,
     restrict: Tensor | None,
     beat: Callable[[], None],
 ) -> KMeansResult:
     x, all_reduce = _numpy(features.local), features.all_reduce
-    norms = _norms(x)
     parent = np.zeros(len(x), np.int64) if restrict is None else restrict.cpu().numpy().astype(np.int64)
     parents = 1 if restrict is None else k // 2
-    children = k // parents
-    head = np.append(np.bincount(parent, minlength=parents), (~np.isfinite(norms)).sum())
+    largest = float(torch.linalg.vector_norm(torch.from_numpy(x), torch.inf)) if x.size else 0.0
+    broken = 0 if math.isfinite(largest) else int((~np.isfinite(x).all(1)).sum())
+    head = np.concatenate([np.bincount(parent, minlength=parents), [broken], exponent_votes(largest)])
     head = all_reduce(torch.from_numpy(head)).numpy()
-    if head[-1]:
-        raise RunError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
-    rows_of_parent = head[:-1]
+    if head[parents]:
+        raise RunError(f"{head[parents]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
+    rows_of_parent, exponent = head[:parents], highest_exponent(head[parents + 1 :])
     if init is None:
-        centroids = first_centroids(features._replace(local=torch.from_numpy(x)), parent, rows_of_parent, children, seed, beat)
+        features = features._replace(local=torch.from_numpy(x))
+        centroids = first_centroids(features, parent, rows_of_parent, k // parents, seed, beat)
     else:
         centroids = _numpy(init).copy()
-    order = np.argsort(parent, kind="stable")
-    if restrict is not None:
-        x, norms = x[order], norms[order]
-    ends = np.cumsum(np.bincount(parent, minlength=parents))
-    segments = [
-        _Segment(int(end - n), int(end), p * children, (p + 1) * children)
-        for p, (end, n) in enumerate(zip(ends, np.diff(ends, prepend=0), strict=True))
-    ]
-    energy = float(np.square(norms).sum())
+    members = [np.flatnonzero(parent == p) for p in range(parents)] if parents > 1 else [np.arange(len(x))]
+    own_energy, sums = energy(x, exponent, features.total), GroupSums(x, k, exponent, features.total)
     assignment = np.full(len(x), -1)
-    splits = 0
-    for iteration in range(iterations + 1):
+    last, objective, splits = centroids, math.nan, 0
+    for iteration in range(options.iterations + 1):
         beat()
-        previous, assignment = assignment, _assign(x, norms, centroids, segments)
-        sums, counts = sum_by_group(x, assignment, k), np.bincount(assignment, minlength=k)
+        previous = assignment
+        assignment = _assign(x, members, centroids, None if iteration == 0 else (previous, last), beat)
+        moved = sums.move(previous, assignment)
+        packed = np.concatenate([sums.values.ravel(), np.bincount(assignment, minlength=k), [own_energy, moved]])
+        packed = all_reduce(torch.from_numpy(packed)).numpy()
+        total, counts = packed[: -2 - k].reshape(sums.values.shape), packed[-2 - k : -2]
         c = centroids.astype(np.float64)
         # The sum of squared distances follows from the sums: no pass over the rows, and no float32 in it.
-        objective = energy - 2 * (sums * c).sum() + (counts * np.square(c).sum(1)).sum()
-        packed = np.concatenate([sums.ravel(), counts, [objective, (previous != assignment).sum()]])
-        packed = all_reduce(torch.from_numpy(packed)).numpy()
-        if packed[-1] == 0 or iteration == iterations:
+        before, objective = objective, max(0.0, float(packed[-2]) - in_order(c * (2 * total - counts[:, None] * c)))
+        if packed[-1] == 0 or settled(before, objective, options.tolerance) or iteration == options.iterations:
             break
-        counts = packed[-2 - k : -2]
-        means = packed[: -2 - k].reshape(sums.shape) / np.maximum(counts, 1)[:, None]
-        centroids = np.where(counts[:, None] > 0, means, c).astype(np.float32)
-        splits += split_empty(centroids, counts.astype(np.int64), rows_of_parent, seed, iteration)
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
-    distance = np.empty(len(x), np.float32)
-    for at in range(0, len(x), SUM_BLOCK):
-        block = slice(at, at + SUM_BLOCK)
-        distance[block] = squared_distance(x[block], centroids[assignment[block]])
+        last, centroids = centroids, np.where(counts[:, None] > 0, total / np.maximum(counts, 1)[:, None], c).astype(np.float32)
+        if split := split_empty(centroids, counts.astype(np.int64), rows_of_parent, seed, iteration):
+            splits, objective = splits + split, math.nan
     return KMeansResult(
-        torch.from_numpy(assignment[inverse]),
-        torch.from_numpy(distance[inverse]),
+        torch.from_numpy(assignment),
+        torch.from_numpy(exact_distance(x, np.arange(len(x)), centroids, assignment).astype(np.float32)),
         torch.from_numpy(centroids),
-        max(0.0, float(packed[-2])),
+        objective,
         iteration,
         splits,
     )
 
 
-def _assign(x: np.ndarray, norms: np.ndarray, centroids: np.ndarray, segments: list[_Segment]) -> np.ndarray:
-    """(n,) nearest centroid among those of the row's segment."""
-    nearest_one = np.empty(len(x), np.int64)
-    longest = np.sqrt(np.square(centroids.astype(np.float64)).sum(1))
-    for start, stop, first, last in segments:
-        nearest_one[start:stop] = first
-        if last - first == 1 or stop == start:
-            continue
-        candidates = centroids[first:last]
-        distance, index = faiss.knn(x[start:stop], candidates, 2)
-        nearest_one[start:stop] += index[:, 0]
-        unsure = distance[:, 1] - distance[:, 0] <= 2 * gram_error(x.shape[1], norms[start:stop], longest[first:last].max())
-        doubtful = start + np.flatnonzero(unsure)
-        step = max(1, WORK_ELEMENTS // candidates.size)
-        for at in range(0, len(doubtful), step):
-            block = doubtful[at : at + step]
-            nearest_one[block] = first + squared_distance(x[block, None], candidates[None]).argmin(1)
-    return nearest_one
+def _assign(
+    x: np.ndarray,
+    members: list[np.ndarray],
+    centroids: np.ndarray,
+    before: tuple[np.ndarray, np.ndarray] | None,
+    beat: Callable[[], None],
+) -> np.ndarray:
+    """(n,) nearest centroid of each row among those of its parent.
+
+    Args:
+        members: the rows of each parent.
+        before: the assignment of the last iteration, and its centroids.
+    """
+    if len(members) == 1 and before is not None:
+        return nearest_again(x, *before, centroids, beat)
+    children = len(centroids) // len(members)
+    found = np.empty(len(x), np.int64)
+    for p, rows in enumerate(members):
+        found[rows] = p * children + nearest_of(x, rows, centroids[p * children : (p + 1) * children], beat)
+    return found

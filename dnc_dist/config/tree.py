@@ -110,8 +110,10 @@ class DivisionConfig(Section):
     """Where k-means starts: `previous` begins at the last division's centroids, so that learners keep more of their images."""
     kmeans_iterations: int = Field(100, ge=1)
     """Most Lloyd iterations of one k-means."""
-    kmeans_backend: Literal["auto", "triton", "faiss"] = "auto"
-    """What computes k-means: `triton` on the GPU, `faiss` on the CPU; `auto`: triton where there is a GPU that it serves."""
+    kmeans_tolerance: float = Field(1e-4, ge=0, lt=1)
+    """A k-means ends when an iteration lowers its objective by no more than this share; 0: only when nothing is gained."""
+    kmeans_backend: Literal["auto", "triton", "cpu"] = "auto"
+    """What computes k-means: `triton` on the GPU, or the `cpu`; `auto`: triton where there is a GPU that it serves."""
     trials: int = Field(30, ge=1)
     """k-means runs with other seeds until every cluster can be trained on."""
 

@@ -153,7 +153,7 @@ def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int, stop: StopR
     value = None
     if main:
         labels = view.labels[present.numpy()]
-        compared = Features.alone(every if present.all() else every[present])
+        compared = Features.alone((every if present.all() else every[present]).to(device))
         found = kmeans(compared, len(np.unique(labels)), seed=seed_for(seed, "nmi"), beat=beat)
         value = nmi(found.assignment.numpy(), labels)
     while meet(working=False):

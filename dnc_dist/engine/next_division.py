@@ -53,7 +53,7 @@ def next_division(
         seed=cfg.run.seed,
         start=div.start,
         trials=div.trials,
-        kmeans=KMeansOptions(div.kmeans_iterations, div.kmeans_backend),
+        kmeans=KMeansOptions(div.kmeans_iterations, div.kmeans_backend, div.kmeans_tolerance),
     )
     features = spread_features(found.values[found.valid], int(valid[: found.start].sum()), int(valid.sum()), vote=vote)
     division = divide(features, view.labels[valid], rules, epoch=state.epoch, previous=previous)
