@@ -38,7 +38,7 @@ FENCES = {
     "webdataset": {"dnc_dist.data"},
     "click": {"dnc_dist.cli", "dnc_dist.commands"},
     "timm": {"dnc_dist.model.backbone"},
-    "faiss": {"dnc_dist.retrieval", "dnc_dist.inference"},
+    "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},
     "pyarrow": {"dnc_dist.inference"},
     "onnxruntime": {"dnc_dist.inference"},
     "dnc_kernels": {"dnc_dist.loss", "dnc_dist.clustering", "dnc_dist.engine", "dnc_dist.divider", "dnc_dist.doctor", "dnc_kernels"},

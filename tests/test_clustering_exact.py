@@ -11,7 +11,7 @@ import pytest
 
 from dnc_dist.base.exact import squared_distance
 from dnc_dist.clustering.centroids import _on_grid, plus_plus
-from dnc_dist.clustering.nearest import WORTH_SKIPPING, nearest_again, nearest_of
+from dnc_dist.clustering.nearest import PROPOSALS, WORTH_SKIPPING, nearest_again, nearest_of
 from dnc_dist.clustering.sums import Grid, GroupSums, energy, exponent_votes, highest_exponent
 
 
@@ -60,8 +60,9 @@ def test_the_largest_value_of_all_ranks_decides_the_grid() -> None:
     assert np.array_equal(Grid(0, 4).round(values.copy())[:3], [1, 0, -1])
 
 
+@pytest.mark.parametrize("name", PROPOSALS)
 @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-7, 1e18], ids=["unit", "collapsed", "one point", "huge"])
-def test_the_nearest_is_the_argmin_of_float64(scale: float) -> None:
+def test_the_nearest_is_the_argmin_of_float64(scale: float, name: str) -> None:
     """Also where float32 cannot tell: rows close to each other, centroids a unit of float32 apart, centroids twice."""
     x, random = unit_rows(400, 33), np.random.default_rng(1)
     x = (x * np.float32(scale) + np.float32(scale < 1)).astype(np.float32)
@@ -69,9 +70,9 @@ def test_the_nearest_is_the_argmin_of_float64(scale: float) -> None:
     centroids[10:20] = np.nextafter(centroids[:10], np.float32(np.inf))
     centroids[20:25] = centroids[:5]
     rows = random.integers(len(x), size=300)
-    assert np.array_equal(nearest_of(x, rows, centroids), brute(x[rows], centroids))
-    assert not nearest_of(x, rows, np.repeat(centroids[:1], 4, 0)).any()
-    assert nearest_of(x, rows[:0], centroids).shape == (0,)
+    assert np.array_equal(nearest_of(x, rows, centroids, propose=PROPOSALS[name]), brute(x[rows], centroids))
+    assert not nearest_of(x, rows, np.repeat(centroids[:1], 4, 0), propose=PROPOSALS[name]).any()
+    assert nearest_of(x, rows[:0], centroids, propose=PROPOSALS[name]).shape == (0,)
 
 
 def test_the_nearest_again_where_few_centroids_moved() -> None:

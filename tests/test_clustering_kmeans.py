@@ -52,6 +52,14 @@ def test_the_assignment_is_the_argmin_for_the_returned_centroids(n: int, k: int)
         assert result.objective == pytest.approx(float(assert_nearest(x, result).sum()), rel=1e-9, abs=1e-9)
 
 
+def test_faiss_and_numpy_give_the_same_bits() -> None:
+    x = Features.alone(blobs(3000, dim=64, noise=1.0))
+    parent = kmeans(x, 4, seed=3).assignment
+    for k, restrict in ((16, None), (8, parent)):
+        one, other = (kmeans(x, k, seed=3, options=KMeansOptions(backend=name), restrict=restrict) for name in ("faiss", "numpy"))
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+
+
 def test_same_objective_as_faiss_from_the_same_start() -> None:
     x, k = blobs(4000, dim=16), 7
     start = x[torch.arange(k) * 100]

@@ -25,7 +25,7 @@ GRID_BITS = 11
 SPLIT_TRIES = 10_000
 SPLIT_PERTURBATION = 1 / 1024
 
-Backend = Literal["auto", "triton", "cpu"]
+Backend = Literal["auto", "triton", "faiss", "numpy"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class KMeansOptions:
     iterations: int = 100
     """Updates of the centroids, at most."""
     backend: Backend = "auto"
-    """``triton`` on the device of the features, or ``cpu``; ``auto`` is triton where it serves a GPU."""
+    """``triton`` on the device of the features; ``faiss`` or ``numpy`` on the CPU; ``auto``: triton where it serves a GPU, else numpy."""
     tolerance: float = 1e-4
     """Stop when an update lowers the objective by no more than this share of it; 0: only when nothing is gained."""
 

@@ -22,21 +22,23 @@ from dnc_kernels import implementation, implementation_note, lloyd_step
 BLOCK_ELEMENTS = 1 << 24
 
 
-def choose_backend(backend: Backend, device: torch.device) -> Literal["triton", "cpu"]:
-    """What runs k-means on rows of this device: for ``auto`` Triton on a GPU that it serves, else the CPU.
+def choose_backend(backend: Backend, device: torch.device) -> Literal["triton", "faiss", "numpy"]:
+    """What runs k-means on rows of this device: for ``auto`` Triton on a GPU that it serves, else NumPy on the CPU.
 
     Raises:
         InputError: Triton is asked for where it does not run.
     """
-    if backend == "cpu" or (backend == "auto" and device.type != "cuda"):
-        return "cpu"
+    if backend in ("faiss", "numpy"):
+        return backend
+    if backend == "auto" and device.type != "cuda":
+        return "numpy"
     if implementation(device) == "triton":
         return "triton"
     if backend == "auto":
-        return "cpu"
+        return "numpy"
     raise InputError(
         f"division.kmeans_backend=triton does not run on device {device} ({implementation_note(device)}); "
-        "set division.kmeans_backend to auto or cpu"
+        "set division.kmeans_backend to auto, faiss or numpy"
     )
 
 

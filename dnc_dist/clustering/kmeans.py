@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.clustering.centroids import KMEANS, KMeansOptions, KMeansResult, first_centroids, settled, split_empty
 from dnc_dist.clustering.device import choose_backend, lloyd_on_device
 from dnc_dist.clustering.features import Features
-from dnc_dist.clustering.nearest import exact_distance, nearest_again, nearest_of
+from dnc_dist.clustering.nearest import PROPOSALS, Propose, exact_distance, nearest_again, nearest_of
 from dnc_dist.clustering.sums import GroupSums, energy, exponent_votes, highest_exponent, in_order
 
 
@@ -55,7 +56,8 @@ def kmeans(
         raise InputError(
             f"{features.total} rows cannot be divided into {k} clusters; set division.num_learners to at most the number of rows"
         )
-    lloyd = lloyd_on_device if choose_backend(options.backend, features.local.device) == "triton" else _lloyd
+    backend = choose_backend(options.backend, features.local.device)
+    lloyd = lloyd_on_device if backend == "triton" else partial(_lloyd, PROPOSALS[backend])
     if features.total > features.replicated_rows:
         return lloyd(features, k, seed, options, init, restrict, beat)
     restrict = None if restrict is None else features.gather(restrict)
@@ -75,6 +77,7 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 
 def _lloyd(
+    propose: Propose,
     features: Features,
     k: int,
     seed: int,
@@ -105,7 +108,7 @@ def _lloyd(
     for iteration in range(options.iterations + 1):
         beat()
         previous = assignment
-        assignment = _assign(x, members, centroids, None if iteration == 0 else (previous, last), beat)
+        assignment = _assign(propose, x, members, centroids, None if iteration == 0 else (previous, last), beat)
         moved = sums.move(previous, assignment)
         packed = np.concatenate([sums.values.ravel(), np.bincount(assignment, minlength=k), [own_energy, moved]])
         packed = all_reduce(torch.from_numpy(packed)).numpy()
@@ -129,6 +132,7 @@ def _lloyd(
 
 
 def _assign(
+    propose: Propose,
     x: np.ndarray,
     members: list[np.ndarray],
     centroids: np.ndarray,
@@ -142,9 +146,9 @@ def _assign(
         before: the assignment of the last iteration, and its centroids.
     """
     if len(members) == 1 and before is not None:
-        return nearest_again(x, *before, centroids, beat)
+        return nearest_again(x, *before, centroids, beat, propose)
     children = len(centroids) // len(members)
     found = np.empty(len(x), np.int64)
     for p, rows in enumerate(members):
-        found[rows] = p * children + nearest_of(x, rows, centroids[p * children : (p + 1) * children], beat)
+        found[rows] = p * children + nearest_of(x, rows, centroids[p * children : (p + 1) * children], beat, propose)
     return found

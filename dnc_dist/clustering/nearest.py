@@ -1,13 +1,14 @@
 """The nearest centroid of each row on the CPU: the argmin of float64 distances, the lowest index winning.
 
-A float32 product proposes. Centroids whose float32 distances are closer to the smallest than float32 can tell are compared
-again in float64, added in a fixed order. So neither BLAS, threads nor block shapes show in the result.
+FAISS or a float32 product proposes. Centroids whose float32 distances are closer to the smallest than float32 can tell are compared
+again in float64, added in a fixed order. So neither who proposes, BLAS, threads nor block shapes show in the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import faiss
 import numpy as np
 
 from dnc_dist.base.exact import FLOAT32_ROUNDING, gram_error, squared_distance
@@ -18,8 +19,40 @@ PRODUCT_ROWS = 512
 WORTH_SKIPPING = 512
 """So many centroids that stayed pay for the float64 distances that it takes to leave them out."""
 
+Propose = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""Rows (b, D), centroids (k, D) and their squared lengths (k,), all float32 -> by float32 distances the nearest centroid (b,) int64 of
+each row, and by how much (b,) the next one is farther: too small or NaN where that is not known."""
 
-def nearest_of(x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, beat: Callable[[], None] = lambda: None) -> np.ndarray:
+
+def by_product(part: np.ndarray, centroids: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``Propose`` by a matrix product."""
+    distance = _less_own_length(part, centroids, squares)
+    row = np.arange(len(part))
+    first = distance.argmin(1)
+    smallest = distance[row, first]
+    distance[row, first] = np.inf
+    return first, distance.min(1) - smallest
+
+
+def by_faiss(part: np.ndarray, centroids: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``Propose`` by FAISS."""
+    distance, index = faiss.knn(part, centroids, 2)
+    return index[:, 0].astype(np.int64), distance[:, 1] - distance[:, 0]
+
+
+PROPOSALS: dict[str, Propose] = {"numpy": by_product, "faiss": by_faiss}
+
+
+def _less_own_length(part: np.ndarray, centroids: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """(b, k) float32 squared distances, less the squared length of each row."""
+    distance = part @ (-2 * centroids).T
+    distance += squares
+    return distance
+
+
+def nearest_of(
+    x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, beat: Callable[[], None] = lambda: None, propose: Propose = by_product
+) -> np.ndarray:
     """(r,) int64 nearest centroid of the rows x[rows].
 
     Args:
@@ -27,6 +60,7 @@ def nearest_of(x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, beat: Cal
         rows: (r,) int64.
         centroids: (k, D) float32.
         beat: called per block of rows.
+        propose: how; the result is the same.
     """
     found = np.zeros(len(rows), np.int64)
     if len(centroids) == 1:
@@ -36,7 +70,7 @@ def nearest_of(x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, beat: Cal
     around = centroids - middle
     squares = np.square(around.astype(np.float64)).sum(1)
     longest = np.sqrt(squares.max())
-    squares, factors = squares.astype(np.float32), np.ascontiguousarray((-2 * around).T)
+    squares = squares.astype(np.float32)
     # Roundings that gram_error does not count: of row and centroid around the middle, each in the product and in the distance.
     width = centroids.shape[1] + 4
     step = max(1, min(PRODUCT_ROWS, PRODUCT_ELEMENTS // len(centroids)))
@@ -47,18 +81,12 @@ def nearest_of(x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, beat: Cal
         part = np.take(x, rows[block], 0, out=space[: len(rows[block])], mode="clip")
         part -= middle
         length = np.sqrt(np.einsum("ij,ij->i", part, part)) * (1 + width * FLOAT32_ROUNDING)
-        distance = part @ factors  # less the squared length of the row
-        distance += squares
-        row = np.arange(len(part))
-        first = distance.argmin(1)
-        smallest = distance[row, first]
+        first, lead = propose(part, around, squares)
         error = gram_error(width, length.astype(np.float64), longest) + width * np.finfo(np.float32).tiny
-        limit = smallest + 2 * error  # both distances err
-        distance[row, first] = np.inf
-        unsure = np.flatnonzero(~(distance.min(1) > limit))
+        unsure = np.flatnonzero(~(lead > 2 * error))  # both distances err
         if len(unsure):
-            distance[row, first] = smallest
-            near = ~(distance[unsure] > limit[unsure, None])
+            distance = _less_own_length(part[unsure], around, squares)
+            near = ~(distance > (distance.min(1) + 2 * error[unsure])[:, None])
             first[unsure] = _decide(x, rows[block][unsure], centroids, *np.nonzero(near))
         found[block] = first
     return found
@@ -81,7 +109,12 @@ def exact_distance(x: np.ndarray, rows: np.ndarray, centroids: np.ndarray, index
 
 
 def nearest_again(
-    x: np.ndarray, last: np.ndarray, before: np.ndarray, centroids: np.ndarray, beat: Callable[[], None] = lambda: None
+    x: np.ndarray,
+    last: np.ndarray,
+    before: np.ndarray,
+    centroids: np.ndarray,
+    beat: Callable[[], None] = lambda: None,
+    propose: Propose = by_product,
 ) -> np.ndarray:
     """(n,) nearest centroid of all rows, where few centroids moved since the last answer; the same as ``nearest_of``.
 
@@ -100,16 +133,16 @@ def nearest_again(
     if not moved.any():
         return last
     if len(moved) - moved.sum() < WORTH_SKIPPING:
-        return nearest_of(x, every, centroids, beat)
+        return nearest_of(x, every, centroids, beat, propose)
     distance = exact_distance(x, every, centroids, last)
     own = np.flatnonzero(moved[last])
     farther = np.zeros(len(x), bool)
     farther[own] = distance[own] > exact_distance(x, own, before, last[own])
     found = last.copy()
     some = np.flatnonzero(~farther)
-    rival = np.flatnonzero(moved)[nearest_of(x, some, centroids[moved], beat)]
+    rival = np.flatnonzero(moved)[nearest_of(x, some, centroids[moved], beat, propose)]
     rival_distance = exact_distance(x, some, centroids, rival)
     wins = (rival_distance < distance[some]) | ((rival_distance == distance[some]) & (rival < last[some]))
     found[some[wins]] = rival[wins]
-    found[farther] = nearest_of(x, np.flatnonzero(farther), centroids, beat)
+    found[farther] = nearest_of(x, np.flatnonzero(farther), centroids, beat, propose)
     return found

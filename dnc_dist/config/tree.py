@@ -112,8 +112,9 @@ class DivisionConfig(Section):
     """Most Lloyd iterations of one k-means."""
     kmeans_tolerance: float = Field(1e-4, ge=0, lt=1)
     """A k-means ends when an iteration lowers its objective by no more than this share; 0: only when nothing is gained."""
-    kmeans_backend: Literal["auto", "triton", "cpu"] = "auto"
-    """What computes k-means: `triton` on the GPU, or the `cpu`; `auto`: triton where there is a GPU that it serves."""
+    kmeans_backend: Literal["auto", "triton", "faiss", "numpy"] = "auto"
+    """What computes k-means: `triton` on the GPU; on the CPU `faiss` or `numpy`, which give the same result bit for bit; `auto`: triton
+    where there is a GPU that it serves, else numpy, whose products were faster where both were measured (docs/scale.md)."""
     trials: int = Field(30, ge=1)
     """k-means runs with other seeds until every cluster can be trained on."""
 
