@@ -34,6 +34,7 @@ _PACKAGES = {
     "numpy": ("numpy",),
     "scipy": ("scipy",),
     "pillow": ("pillow",),
+    "simplejpeg": ("simplejpeg",),
 }
 ABSENT = "not installed"
 # The part of the program that needs nearly all the others.
