@@ -3,10 +3,11 @@
     python -m benchmarks.loader --out benchmarks/results/loader.jsonl
 
 Parts of two photographs that come with scikit-learn are stored as JPEGs of each size (quality 90, 4:2:0), as a folder for each class and as
-our shards. Every loader reads all of them in this process, with one thread, as batches of uint8: in training with a random resized crop
-(area 0.2 to 1) and a flip, in evaluation with the centre square of 7/8 of the shorter side, both at 224 x 224. What is counted is processor
-time, and rounds of all loaders take turns, so that other work on the machine hits all of them. spdl needs FFmpeg's libraries; where they
-are not found, the line says so.
+our shards. Every loader reads all of them in this process, with one thread: in training with a random resized crop (area 0.2 to 1) and a flip,
+in evaluation with the centre square of 7/8 of the shorter side, both at 224 x 224. ImageFolder has the transforms of torchvision's reference
+training, which end in normalised float32; "ImageFolder, bytes" and all others end in uint8, and leave the rest to the device. What is counted
+is processor time, and rounds of all loaders take turns, so that other work on the machine hits all of them. spdl needs FFmpeg's libraries;
+where they are not found, the line says so.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ torchvision_guard.install()
 from torchvision.datasets import ImageFolder  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
-SIDE, CROP, BATCH, CLASSES = 224, 0.875, 32, 16
+SIDE, CROP, BATCH, CLASSES = 224, 0.875, 32, 2
 record.PACKAGES += ("torchvision", "pillow", "simplejpeg", "webdataset", "spdl", "av")
 Pass = Callable[[], Iterator[torch.Tensor]]
 
@@ -91,19 +92,22 @@ def ours(index: DatasetIndex) -> dict[str, Pass]:
     return {"train": training, "evaluation": evaluation}
 
 
-def transforms() -> dict[str, Any]:
-    """As torchvision's own examples have them."""
+def transforms(*, normalised: bool) -> dict[str, Any]:
+    """As torchvision's reference training has them."""
+    end = [v2.PILToTensor()]
+    if normalised:
+        end += [v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     return {
-        "train": v2.Compose([v2.RandomResizedCrop(SIDE, (0.2, 1.0)), v2.RandomHorizontalFlip(), v2.PILToTensor()]),
-        "evaluation": v2.Compose([v2.Resize(round(SIDE / CROP)), v2.CenterCrop(SIDE), v2.PILToTensor()]),
+        "train": v2.Compose([v2.RandomResizedCrop(SIDE, (0.2, 1.0)), v2.RandomHorizontalFlip(), *end]),
+        "evaluation": v2.Compose([v2.Resize(round(SIDE / CROP)), v2.CenterCrop(SIDE), *end]),
     }
 
 
-def image_folder(folder: Path) -> dict[str, Pass]:
+def image_folder(folder: Path, *, normalised: bool) -> dict[str, Pass]:
     def read(transform: Any) -> Iterator[torch.Tensor]:
         return (images for images, _ in DataLoader(ImageFolder(str(folder), transform), batch_size=BATCH))
 
-    return {name: lambda transform=transform: read(transform) for name, transform in transforms().items()}
+    return {name: lambda transform=transform: read(transform) for name, transform in transforms(normalised=normalised).items()}
 
 
 def web_dataset(index: DatasetIndex) -> dict[str, Pass]:
@@ -113,7 +117,7 @@ def web_dataset(index: DatasetIndex) -> dict[str, Pass]:
         samples = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg").map_tuple(transform)
         return (images for (images,) in DataLoader(samples, batch_size=BATCH))
 
-    return {name: lambda transform=transform: read(transform) for name, transform in transforms().items()}
+    return {name: lambda transform=transform: read(transform) for name, transform in transforms(normalised=False).items()}
 
 
 def spdl(folder: Path, width: int, height: int) -> dict[str, Pass]:
@@ -153,7 +157,7 @@ def timed(run: Pass, count: int) -> float:
     start = time.process_time()
     seen = 0
     for images in run():
-        assert images.shape[1:] == (3, SIDE, SIDE) and images.dtype == torch.uint8
+        assert images.shape[1:] == (3, SIDE, SIDE)
         seen += len(images)
     seconds = time.process_time() - start
     assert seen == count, f"{seen} images instead of {count}"
@@ -164,7 +168,8 @@ def measure(width: int, height: int, count: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="dnc-dist-loader-") as place:
         folder = Path(place)
         index = store(photographs(width, height, count), folder)
-        loaders = {"ours": ours(index), "ImageFolder": image_folder(folder / "classes"), "WebDataset": web_dataset(index)}
+        loaders = {"ours": ours(index), "ImageFolder": image_folder(folder / "classes", normalised=True)}
+        loaders |= {"ImageFolder, bytes": image_folder(folder / "classes", normalised=False), "WebDataset": web_dataset(index)}
         absent = {}
         try:
             loaders["spdl"] = spdl(folder / "classes", width, height)
