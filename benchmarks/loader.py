@@ -2,12 +2,12 @@
 
     python -m benchmarks.loader --out benchmarks/results/loader.jsonl
 
-Parts of two photographs that come with scikit-learn are stored as JPEGs of each size (quality 90, 4:2:0), as a folder for each class and as
-our shards. Every loader reads all of them in this process, with one thread: in training with a random resized crop (area 0.2 to 1) and a flip,
-in evaluation with the centre square of 7/8 of the shorter side, both at 224 x 224. ImageFolder has the transforms of torchvision's reference
-training, which end in normalised float32; "ImageFolder, bytes" and all others end in uint8, and leave the rest to the device. What is counted
-is processor time, and rounds of all loaders take turns, so that other work on the machine hits all of them. spdl needs FFmpeg's libraries;
-where they are not found, the line says so.
+Parts of two photographs that come with scikit-learn are stored as JPEGs of each size (quality 90, 4:2:0), as a folder for each class and
+as our shards. Every loader reads all of them in this process, with one thread: in training with a random resized crop (area 0.2 to 1) and
+a flip, in evaluation with the centre square of 7/8 of the shorter side, both at 224 x 224. ImageFolder has the transforms of torchvision's
+reference training, which end in normalised float32; "ImageFolder, bytes" and all others end in uint8, and leave the rest to the device.
+What is counted is processor time, and rounds of all loaders take turns, so that other work on the machine hits all of them. spdl needs
+FFmpeg's libraries; where they are not found, the line says so.
 """
 
 from __future__ import annotations

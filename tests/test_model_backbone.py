@@ -104,9 +104,9 @@ def test_weights_under_other_names_are_taken_in_order(tmp_path: Path, caplog: py
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(network.eval()(images), other.eval()(images))
     assert caplog.messages == [
-        f"model.weights={tmp_path / 'theirs.pth'} has other names than model.backbone=conv4: its 20 tensors were taken in their order, shapes "
-        f"and kinds agree (blocks.0.0.weight from {next(iter(state))}, blocks.0.1.weight from {list(state)[1]}, blocks.3.1.running_var from "
-        f"{list(state)[-4]}); left over: _fc.weight, _fc.bias"
+        f"model.weights={tmp_path / 'theirs.pth'} has other names than model.backbone=conv4: its 20 tensors were taken in their order, "
+        f"shapes and kinds agree (blocks.0.0.weight from {next(iter(state))}, blocks.0.1.weight from {list(state)[1]}, "
+        f"blocks.3.1.running_var from {list(state)[-4]}); left over: _fc.weight, _fc.bias"
     ]
 
 
