@@ -32,6 +32,7 @@ from dnc_dist.data.transforms import Geometry
 from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.zero import load_weights, read_model
+from dnc_dist.processes.cores import usable_cores
 from dnc_dist.rundir import CHECKPOINTS
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import load_run_config
@@ -185,7 +186,7 @@ class Embedder:
 
     def _batches(self, sources: Iterable[Decoded], size: int) -> Iterator[list[Tensor | str]]:
         """Pixels (3, S, S) of each image, or why it cannot be read; decoded by threads, a few batches ahead."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(usable_cores())
         with ThreadPoolExecutor(min(_MOST_THREADS, cores)) as pool:
             waiting: deque[Future[Tensor | str]] = deque()
             for source in sources:

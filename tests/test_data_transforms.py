@@ -9,6 +9,7 @@ from PIL import Image
 
 from dnc_dist.base.parts import TABLE
 from dnc_dist.base.rng import uniform
+from dnc_dist.data.augmentations.geometry import cut_and_resize, resized_crop_box
 from dnc_dist.data.transforms import CROP_UNIFORMS, Augment, Geometry, evaluation_box, to_tensor
 
 
@@ -34,6 +35,31 @@ def test_evaluation_geometry_is_centre_crop() -> None:
     assert evaluation_box(40, 40, 0.875) == (2.5, 2.5, 37.5, 37.5)
     image = picture(40, 30)
     assert torch.equal(Geometry(None, 30)(image), to_tensor(image.crop((5, 0, 35, 30))))
+
+
+def test_a_random_crop_is_torchvisions_and_nearly_pillows() -> None:
+    """Cut, then resized. Pillow rounds after each of two directions, as torch does, with finer weights: one step of 255 each, at most."""
+    from torchvision.transforms.v2 import functional
+
+    generator = np.random.default_rng(0)
+    for width, height in ((40, 30), (97, 61), (5, 5), (301, 224)):
+        image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for numbers in uniform((2,), torch.arange(8), CROP_UNIFORMS).tolist():
+            box = resized_crop_box(width, height, numbers)
+            found = to_tensor(cut_and_resize(image, box, 24))
+            left, top, right, bottom = box
+            wanted = functional.resized_crop(to_tensor(image), top, left, bottom - top, right - left, [24, 24])
+            assert torch.equal(found, wanted)
+            pillow = to_tensor(image.crop(box).resize((24, 24), Image.Resampling.BILINEAR))
+            assert (found.int() - pillow.int()).abs().max() <= 2
+
+
+def test_the_layout_in_memory_changes_no_pixel() -> None:
+    numbers = uniform((0, "augment", 7), torch.arange(9), Augment("geom").num_uniforms)
+    images = torch.stack([to_tensor(picture(24, 24, seed)).permute(1, 2, 0) for seed in range(9)]).permute(0, 3, 1, 2)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    for kind in TABLE["augmentation"]:
+        assert torch.equal(Augment(kind)(images, numbers), Augment(kind)(images.contiguous(), numbers))
 
 
 def test_light_keeps_left_and_right() -> None:

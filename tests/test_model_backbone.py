@@ -79,6 +79,74 @@ def test_weights_from_a_file(tmp_path: Path) -> None:
         assert all(torch.equal(value, network.state_dict()[key]) for key, value in other.state_dict().items())
 
 
+def renamed(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A classifier after the same tensors under names of somebody else, as a file of another project has them."""
+    names = {"blocks.": "_layer", ".0.": "_conv.", ".1.": "_norm."}
+    state = {}
+    for key, value in network.state_dict().items():
+        for old, new in names.items():
+            key = key.replace(old, new) if old == "blocks." else key.replace(old, new, 1)
+        state[key] = value
+    return state | {"_fc.weight": torch.ones(2, 256), "_fc.bias": torch.ones(2)}
+
+
+def test_weights_under_other_names_are_taken_in_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    network = build_backbone("conv4", "none", batch_norm="global")
+    for value in network.state_dict().values():
+        value.copy_(torch.rand_like(value, dtype=torch.float32))
+    state = renamed(network)
+    assert not set(state) & set(network.state_dict())
+    torch.save(state, tmp_path / "theirs.pth")
+    other = build_backbone("conv4", str(tmp_path / "theirs.pth"), batch_norm="global")
+    counts = [key for key in network.state_dict() if key.endswith("num_batches_tracked")]
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in network.state_dict().items() if key not in counts)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(network.eval()(images), other.eval()(images))
+    assert caplog.messages == [
+        f"model.weights={tmp_path / 'theirs.pth'} has other names than model.backbone=conv4: its 20 tensors were taken in their order, "
+        f"shapes and kinds agree (blocks.0.0.weight from {next(iter(state))}, blocks.0.1.weight from {list(state)[1]}, "
+        f"blocks.3.1.running_var from {list(state)[-4]}); left over: _fc.weight, _fc.bias"
+    ]
+
+
+def swapped(state: dict[str, torch.Tensor], one: int, other: int) -> dict[str, torch.Tensor]:
+    items = list(state.items())
+    items[one], items[other] = items[other], items[one]
+    return dict(items)
+
+
+OTHER_NETS = {
+    "another order of layers": (lambda state: swapped(state, 6, 12), r"in order number 5 is no pair: .* differ in shape"),
+    "another order in a BatchNorm": (lambda state: swapped(state, 1, 2), r"number 1 is no pair: .* \(32,\) are a weight and a bias"),
+    "too few": (lambda state: dict(list(state.items())[:12]), r"it has 10 tensors only"),
+    "another end": (
+        lambda state: state | {"_more.weight": torch.ones(3)},
+        r"after 20 tensors in order 3 are left \(_fc.weight, .*no classifier",
+    ),
+    "a name that is elsewhere": (
+        lambda state: {key.replace("_layer1_norm.bias", "blocks.0.1.bias"): value for key, value in state.items()},
+        r"number 2 is no pair: blocks.0.1.bias .*, which has another blocks.0.1.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NETS)
+def test_weights_of_another_net_are_refused(name: str, tmp_path: Path) -> None:
+    change, words = OTHER_NETS[name]
+    torch.save(change(renamed(build_backbone("conv4", "none", batch_norm="global"))), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=rf"lacks \d+ of the 20 tensors of model.backbone=conv4 by name.*{words}.*; give weights of this"):
+        build_backbone("conv4", str(tmp_path / "w.pth"), batch_norm="global")
+
+
+def test_a_file_without_order_needs_the_names(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(renamed(build_backbone("conv4", "none", batch_norm="global")), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"lacks 20 of the 20 .*has to be a \.pth: a \.safetensors file does not keep the order"):
+        build_backbone("conv4", str(tmp_path / "w.safetensors"), batch_norm="global")
+
+
 def test_weights_that_cannot_be_had_say_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bad.pth").write_bytes(b"nonsense")
     torch.save({"blocks.0.0.weight": torch.ones(1)}, tmp_path / "few.pth")

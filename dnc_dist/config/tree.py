@@ -61,8 +61,15 @@ class Data(Section):
     """Standard deviation per colour channel that pixels are divided by."""
     validation_classes: float = Field(0.0, ge=0, lt=1)
     """Share of the training classes, chosen by a seeded hash, that is held out to select the best checkpoint."""
-    workers: int = Field(2, ge=0)
-    """Loader processes per rank; 0 reads in the training process."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes per rank; 0 reads in the training process; `auto`: the cores of a rank less one, 16 at most, without GPUs 1."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _number_or_word(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 0):
+            raise ValueError("must be a number from 0 on, or auto")
+        return value
 
 
 class Model(Section):

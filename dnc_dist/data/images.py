@@ -13,7 +13,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.data.jpeg import without_metadata
+from dnc_dist.data.jpeg import plain_size, without_metadata
+from dnc_dist.data.pixels import to_image
+
+try:
+    import simplejpeg
+except ImportError:  # there are systems without a wheel of it: Pillow decodes to the same pixels, and takes longer
+    simplejpeg = None
 
 # What damaged bytes raise. TypeError, AttributeError and the like are bugs of ours and are never caught, but for Pillow's own in ``_load``.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -108,8 +114,26 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         One of DECODE_ERRORS: the bytes are no complete image.
     """
+    plain = _decode_plain(data)
+    if plain is not None:
+        return plain
     image, coded, _ = _load(data)
     return _to_rgb(image, coded)
+
+
+def _decode_plain(data: bytes) -> Image.Image | None:
+    """The pixels of a JPEG as shards hold it, the same as Pillow's, in two thirds of the time; None: Pillow has to judge.
+
+    Both use libjpeg-turbo with its exact arithmetic. Whatever makes it warn, such as an end that comes too early, is left to Pillow,
+    which accepts some of it and refuses the rest.
+    """
+    size = plain_size(data)
+    if simplejpeg is None or size is None or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or 0):
+        return None
+    try:
+        return to_image(simplejpeg.decode_jpeg(data, "RGBX", strict=True))
+    except ValueError:
+        return None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

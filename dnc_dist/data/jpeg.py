@@ -6,7 +6,37 @@ import re
 
 _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)  # neither stuffed nor a restart inside compressed pixels
 _SOI, _EOI, _SOS, _COM, _APP0, _APP14, _APP15 = 0xD8, 0xD9, 0xDA, 0xFE, 0xE0, 0xEE, 0xEF
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman coded
+_TABLES = (0xC4, 0xDB, 0xDD)  # of codes, of quantisation, and how often restart markers come
 _JFIF_SIZE = 14
+_ADOBE_SIZE = 12
+
+
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG of three colours with 8 bits whose header says nothing more than how to decode it; None of any other.
+
+    Only what every decoder understands alike stands before its pixels: tables, JFIF, and Adobe's segment on the colours. No EXIF, then,
+    that would turn it. Whether its pixels are whole is not looked at. What ``without_metadata`` returns is plain, if it has three colours.
+    """
+    size = None
+    at = 2
+    if data[:2] != b"\xff\xd8":
+        return None
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : at + 2 + length]
+        if marker == _SOS:
+            return size
+        if marker in _FRAMES and size is None and len(body) == 15 and body[0] == 8 and body[5] == 3:
+            size = int.from_bytes(body[3:5], "big"), int.from_bytes(body[1:3], "big")
+        elif not (
+            marker in _TABLES
+            or (marker == _APP0 and len(body) == _JFIF_SIZE and body.startswith(b"JFIF\x00"))
+            or (marker == _APP14 and len(body) == _ADOBE_SIZE and body.startswith(b"Adobe"))
+        ):
+            return None
+        at += 2 + length
+    return None
 
 
 def without_metadata(data: bytes) -> bytes:

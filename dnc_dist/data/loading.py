@@ -18,10 +18,10 @@ from dnc_dist.data.transforms import Geometry
 class Batch(NamedTuple):
     """This rank's rows of a step, b of them: at least one, a dummy if the rank has no row.
 
-    ``images`` (b, 3, S, S) uint8; ``labels`` (b,) of the view; ``learner`` (b,), -1: takes part in nothing; ``rows`` (b,) of the
-    index, -1: dummy; ``slots`` (b,) in the step's global batch; ``valid`` (b,) bool, False: a dummy or a row that failed to decode;
-    ``failed`` the keys of the latter; ``step`` the global step; ``rows_of_ranks`` b on each of the ranks that share the step's
-    learners; ``group`` those ranks, None: all; ``rows_of_world`` b on every rank; ``max_positives`` an upper bound of the positives
+    ``images`` (b, 3, S, S) uint8, in memory (b, S, S, 3); ``labels`` (b,) of the view; ``learner`` (b,), -1: takes part in nothing;
+    ``rows`` (b,) of the index, -1: dummy; ``slots`` (b,) in the step's global batch; ``valid`` (b,) bool, False: a dummy or a row that
+    failed to decode; ``failed`` the keys of the latter; ``step`` the global step; ``rows_of_ranks`` b on each of the ranks that share the
+    step's learners; ``group`` those ranks, None: all; ``rows_of_world`` b on every rank; ``max_positives`` an upper bound of the positives
     that a row has in the step's global batch, equal on all ranks. The last two are None where nobody has counted.
     """
 
@@ -47,8 +47,8 @@ class Batch(NamedTuple):
 class DecodedBlock(NamedTuple):
     """Consecutive rows of a view, b of them, as a sequential pass delivers them.
 
-    ``images`` (b, 3, S, S) uint8; ``places`` (b,) in the view; ``valid`` (b,) bool, False: a row that failed to decode; ``failed`` the
-    keys of those; ``number`` of the block in the whole pass.
+    ``images`` (b, 3, S, S) uint8, in memory (b, S, S, 3); ``places`` (b,) in the view; ``valid`` (b,) bool, False: a row that failed to
+    decode; ``failed`` the keys of those; ``number`` of the block in the whole pass.
     """
 
     images: Tensor
@@ -84,9 +84,16 @@ def stack(index: DatasetIndex, rows: NDArray[np.int64], images: list[Tensor | No
     None is an image that failed to decode: its pixels are zero.
     """
     valid = torch.tensor([image is not None for image in images])
-    empty = torch.zeros(3, size, size, dtype=torch.uint8)
+    empty = _black(1, size)[0]
     failed = [index.key(int(row)) for row, image in zip(rows, images, strict=True) if image is None]
-    return torch.stack([empty if image is None else image for image in images]), valid, failed
+    # Stacked as they lie in memory.
+    pixels = torch.stack([(empty if image is None else image).permute(1, 2, 0) for image in images])
+    return pixels.permute(0, 3, 1, 2), valid, failed
+
+
+def _black(rows: int, size: int) -> Tensor:
+    """(rows, 3, S, S), in memory as all images are."""
+    return torch.zeros(rows, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def assemble(index: DatasetIndex, request: Request, images: list[Tensor | None], size: int) -> Batch:
@@ -110,7 +117,7 @@ def dummy(step: int, size: int, rows_of_ranks: list[int]) -> Batch:
     """The batch of a rank without rows: one row that takes part in nothing."""
     one = torch.ones(1, dtype=torch.int64)
     return Batch(
-        images=torch.zeros(1, 3, size, size, dtype=torch.uint8),
+        images=_black(1, size),
         labels=0 * one,
         learner=-one,
         rows=-one,

@@ -38,8 +38,8 @@ class Geometry:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """(3, height, width) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """(3, height, width) uint8, in memory (height, width, 3): the layout that convolutions want in the end, and no pixel is moved."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Augment(nn.Module):

@@ -16,6 +16,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.doctor.facts import ABSENT, Facts, clock_offsets, existing_parent, gather_facts
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.processes import distributed
+from dnc_dist.processes.cores import cores_per_rank, loaders_of
 from dnc_dist.rundir.tracker import wandb_route
 
 _GB = 2**30
@@ -179,7 +180,7 @@ def _wandb(cfg: RunConfig, version: str) -> Check:
 
 def _resources(facts: Sequence[Facts], cfg: RunConfig) -> Iterator[Check]:
     hosts = [[one for one in facts if one.host == host] for host in dict.fromkeys(one.host for one in facts)]
-    cores = min(len(frozenset().union(*(one.cores for one in here))) / len(here) for here in hosts)
+    cores = cores_per_rank((one.host, one.cores, one.core_quota) for one in facts)
     threads = max(one.threads for one in facts)
     crowded = threads > max(1.0, cores)
     advice = f"threads wait for each other; set OMP_NUM_THREADS={max(1, int(cores))}" if crowded else ""
@@ -198,7 +199,7 @@ def _resources(facts: Sequence[Facts], cfg: RunConfig) -> Iterator[Check]:
     yield _size(
         "/dev/shm",
         shared,
-        max(_ENOUGH_SHARED_MEMORY, _loaded_ahead(cfg, max(map(len, hosts)))),
+        max(_ENOUGH_SHARED_MEMORY, _loaded_ahead(cfg, max(map(len, hosts)), loaders_of(cores, on_gpu=facts[0].gpu is not None))),
         "loader workers pass images through it; in Docker, start with --shm-size=8g, or set data.workers=0",
     )
     files = min(one.open_files for one in facts)
@@ -206,10 +207,14 @@ def _resources(facts: Sequence[Facts], cfg: RunConfig) -> Iterator[Check]:
     yield Check("open files", f"at most {files:,}", "warning" if few else "ok", "loaders need many: `ulimit -n 65536`" if few else "")
 
 
-def _loaded_ahead(cfg: RunConfig, ranks: int) -> int:
-    """Bytes of the batches that the loader workers of so many ranks keep ready, two each, in training and in an evaluation beside it."""
+def _loaded_ahead(cfg: RunConfig, ranks: int, workers: int) -> int:
+    """Bytes of the batches that the loader workers of so many ranks keep ready, two each, in training and in an evaluation beside it.
+
+    ``workers`` of a rank, where the configuration leaves their number open.
+    """
+    workers = workers if cfg.data.workers == "auto" else cfg.data.workers
     rows = -(-cfg.schedule.batch_size // distributed.world_size()) + cfg.evaluation.batch_size
-    return ranks * cfg.data.workers * 2 * rows * 3 * cfg.data.image_size**2
+    return ranks * workers * 2 * rows * 3 * cfg.data.image_size**2
 
 
 def _size(name: str, size: float | None, enough: int, hint: str) -> Check:

@@ -20,6 +20,7 @@ import torch
 
 import dnc_dist
 from dnc_dist.processes import distributed
+from dnc_dist.processes.cores import quota, usable_cores
 from dnc_kernels import toolchain
 
 # What is compared between ranks, and the names that its distributions have.
@@ -34,6 +35,7 @@ _PACKAGES = {
     "numpy": ("numpy",),
     "scipy": ("scipy",),
     "pillow": ("pillow",),
+    "simplejpeg": ("simplejpeg",),
 }
 ABSENT = "not installed"
 # The part of the program that needs nearly all the others.
@@ -54,10 +56,10 @@ class Gpu:
 class Facts:
     """One rank's view. Sizes in bytes; None: this system does not tell.
 
-    ``import_error`` why the program cannot be imported, or empty; ``cores`` the CPUs that this rank may use; ``run_disk`` and
-    ``temporary_disk`` what is free there; ``driver`` whether the driver has GPUs that this process may use; ``compiler`` and
-    ``python_header`` what Triton builds its launcher with, empty if absent; ``kernel_cache`` and ``kernel_cache_system`` where it
-    keeps compiled kernels, and the kind of that file system.
+    ``import_error`` why the program cannot be imported, or empty; ``cores`` the CPUs that this rank may use, and ``core_quota`` how
+    many at a time; ``run_disk`` and ``temporary_disk`` what is free there; ``driver`` whether the driver has GPUs that this process may
+    use; ``compiler`` and ``python_header`` what Triton builds its launcher with, empty if absent; ``kernel_cache`` and
+    ``kernel_cache_system`` where it keeps compiled kernels, and the kind of that file system.
     """
 
     host: str
@@ -67,6 +69,7 @@ class Facts:
     num_gpus: int
     driver: bool
     cores: frozenset[int]
+    core_quota: float | None
     threads: int
     memory: int | None
     run_disk: int
@@ -90,7 +93,8 @@ def gather_facts(run_dir: Path) -> list[Facts]:
             gpu=_gpu(),
             num_gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,
             driver=_driver_has_gpus(),
-            cores=frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)),
+            cores=usable_cores(),
+            core_quota=quota(),
             threads=torch.get_num_threads(),
             memory=_available_memory(),
             run_disk=shutil.disk_usage(existing_parent(run_dir)).free,

@@ -24,6 +24,7 @@ from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.processes import distributed
+from dnc_dist.processes.cores import loader_processes
 from dnc_dist.retrieval.protocols import Columns
 
 # A folder on this machine's own disk with a copy of data.root; not a key, since the run is the same with and without it.
@@ -83,6 +84,7 @@ class Passes:
             )
         self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
         self._pin_memory = distributed.device().type == "cuda"
+        self._workers = loader_processes(cfg.data.workers)
 
     def sequential(self, view: RowView) -> SequentialBatches:
         """This rank's blocks of one pass over a view, with the evaluation transform."""
@@ -93,7 +95,7 @@ class Passes:
             block_size=self.cfg.evaluation.batch_size,
             rank=distributed.rank(),
             world=distributed.world_size(),
-            workers=self.cfg.data.workers,
+            workers=self._workers,
             pin_memory=self._pin_memory,
         )
 
@@ -126,7 +128,7 @@ class RunData(Passes):
             self.train,
             Geometry(cfg.data.augment, cfg.data.image_size, cfg.data.crop),
             seed=cfg.run.seed,
-            workers=cfg.data.workers,
+            workers=self._workers,
             pin_memory=self._pin_memory,
         )
 

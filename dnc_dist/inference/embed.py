@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +20,7 @@ from dnc_dist.data.workers import worker_start
 from dnc_dist.embedder import Embedder, load
 from dnc_dist.inference.blocks import BlockFolder, Plan, write_block
 from dnc_dist.inference.table import Keys, Origin, check_place, write_table
+from dnc_dist.processes.cores import usable_cores
 
 BLOCK_ROWS = 256
 """Images of a block, at least: what an interruption costs each process."""
@@ -97,7 +97,7 @@ def _keys(images: Images, origin: Origin, failed: dict[int, str]) -> Keys:
 
 def _compute(model: Embedder, images: Images, blocks: BlockFolder, missing: list[int], nproc: int | None) -> None:
     """Embed the missing blocks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(usable_cores())
     wanted = nproc or torch.cuda.device_count() or min(cores, _MOST_PROCESSES)
     rows = sum(stop - start for start, stop in map(blocks.plan.bounds, missing))
     finished = _here if min(wanted, len(missing)) < 2 else _in_processes

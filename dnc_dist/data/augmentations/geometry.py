@@ -6,6 +6,9 @@ import math
 
 import numpy as np
 from PIL import Image
+from torch.nn import functional
+
+from dnc_dist.data.pixels import pixels_of, to_image
 
 CROP_UNIFORMS = 25
 """Ten tries of area and aspect ratio, x, y, flip, two for a rotation."""
@@ -13,6 +16,7 @@ _RATIO = (3 / 4, 4 / 3)
 _AREA = (0.2, 1.0)
 _MAX_DEGREES = 45.0
 Box = tuple[float, float, float, float]
+Cut = tuple[int, int, int, int]
 
 
 def evaluation_box(width: int, height: int, crop: float) -> Box:
@@ -22,7 +26,7 @@ def evaluation_box(width: int, height: int, crop: float) -> Box:
     return left, top, left + side, top + side
 
 
-def resized_crop_box(width: int, height: int, u: list[float]) -> Box:
+def resized_crop_box(width: int, height: int, u: list[float]) -> Cut:
     """A random part of the image: area 0.2 to 1, aspect ratio 3/4 to 4/3 (torchvision's RandomResizedCrop)."""
     for attempt in range(10):
         area = width * height * (_AREA[0] + (_AREA[1] - _AREA[0]) * u[2 * attempt])
@@ -53,6 +57,18 @@ def resize(image: Image.Image, box: Box, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
+def cut_and_resize(image: Image.Image, box: Cut, size: int) -> Image.Image:
+    """The box, in whole pixels inside of the image, at ``size`` x ``size``, antialiased: torchvision's ``resized_crop``, pixel for pixel.
+
+    Faster than ``resize``, and not quite the same: at the border of the box that one still sees the pixels outside of it.
+    """
+    left, top, right, bottom = box
+    # A batch of one before its axes are moved: otherwise torch does not see that colours lie innermost, and takes four times as long.
+    part = pixels_of(image)[None, top:bottom, left:right].permute(0, 3, 1, 2)
+    resized = functional.interpolate(part, (size, size), mode="bilinear", antialias=True)
+    return to_image(resized.permute(0, 2, 3, 1)[0].numpy())
+
+
 def rotate(image: Image.Image, u: list[float]) -> Image.Image:
     """With probability 1/2 a rotation by up to 45 degrees, the corners filled with the image's mean colour."""
     if u[23] >= 0.5:
@@ -63,5 +79,5 @@ def rotate(image: Image.Image, u: list[float]) -> Image.Image:
 
 def crop_and_flip(image: Image.Image, size: int, u: list[float]) -> Image.Image:
     """A random part of the image at ``size`` x ``size``, mirrored with probability 1/2."""
-    image = resize(image, resized_crop_box(*image.size, u), size)
+    image = cut_and_resize(image, resized_crop_box(*image.size, u), size)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if u[22] < 0.5 else image

@@ -22,6 +22,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from dnc_dist import __version__
 from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
 from dnc_dist.base.foreign import read_json
+from dnc_dist.processes.cores import quota, usable_cores
 from dnc_dist.processes.launch.agent import STOP_SIGNALS, Agent, Known, WorkerOutput
 from dnc_dist.processes.launch.console import say
 from dnc_dist.processes.launch.meeting import MeetingError, meet
@@ -93,10 +94,10 @@ def launch_workers(
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.addHandler(logging.NullHandler())
     elastic.propagate = False
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(usable_cores()) if (limit := quota()) is None else min(len(usable_cores()), limit)
     environment = {
         LAUNCHER_PID: str(os.getpid()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // nproc))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(cores // nproc)))),
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }
