@@ -63,6 +63,13 @@ class Data(Section):
     """Share of the training classes, chosen by a seeded hash, that is held out to select the best checkpoint."""
     workers: int = Field(2, ge=0)
     """Loader processes per rank; 0 reads in the training process."""
+    access: Literal["auto", "indexed", "stream"] = "auto"
+    """How training reads: `indexed` any row at any time; `stream` shards from front to back, every image at most once an epoch, for data
+    sets that are very large or far away; `auto`: indexed."""
+    lanes: int = Field(64, ge=1)
+    """With access `stream`: parts of the data set that all ranks together read side by side, at least one per rank and worker."""
+    pool_mb: float = Field(512.0, gt=0)
+    """With access `stream`: megabytes of images that wait, undecoded, to be mixed into batches, on all ranks together."""
 
 
 class Model(Section):
@@ -291,6 +298,14 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
             f"division.conquer_from={div.conquer_from} is not below schedule.epochs={sch.epochs}; "
             "use a smaller epoch, auto, or null for no conquer phase"
         )
+    if cfg.data.access == "stream":
+        if cfg.data.lanes < div.learners_per_step:
+            yield f"data.lanes={cfg.data.lanes} is less than division.learners_per_step={div.learners_per_step}; use a multiple of it"
+        if sch.epoch_length == "over":
+            yield (
+                "schedule.epoch_length=over shows images of small clusters several times an epoch, data.access=stream reads each once; "
+                "use schedule.epoch_length=dataset, or data.access=indexed"
+            )
     if cfg.engine.stall_timeout > cfg.engine.timeout:
         yield (
             f"engine.stall_timeout={cfg.engine.stall_timeout:g} is longer than engine.timeout={cfg.engine.timeout:g}, which is for longer "

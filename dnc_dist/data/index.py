@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import Array, printable, read_column, read_json
 from dnc_dist.data.manifest import CLASSES, COLUMNS, COPY_AGAIN, INDEX, MANIFEST, SPLITS, Manifest, read_manifest, shard_problems
+from dnc_dist.data.shard_files import LocalShards, Shards
 
 # Kinds of the columns' dtypes; all others are text.
 _KINDS = {"label": "i", "split": "u", "query": "b", "gallery": "b", "shard": "i", "offset": "i", "size": "i"}
@@ -93,6 +94,11 @@ class DatasetIndex:
     def splits(self) -> list[str]:
         """The splits that hold rows, in the order train, validation, test."""
         return [split for split in SPLITS if split in self.manifest.splits]
+
+    @property
+    def shards(self) -> Shards:
+        """The tar files, to be read from front to back."""
+        return LocalShards(self.root, self.manifest)
 
     @property
     def shard_paths(self) -> list[Path]:

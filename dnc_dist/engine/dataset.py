@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,13 @@ from dnc_dist.data.index import DatasetIndex, RowView, open_index, text, train_v
 from dnc_dist.data.manifest import read_manifest
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
+from dnc_dist.data.stream_batches import StreamBatches
+from dnc_dist.data.stream_plan import stream_schedule
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval.protocols import Columns
 
+_log = logging.getLogger(__name__)
 # A folder on this machine's own disk with a copy of data.root; not a key, since the run is the same with and without it.
 LOCAL_DATA = "DNC_LOCAL_DATA"
 
@@ -121,7 +125,10 @@ class RunData(Passes):
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through
             parts.build("protocol", cfg.data.protocol).for_data(columns_of(self.index, self.test))
-        self._train_batches = TrainBatches(
+        self._streams = cfg.data.access == "stream"
+        if self._streams and (world := distributed.world_size()) > cfg.data.lanes:
+            raise InputError(f"data.lanes={cfg.data.lanes} is less than one for each of {world} ranks; set it to a multiple of {world}")
+        self._train_batches: TrainBatches | StreamBatches = (StreamBatches if self._streams else TrainBatches)(
             self.index,
             self.train,
             Geometry(cfg.data.augment, cfg.data.image_size, cfg.data.crop),
@@ -145,22 +152,44 @@ class RunData(Passes):
         return wanted, view
 
     def schedule(self, division: Division, epoch: int, *, conquer: bool) -> EpochSchedule:
-        """The steps of an epoch under a division; when conquering, one cluster a step."""
-        sch = self.cfg.schedule
-        return epoch_schedule(
+        """The steps of an epoch under a division; when conquering, one cluster a step.
+
+        Raises:
+            InputError: shards are to be streamed, and no batch can be made of what fits into the pools.
+        """
+        sch, data = self.cfg.schedule, self.cfg.data
+        seed = seed_for(self.cfg.run.seed, "schedule")
+        learners_per_step = 1 if conquer else self.cfg.division.learners_per_step
+        if not self._streams:
+            return epoch_schedule(
+                division.learner_of,
+                self.train.labels,
+                seed=seed,
+                epoch=epoch,
+                batch_size=sch.batch_size,
+                samples_per_class=sch.samples_per_class,
+                learners_per_step=learners_per_step,
+                length=sch.epoch_length,
+            )
+        planned = stream_schedule(
             division.learner_of,
             self.train.labels,
-            seed=seed_for(self.cfg.run.seed, "schedule"),
+            self.train.shards,
+            np.asarray(self.index.columns["size"][self.train.rows]),
+            seed=seed,
             epoch=epoch,
             batch_size=sch.batch_size,
             samples_per_class=sch.samples_per_class,
-            learners_per_step=1 if conquer else self.cfg.division.learners_per_step,
-            length=sch.epoch_length,
+            learners_per_step=learners_per_step,
+            lanes=data.lanes,
+            pool_bytes=int(data.pool_mb * 2**20),
         )
+        _log.info(f"epoch {epoch}: {planned.summary(distributed.world_size(), sch.batch_size)}")
+        return planned
 
     def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int, group: ProcessGroup | None = None) -> Iterator[Batch]:
         """This rank's batches of an epoch, from step ``skip`` on; ``group`` are the ranks that share its learners, None: all."""
-        return self._train_batches.epoch(
+        return self._train_batches.epoch(  # type: ignore[arg-type]  # each kind of batches is given its own schedule
             schedule, first_step=first_step, skip=skip, rank=distributed.rank(), world=distributed.world_size(), group=group
         )
 
