@@ -52,7 +52,7 @@ class _Texts:
 
 
 def _is_text(field: Any) -> bool:
-    return field is not None and field.annotation in (str, Path)
+    return field is not None and field.annotation in (str, Path, Path | str, Path | None)
 
 
 def _name_at(tree: Any, path: str, choice: Choice) -> str | None:
@@ -183,7 +183,7 @@ def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
     if cfg.division.conquer_from == "auto":
         cfg = cfg.model_copy(update={"division": cfg.division.model_copy(update={"conquer_from": conquer_start(cfg)})})
     if cfg.data.access == "auto":
-        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"access": "indexed"})})
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"access": "stream" if cfg.data.streams else "indexed"})})
     return cfg
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -161,7 +162,7 @@ class _SequentialDataset(IterableDataset[DecodedBlock]):
         info = get_worker_info()
         blocks = self.parts[info.id if info else 0]
         rows = np.concatenate([self.view.rows[block.start : block.stop] for block in blocks]) if blocks else self.view.rows[:0]
-        data = read_rows(self.index, rows) if self.streaming else self._indexed(blocks)
+        data = read_rows(self.index, rows) if self.streaming or self.index.is_remote else self._indexed(blocks)
         for block in blocks:
             images = [load_image(next(data), self.geometry, None) for _ in range(block.start, block.stop)]
             pixels, valid, failed = stack(self.index, self.view.rows[block.start : block.stop], images, self.geometry.image_size)
@@ -179,8 +180,9 @@ class SequentialBatches:
     """One pass over a view in fixed blocks that do not depend on the number of ranks; every row on exactly one rank.
 
     Whole shards are streamed through WebDataset where there are enough of them for all workers of all ranks; otherwise blocks are
-    read through the index, which one message says. A rank's rows have the places ``bounds`` [start, stop) of the view in
-    either case, but with workers they do not arrive in order: ``DecodedBlock.places`` says where each belongs.
+    read through the index (of a server: each worker streams a part), which one message says. A rank's rows have the places ``bounds``
+    [start, stop) of the view in either case, but with workers they do not arrive in order: ``DecodedBlock.places`` says where each
+    belongs.
     """
 
     def __init__(
@@ -201,8 +203,12 @@ class SequentialBatches:
         shards = list(dict.fromkeys(block.shard for block in blocks))
         self.streaming = len(shards) >= world * lanes
         if not self.streaming and rank == 0:
-            _log.info("%s: %d shards are fewer than %d ranks x %d workers; reading through the index", view.name, len(shards), world, lanes)
-        first, parts = _by_shard(blocks, shards, rank, world, lanes) if self.streaming else _by_block(blocks, rank, world, lanes)
+            how = "some begin in the middle of a shard" if index.is_remote else "reading through the index"
+            _log.info("%s: %d shards are fewer than %d ranks x %d workers; %s", view.name, len(shards), world, lanes, how)
+        if self.streaming:
+            first, parts = _by_shard(blocks, shards, rank, world, lanes)
+        else:
+            first, parts = _by_block(blocks, rank, world, lanes, in_turn=not index.is_remote)
         self.num_batches = sum(len(part) for part in parts)
         starts = [*(block.start for block in blocks), len(view)]
         self.bounds = (starts[first], starts[first + self.num_batches])
@@ -224,7 +230,10 @@ def _by_shard(blocks: list[_Block], shards: list[int], rank: int, world: int, la
     return sum(lane_of[block.shard] < rank * lanes for block in blocks), parts
 
 
-def _by_block(blocks: list[_Block], rank: int, world: int, lanes: int) -> tuple[int, list[list[_Block]]]:
-    """A contiguous balanced run of blocks to each rank, in turn to its workers: the rank's first block, and its workers' blocks."""
+def _by_block(blocks: list[_Block], rank: int, world: int, lanes: int, *, in_turn: bool) -> tuple[int, list[list[_Block]]]:
+    """A contiguous balanced run of blocks to each rank: the rank's first block, and its workers' blocks, in turn or contiguous, too."""
     first, stop = len(blocks) * rank // world, len(blocks) * (rank + 1) // world
-    return first, [blocks[first + lane : stop : lanes] for lane in range(lanes)]
+    if in_turn:
+        return first, [blocks[first + lane : stop : lanes] for lane in range(lanes)]
+    bounds = [first + (stop - first) * lane // lanes for lane in range(lanes + 1)]
+    return first, [blocks[start:end] for start, end in pairwise(bounds)]

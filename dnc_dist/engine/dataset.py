@@ -21,6 +21,7 @@ from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex, RowView, open_index, text, train_view, validation_view
 from dnc_dist.data.manifest import read_manifest
+from dnc_dist.data.remote import Web
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.stream_batches import StreamBatches
@@ -34,16 +35,25 @@ _log = logging.getLogger(__name__)
 LOCAL_DATA = "DNC_LOCAL_DATA"
 
 
-def _open(root: Path) -> DatasetIndex:
-    """The dataset, read from this machine's own copy if there is one.
+def web_of(cfg: RunConfig) -> Web:
+    """How a configuration reads files on web servers."""
+    data = cfg.data
+    return Web(data.retry_seconds, data.cache.absolute() if data.cache is not None else None, int(data.cache_gb * 1e9))
+
+
+def open_data(cfg: RunConfig) -> DatasetIndex:
+    """The dataset of a configuration, read from this machine's own copy if there is one.
 
     Raises:
         InputError: one of the two cannot be read, or the copy holds something else.
+        RunError: a server does not answer.
     """
+    root, web = cfg.data.root, web_of(cfg)
     if not (copy := os.environ.get(LOCAL_DATA)):
-        return open_index(root)
+        return open_index(root, web)
     index = open_index(Path(copy))
-    if index.content_hash != read_manifest(root).content_hash:
+    named = open_index(root, web).content_hash if isinstance(root, str) else read_manifest(root).content_hash
+    if index.content_hash != named:
         raise InputError(f"{LOCAL_DATA}={copy} holds another dataset than data.root={root}; copy that one, or unset {LOCAL_DATA}")
     return index
 
@@ -78,7 +88,7 @@ class Passes:
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
-        self.index: DatasetIndex = _open(cfg.data.root)
+        self.index: DatasetIndex = open_data(cfg)
         hashes = distributed.gather_objects(self.index.content_hash)
         if len(set(hashes)) > 1:
             other = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
@@ -125,7 +135,7 @@ class RunData(Passes):
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through
             parts.build("protocol", cfg.data.protocol).for_data(columns_of(self.index, self.test))
-        self._streams = cfg.data.access == "stream"
+        self._streams = cfg.data.streams
         if self._streams and (world := distributed.world_size()) > cfg.data.lanes:
             raise InputError(f"data.lanes={cfg.data.lanes} is less than one for each of {world} ranks; set it to a multiple of {world}")
         self._train_batches: TrainBatches | StreamBatches = (StreamBatches if self._streams else TrainBatches)(
