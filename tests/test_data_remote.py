@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,13 +14,17 @@ import torch
 
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.config import load_config
+from dnc_dist.data.block_cache import BlockCache
 from dnc_dist.data.index import DatasetIndex, open_index
-from dnc_dist.data.remote import Download, fetch, knows_ranges
+from dnc_dist.data.preflight import stream_notes
+from dnc_dist.data.readers import read as read_folder
+from dnc_dist.data.remote import Download, Web, fetch, knows_ranges
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.segments import read_rows
+from dnc_dist.data.shards import write_shards
 from dnc_dist.data.stream import SequentialBatches
 from dnc_dist.data.transforms import Geometry
-from tests.run_fixtures import SIZE, make_dataset
+from tests.run_fixtures import SIZE, dnc, draw_folder, make_dataset, start, timeless, without_report, write_config
 from tests.web_server import Server, serving
 
 BYTES = 300_000
@@ -169,6 +175,135 @@ def test_a_server_without_ranges_is_known(server: Server) -> None:
     assert knows_ranges(f"{server.url}file", 5.0)
     server.ranges = False
     assert not knows_ranges(f"{server.url}file", 5.0)
+
+
+def cached(place: Path, server: Server, tmp_path: Path, most: int = 10**9) -> DatasetIndex:
+    return open_index(server.url, Web(5.0, tmp_path / "cache", most))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shards of the tests are smaller than one block."""
+    monkeypatch.setattr("dnc_dist.data.block_cache.BLOCK", 4096)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_cache_serves_the_next_epoch_and_the_next_process(place: Path, server: Server, tmp_path: Path) -> None:
+    local = open_index(place / "data")
+    same_rows(cached(place, server, tmp_path), local)
+    sent = server.sent
+    blocks = list((tmp_path / "cache").rglob("*.block"))
+    assert len(blocks) > 8
+    remote = cached(place, server, tmp_path)
+    before = len([name for name, _ in server.asked if name.endswith(".tar")])
+    same_rows(remote, local)
+    assert len([name for name, _ in server.asked if name.endswith(".tar")]) == before
+    assert server.sent - sent < 2 * len((place / "data" / "manifest.json").read_bytes())
+    # One that a power cut tore is read anew.
+    damaged = blocks[0].read_bytes()
+    blocks[0].write_bytes(damaged[:-5] + b"wrong")
+    same_rows(remote, local)
+    assert blocks[0].read_bytes() == damaged
+    assert len([name for name, _ in server.asked if name.endswith(".tar")]) == before + 1
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_full_cache_keeps_what_it_has(place: Path, server: Server, tmp_path: Path) -> None:
+    local = open_index(place / "data")
+    remote = cached(place, server, tmp_path, most=20_000)
+    for _ in range(2):
+        same_rows(remote, local)
+        assert 10_000 < sum(path.stat().st_size for path in (tmp_path / "cache" / "shards").rglob("*.block")) <= 20_000
+    assert remote.shards.cache is not None  # type: ignore[union-attr]
+    assert remote.shards.cache.recount() <= 20_000  # type: ignore[union-attr]
+
+
+_FILL = """
+import sys
+from pathlib import Path
+from dnc_dist.data.block_cache import BlockCache
+cache, number = BlockCache(Path(sys.argv[1]), 50 * 1016), int(sys.argv[2])
+for block in range(40):
+    cache.write(cache.path("set", f"shard{block % 4}", (block + number) % 40), bytes([block]) * 1000)
+"""
+
+
+def test_processes_share_a_cache(tmp_path: Path) -> None:
+    """Three write the same and other blocks at once: never more than the limit, none torn, and the count is right."""
+    here = Path(__file__).parent.parent
+    others = [subprocess.Popen([sys.executable, "-c", _FILL, str(tmp_path), str(number)], cwd=here) for number in range(3)]
+    assert [other.wait(120) for other in others] == [0] * 3
+    cache = BlockCache(tmp_path, 50 * 1016)
+    counted = int((tmp_path / "bytes").read_text())
+    blocks = list(tmp_path.rglob("*.block"))
+    assert len(blocks) == 50 and all(cache.read(path) is not None for path in blocks)
+    assert cache.recount() == counted == 50 * 1016
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path not in blocks and path.name != "bytes"]
+
+
+def test_before_anything_starts(place: Path, server: Server) -> None:
+    """Eight shards of eight classes: too few for 3 ranks with 4 workers, said with the number; refused where a server knows no ranges."""
+    index = open_index(server.url)
+    view = index.view("train")
+    assert list(stream_notes(index, view, lanes=64, world=2, workers=4)) == []
+    (note,) = stream_notes(index, view, lanes=64, world=3, workers=4)
+    assert (
+        note.startswith("train: 8 shards are fewer than 12 readers (ranks x workers)")
+        and "use fewer ranks or data.workers, 8 together" in note
+    )
+    (note,) = stream_notes(index, view, lanes=4, world=2, workers=4)
+    assert note.startswith("data.lanes=4 keeps 2 of the 4 workers of a rank busy; data.lanes=8 keeps all")
+    with pytest.raises(InputError, match=r"data\.lanes=2 is less than one for each of 3 ranks"):
+        list(stream_notes(index, view, lanes=2, world=3, workers=0))
+    server.ranges = False
+    with pytest.raises(InputError, match=r"train-000000\.tar sends whole files only \(no range requests\)"):
+        list(stream_notes(index, view, lanes=64, world=3, workers=4))
+
+
+def test_more_shards_on_request(tmp_path: Path) -> None:
+    """`data prepare --shards` takes the number that the message asks for."""
+    folder = draw_folder(tmp_path / "pictures", {f"c{number:02d}": 2 for number in range(20)}, {"t0": 2, "t1": 2})
+    write_shards(read_folder("folder", folder), tmp_path / "data", shards=10)
+    index = open_index(tmp_path / "data")
+    view = index.view("train")
+    assert len(np.unique(view.shards)) == 10
+    (note,) = stream_notes(index, view, lanes=64, world=4, workers=3)
+    assert note.endswith("some begin inside of a shard; prepare the data set with `--shards 12` or more")
+    with pytest.raises(InputError, match="already holds another prepared data set"):
+        write_shards(read_folder("folder", folder), tmp_path / "data", shards=12)
+
+
+@pytest.mark.slow
+def test_a_run_from_a_server(place: Path, server: Server, tmp_path: Path) -> None:
+    """With faults it trains to the very curve of the folder's; then a server that dies under it (exit 1)."""
+    options = {"workers": 0, "lanes": 4, "pool_mb": 1.0, "access": "stream"}
+    env = {"XDG_CACHE_HOME": str(tmp_path / "home")}
+    for name, root in (("local", str(place / "data")), ("remote", server.url)):
+        write_config(
+            tmp_path,
+            Path(root),
+            name,
+            data=options | {"root": root},
+            schedule={"epochs": 2},
+            division={"num_learners": 2, "conquer_from": None},
+        )
+    server.fault = lambda name, times: {1: 503, 3: -3000}.get(times % 7) if name.endswith(".tar") else None
+    ends = [start(["train", f"{name}.yaml"], tmp_path, env=env, before=without_report).wait() for name in ("local", "remote")]
+    assert ends[1].result | {"run": ""} == ends[0].result | {"run": ""}
+    assert timeless(tmp_path / "runs" / "remote") == timeless(tmp_path / "runs" / "local")
+
+    server.fault = lambda name, times: 503 if name.startswith("test") else None
+    again = ["train", "remote.yaml", "--set", "run.name=dies", "--set", "data.retry_seconds=1", "--set", "data.workers=1"]
+    done = start(again, tmp_path, env=env, before=without_report).wait()
+    assert done.code == 1 and "Traceback" not in done.err
+    assert f"{server.url}test-00000" in done.err and "cannot be read: the server answers 503" in done.err
+
+
+def test_an_address_without_data(server: Server, tmp_path: Path) -> None:
+    write_config(tmp_path, Path("x"), data={"root": f"{server.url}elsewhere"})
+    error = dnc("train", "run.yaml", folder=tmp_path, env={"XDG_CACHE_HOME": str(tmp_path / "home")}).error
+    assert error.startswith(f"{server.url}elsewhere/manifest.json: the server answers 404")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_addresses_in_a_configuration(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.config import load_config
 from dnc_dist.data.index import DatasetIndex, open_index
 from dnc_dist.data.loading import Batch
 from dnc_dist.data.rows import ShardReader
@@ -18,7 +19,7 @@ from dnc_dist.data.stream import TrainBatches
 from dnc_dist.data.stream_batches import LaneReader, StreamBatches
 from dnc_dist.data.stream_plan import StreamSchedule, stream_schedule
 from dnc_dist.data.transforms import Geometry
-from tests.run_fixtures import SIZE, Running, assert_same_run, dnc, last_step, make_dataset, metrics, start, without_report, write_config
+from tests.run_fixtures import SIZE, Running, assert_same_run, last_step, make_dataset, metrics, start, without_report, write_config
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +174,10 @@ def test_a_run_that_streams(place: Path) -> None:
     done = start(["launch", "short.yaml", "--nproc", "2"], place, before=without_report).wait()
     assert done.result["epoch"] == 3
     assert "epoch 0: " in done.out and " fit into none; " in done.out
-    error = dnc("train", "short.yaml", "--set", "data.lanes=1", folder=place).error
-    assert "data.lanes=1 is less than division.learners_per_step=2" in error
-    error = dnc("train", "short.yaml", "--set", "schedule.epoch_length=over", folder=place).error
-    assert "data.access=stream reads each once; use schedule.epoch_length=dataset" in error
+    for override, message in {
+        "data.lanes=1": r"data\.lanes=1 is less than division\.learners_per_step=2",
+        "schedule.epoch_length=over": r"data\.access=stream reads each once; use schedule\.epoch_length=dataset",
+        "data.retry_seconds=700": r"data\.retry_seconds=700 must be less than engine\.stall_timeout=600",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_config(place / "short.yaml", [override])

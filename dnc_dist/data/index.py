@@ -218,7 +218,10 @@ def open_index(root: str | Path, web: Web = AS_USUAL) -> DatasetIndex:
     if isinstance(root, str) and is_url(root):
         url = folder_url(root)
         folder = fetch_index(url, web)
-        return _open_folder(folder, RemoteShards(url, read_manifest(folder), web))
+        remote = RemoteShards(url, read_manifest(folder), web)
+        if remote.cache is not None:
+            remote.cache.recount()
+        return _open_folder(folder, remote)
     return _open_folder(Path(os.path.realpath(root)), None)
 
 

@@ -21,6 +21,7 @@ from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex, RowView, open_index, text, train_view, validation_view
 from dnc_dist.data.manifest import read_manifest
+from dnc_dist.data.preflight import stream_notes
 from dnc_dist.data.remote import Web
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
@@ -136,8 +137,10 @@ class RunData(Passes):
         if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through
             parts.build("protocol", cfg.data.protocol).for_data(columns_of(self.index, self.test))
         self._streams = cfg.data.streams
-        if self._streams and (world := distributed.world_size()) > cfg.data.lanes:
-            raise InputError(f"data.lanes={cfg.data.lanes} is less than one for each of {world} ranks; set it to a multiple of {world}")
+        if self._streams:
+            sizes = {"lanes": cfg.data.lanes, "world": distributed.world_size(), "workers": cfg.data.workers}
+            for note in distributed.on_main(lambda: list(stream_notes(self.index, self.train, **sizes))):
+                _log.info(note)
         self._train_batches: TrainBatches | StreamBatches = (StreamBatches if self._streams else TrainBatches)(
             self.index,
             self.train,
