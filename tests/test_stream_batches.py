@@ -138,11 +138,19 @@ def train(place: Path, name: str, nproc: int, *arguments: str) -> Running:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_in_mid_epoch_and_resumed_and_on_other_ranks(place: Path) -> None:
     """kill -9 of a run on two processes; it goes on to the same curve bit for bit, and on one process to the same batches."""
     streaming = {"access": "stream", "lanes": 8, "pool_mb": 0.1}
-    write_config(place, place / "data", data=streaming, checkpoint={"every_steps": 3, "keep": 2})
-    result = train(place, "whole", 2, "--set", "checkpoint.keep=50").wait().result
+    write_config(
+        place,
+        place / "data",
+        data=streaming,
+        schedule={"epochs": 3},
+        division={"conquer_from": None},
+        checkpoint={"every_steps": 3, "keep": 2},
+    )
+    result = train(place, "whole", 2, "--set", "checkpoint.keep=50").wait(900).result
     lines = metrics(place / "runs" / "whole", "epoch")
     used = [line["samples_seen"] for line in lines]
     divisions = [line for line in metrics(place / "runs" / "whole", "division")]
@@ -154,13 +162,13 @@ def test_killed_in_mid_epoch_and_resumed_and_on_other_ranks(place: Path) -> None
     killed = train(place, "killed", 2)
     killed.wait_until(lambda: last_step(place / "runs" / "killed") >= 16)
     killed.kill()
-    again = train(place, "killed", 2).wait()
+    again = train(place, "killed", 2).wait(900)
     assert again.result | {"run": "runs/whole"} == result | {"run": "runs/whole"}
     assert_same_run(place / "runs" / "killed", place / "runs" / "whole")
 
     # From the middle of the first epoch on, by one process.
     shutil.copytree(place / "runs" / "whole", place / "runs" / "other")
-    done = train(place, "other", 1, "--resume", "runs/other/checkpoints/step-00000003").wait()
+    done = train(place, "other", 1, "--resume", "runs/other/checkpoints/step-00000003").wait(900)
     assert done.result["samples_seen"] == result["samples_seen"]
     one, other = (metrics(place / "runs" / name, "train") for name in ("other", "whole"))
     assert [line["step"] for line in one] == [line["step"] for line in other]
