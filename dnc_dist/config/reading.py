@@ -52,7 +52,7 @@ class _Texts:
 
 
 def _is_text(field: Any) -> bool:
-    return field is not None and field.annotation in (str, Path, Path | str, Path | None)
+    return field is not None and field.annotation in (str, Path, Path | str)
 
 
 def _name_at(tree: Any, path: str, choice: Choice) -> str | None:

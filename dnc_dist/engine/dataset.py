@@ -32,6 +32,7 @@ from dnc_dist.processes import distributed
 from dnc_dist.retrieval.protocols import Columns
 
 _log = logging.getLogger(__name__)
+_MUCH = 0.1  # of the images of an epoch
 # A folder on this machine's own disk with a copy of data.root; not a key, since the run is the same with and without it.
 LOCAL_DATA = "DNC_LOCAL_DATA"
 
@@ -198,6 +199,8 @@ class RunData(Passes):
             pool_bytes=int(data.pool_mb * 2**20),
         )
         _log.info(f"epoch {epoch}: {planned.summary(distributed.world_size(), sch.batch_size)}")
+        if planned.left_over > _MUCH * len(planned.places):
+            _log.warning("much is left over; a larger data.pool_mb or fewer data.lanes leave less, data.access=indexed nothing (in a new run)")
         return planned
 
     def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int, group: ProcessGroup | None = None) -> Iterator[Batch]:
