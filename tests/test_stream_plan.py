@@ -144,6 +144,13 @@ def test_ranks_have_about_as_many_rows() -> None:
     assert rows.max(1).mean() <= 1.1 * 320 / 4
 
 
+@pytest.mark.parametrize("world", [2, 4, 8, 16])
+def test_no_rank_has_much_more_than_twice_its_share(data: Data, world: int) -> None:
+    """Also at the end, when the lanes of some ranks are through: memory of a GPU is not to run out in the last steps of an epoch."""
+    plan = data.plan()
+    assert max(max(plan.rows_of_world(step, world)) for step in range(len(plan))) <= 2 * 32 // world + 2 * 4
+
+
 def test_lanes_are_cut_between_classes(data: Data) -> None:
     wanted = data.learner_of >= 0
     lanes = cut_into_lanes(data.shards, data.labels, wanted, 16, np.random.default_rng(0))
@@ -165,7 +172,7 @@ def test_few_classes_are_filled_up_with_more_rows_of_each() -> None:
 
 
 def test_a_pool_that_holds_no_batch_is_refused(data: Data) -> None:
-    with pytest.raises(InputError, match=r"no batch can be made of what pools of 0\.0 MB in 16 lanes hold; set data\.pool_mb higher"):
+    with pytest.raises(InputError, match=r"pools of 0\.0 MB in 16 lanes hold half a batch of 32 images for no learner"):
         data.plan(pool_bytes=1)
 
 

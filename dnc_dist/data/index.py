@@ -104,6 +104,11 @@ class DatasetIndex:
         """The splits that hold rows, in the order train, validation, test."""
         return [split for split in SPLITS if split in self.manifest.splits]
 
+    @property
+    def shard_paths(self) -> list[Path]:
+        """The tar files of a data set in a folder, by shard number."""
+        return [self.root / shard.name for shard in self.manifest.shards]
+
     def key(self, row: int) -> str:
         """The name under which messages report a row: its key in the tar and its source."""
         return f"{row_key(row)} ({text(self.columns['source'][row])})"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch.distributed import ProcessGroup
 from torch.utils.data import IterableDataset, get_worker_info
 
+from dnc_dist.data.batching import EpochSchedule
 from dnc_dist.data.index import DatasetIndex, RowView
 from dnc_dist.data.loading import Batch, Request
 from dnc_dist.data.segments import read_rows
@@ -83,7 +84,7 @@ class StreamBatches:
 
     def epoch(
         self,
-        schedule: StreamSchedule,
+        schedule: EpochSchedule,
         *,
         first_step: int,
         skip: int = 0,
@@ -95,6 +96,7 @@ class StreamBatches:
 
         Rows of steps that are done are not read again, but where they lie between rows that are needed.
         """
+        assert isinstance(schedule, StreamSchedule)
         first, stop = lanes_of_ranks(schedule.lanes, world)[rank : rank + 2].tolist()
         workers = min(self.workers, stop - first)
         parts = max(workers, 1)
@@ -139,6 +141,6 @@ def _joined(parts: list[Batch]) -> Batch:
     with_rows = [part for part in parts if bool((part.rows >= 0).any())] or parts[:1]
     if len(with_rows) == 1:
         return with_rows[0]
-    images, labels, learner, rows, slots, valid = (torch.cat([part[at] for part in with_rows]) for at in range(6))
-    failed = [key for part in with_rows for key in part.failed]
-    return Batch(images, labels, learner, rows, slots, valid, failed, parts[0].step, parts[0].rows_of_ranks)
+    names = ("images", "labels", "learner", "rows", "slots", "valid")
+    tensors = {name: torch.cat([getattr(part, name) for part in with_rows]) for name in names}
+    return with_rows[0]._replace(**tensors, failed=[key for part in with_rows for key in part.failed])

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import numpy_generator, seed_for
 from dnc_dist.data.batching import EpochSchedule
-from dnc_dist.data.stream_pools import Gathered, Lane, Pools
+from dnc_dist.data.stream_pools import Gathered, Lane, Limits, Pools
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,10 @@ def cut_into_lanes(
     return np.split(line, nearest)
 
 
-def _collect(lanes: list[Lane], run: range, learner: int, count: int, samples_per_class: int, random: Random) -> Gathered:
+def _collect(lanes: list[Lane], limits: Limits, learner: int, count: int, samples_per_class: int, random: Random) -> Gathered:
     """``count`` rows of a learner, spread evenly over a run of lanes, so that every part of the run gives about its share."""
-    batch, width = Gathered(learner, count, random), len(run)
+    run = limits.run
+    batch, width = Gathered(learner, count, limits, random), len(run)
     start, given = int(random.random() * width), 0
     for number in range(width):
         at = run[(start + number) % width]
@@ -120,14 +121,13 @@ def _collect(lanes: list[Lane], run: range, learner: int, count: int, samples_pe
     return batch
 
 
-def _next_turn(pools: Pools, runs: list[range], count: int) -> list[int] | None:
+def _next_turn(pools: Pools, runs: list[Limits], count: int) -> list[int] | None:
     """A learner for each run of lanes, no two alike: those for which most rows wait; None where one could not give half its share.
 
     A learner comes first that can fill its share by S rows of a class, then one that can by more of a class, then one with half of it.
     """
-    waiting, classes, ready = (
-        np.stack([counts[run.start : run.stop].sum(0) for run in runs]) for counts in (pools.waiting, pools.classes, pools.ready)
-    )
+    waiting, ready = (np.stack([limits.within(rows) for limits in runs]) for rows in (pools.waiting, pools.ready))
+    classes = np.stack([pools.classes[limits.run.start : limits.run.stop].sum(0) for limits in runs])
     grade = np.where(ready >= count, 3, np.where(waiting >= count, 2, np.where(waiting >= max(count // 2, 2), 1, 0)))
     grade[classes < 2] = 0
     # The higher grade, whatever waits.
@@ -184,10 +184,11 @@ def stream_schedule(
     random = Random(seed_for(seed, "stream", epoch))
     runs = [range(lanes * at // m, lanes * (at + 1) // m) for at in range(m)]
     share = batch_size // m
+    limits = [Limits(run, share, samples_per_class) for run in runs]
     slots: list[tuple[int, int, int]] = []
     turns, counts = [], []
-    while turn := _next_turn(pools, runs, share):
-        batches = [_collect(under_way, run, learner, share, samples_per_class, random) for learner, run in zip(turn, runs, strict=True)]
+    while turn := _next_turn(pools, limits, share):
+        batches = [_collect(under_way, part, learner, share, samples_per_class, random) for learner, part in zip(turn, limits, strict=True)]
         for batch in batches:
             slots += sorted((at, label, place) for label, (at, taken) in batch.parts.items() for place in taken)
             for at in {at for at, _ in batch.parts.values()}:
@@ -196,8 +197,8 @@ def stream_schedule(
         counts.append([share - batch.missing for batch in batches])
     if not turns:
         raise InputError(
-            f"no batch can be made of what pools of {pool_bytes / 2**20:.1f} MB in {lanes} lanes hold; set data.pool_mb higher or "
-            "data.lanes lower, or read with data.access=indexed"
+            f"pools of {pool_bytes / 2**20:.1f} MB in {lanes} lanes hold half a batch of {share} images for no learner; set data.pool_mb "
+            "higher, schedule.batch_size or division.num_learners lower, or read with data.access=indexed"
         )
     sizes_of_steps = np.array(counts, np.int64)
     return StreamSchedule(

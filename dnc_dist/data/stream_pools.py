@@ -107,29 +107,62 @@ class Lane:
         return taken
 
 
+class Limits:
+    """How many rows of a learner's ``count`` may come from each half, quarter, eighth … of a run of lanes: twice its share and 2 S.
+
+    Whoever reads a part of the lanes, so gets not much more than its share of a step, although parts run dry at different times.
+    """
+
+    def __init__(self, run: range, count: int, samples_per_class: int) -> None:
+        width = len(run)
+        self.run = run
+        self.sizes = sorted({-(-width // parts) for parts in (2**power for power in range(1, width.bit_length() + 1))})
+        self.most = [2 * count * size // width + 2 * samples_per_class for size in self.sizes]
+
+    def within(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What of the rows (lanes, learners) of all lanes a step may take, for each learner (learners,)."""
+        mine = rows[self.run.start : self.run.stop]
+        found = [mine.sum(0)]
+        for size, most in zip(self.sizes, self.most, strict=True):
+            found.append(np.minimum(np.add.reduceat(mine, np.arange(0, len(mine), size), axis=0), most).sum(0))
+        return np.min(found, axis=0)
+
+
 class Gathered:
     """The rows of one learner in a step, while they are collected from lanes."""
 
-    def __init__(self, learner: int, count: int, random: Random) -> None:
-        self.learner, self.missing, self.random = learner, count, random
+    def __init__(self, learner: int, count: int, limits: Limits, random: Random) -> None:
+        self.learner, self.missing, self.limits, self.random = learner, count, limits, random
         self.parts: dict[int, tuple[int, list[int]]] = {}  # label -> lane and places
+        self._given = [[0] * -(-len(limits.run) // size) for size in limits.sizes]
+
+    def _room(self, at: int) -> int:
+        """How many rows the step may take of a lane."""
+        at -= self.limits.run.start
+        levels = zip(self.limits.sizes, self.limits.most, self._given, strict=True)
+        return min([self.missing, *(most - given[at // size] for size, most, given in levels)])
+
+    def _took(self, at: int, rows: int) -> None:
+        self.missing -= rows
+        for size, given in zip(self.limits.sizes, self._given, strict=True):
+            given[(at - self.limits.run.start) // size] += rows
 
     def take_from(self, at: int, lane: Lane) -> int:
         """A class of a lane; how many rows it gave."""
         stock = lane.stocks.get(self.learner)
-        if stock is None or self.missing < 2:
+        if stock is None or not stock.ready or (room := self._room(at)) < 2:
             return 0
         one, other = (stock.choose(self.parts, self.random) for _ in range(2))
         if one is None or other is None:
             return 0
         # The one of two with more rows to come: large classes, which take many steps, should not be left for the end.
         label = one if stock.rest[one] >= stock.rest[other] else other
-        count = min(stock.portion(label), self.missing)
+        count = min(stock.portion(label), room)
         count -= stock.rest[label] - count == 1
         if count < 2:
             return 0
         self.parts[label] = (at, lane.take(self.learner, label, count, self.random))
-        self.missing -= count
+        self._took(at, count)
         return count
 
     def fill_up(self, lanes: list[Lane], samples_per_class: int) -> None:
@@ -139,8 +172,9 @@ class Gathered:
             given = False
             for label, (at, taken) in self.parts.items():
                 stock = lanes[at].stocks[self.learner]
-                more = min(self.missing, len(stock.arrived[label]), samples_per_class)
+                more = min(self._room(at), len(stock.arrived[label]), samples_per_class)
                 more -= stock.rest[label] - more == 1
                 if more > 0:
                     taken += lanes[at].take(self.learner, label, more, self.random)
-                    self.missing, given = self.missing - more, True
+                    self._took(at, more)
+                    given = True

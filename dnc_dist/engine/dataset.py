@@ -200,12 +200,14 @@ class RunData(Passes):
         )
         _log.info(f"epoch {epoch}: {planned.summary(distributed.world_size(), sch.batch_size)}")
         if planned.left_over > _MUCH * len(planned.places):
-            _log.warning("much is left over; a larger data.pool_mb or fewer data.lanes leave less, data.access=indexed nothing (in a new run)")
+            _log.warning(
+                "much is left over; a larger data.pool_mb or fewer data.lanes leave less, data.access=indexed nothing (in a new run)"
+            )
         return planned
 
     def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int, group: ProcessGroup | None = None) -> Iterator[Batch]:
         """This rank's batches of an epoch, from step ``skip`` on; ``group`` are the ranks that share its learners, None: all."""
-        return self._train_batches.epoch(  # type: ignore[arg-type]  # each kind of batches is given its own schedule
+        return self._train_batches.epoch(
             schedule, first_step=first_step, skip=skip, rank=distributed.rank(), world=distributed.world_size(), group=group
         )
 
