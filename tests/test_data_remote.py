@@ -47,6 +47,7 @@ def server(place: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("dnc_dist.data.remote._READ_SECONDS", 1.0)
 
 
@@ -277,7 +278,7 @@ def test_more_shards_on_request(tmp_path: Path) -> None:
 def test_a_run_from_a_server(place: Path, server: Server, tmp_path: Path) -> None:
     """With faults it trains to the very curve of the folder's; then a server that dies under it (exit 1)."""
     options = {"workers": 0, "lanes": 4, "pool_mb": 1.0, "access": "stream"}
-    env = {"XDG_CACHE_HOME": str(tmp_path / "home")}
+    env = {"XDG_CACHE_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
     for name, root in (("local", str(place / "data")), ("remote", server.url)):
         write_config(
             tmp_path,
@@ -301,7 +302,7 @@ def test_a_run_from_a_server(place: Path, server: Server, tmp_path: Path) -> Non
 
 def test_an_address_without_data(server: Server, tmp_path: Path) -> None:
     write_config(tmp_path, Path("x"), data={"root": f"{server.url}elsewhere"})
-    error = dnc("train", "run.yaml", folder=tmp_path, env={"XDG_CACHE_HOME": str(tmp_path / "home")}).error
+    error = dnc("train", "run.yaml", folder=tmp_path, env={"XDG_CACHE_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}).error
     assert error.startswith(f"{server.url}elsewhere/manifest.json: the server answers 404")
     assert not (tmp_path / "runs").exists()
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -141,6 +142,16 @@ def _joined(parts: list[Batch]) -> Batch:
     with_rows = [part for part in parts if bool((part.rows >= 0).any())] or parts[:1]
     if len(with_rows) == 1:
         return with_rows[0]
-    names = ("images", "labels", "learner", "rows", "slots", "valid")
-    tensors = {name: torch.cat([getattr(part, name) for part in with_rows]) for name in names}
-    return with_rows[0]._replace(**tensors, failed=[key for part in with_rows for key in part.failed])
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in with_rows])
+
+    return with_rows[0]._replace(
+        images=joined("images"),
+        labels=joined("labels"),
+        learner=joined("learner"),
+        rows=joined("rows"),
+        slots=joined("slots"),
+        valid=joined("valid"),
+        failed=[key for part in with_rows for key in part.failed],
+    )
