@@ -36,6 +36,8 @@ FENCES = {
     "deepspeed": {"dnc_dist.engine.zero"},
     "wandb": {"dnc_dist.rundir.tracker"},
     "webdataset": {"dnc_dist.data"},
+    "requests": {"dnc_dist.data.remote"},
+    "urllib3": {"dnc_dist.data.remote"},
     "click": {"dnc_dist.cli", "dnc_dist.commands"},
     "timm": {"dnc_dist.model.backbone"},
     "faiss": {"dnc_dist.clustering", "dnc_dist.retrieval", "dnc_dist.inference"},

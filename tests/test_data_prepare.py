@@ -326,6 +326,12 @@ def test_number_of_shards(sizes: list[int], count: int) -> None:
     assert shards[-1] == count - 1
 
 
+def test_more_shards_where_more_are_asked_for() -> None:
+    assert shard_of_class([5] * 1000, 200)[-1] == 199
+    assert shard_of_class([2**20] * 64 * 512, 100)[-1] == 127  # 256 MB are enough for one
+    assert shard_of_class([5] * 10, 200)[-1] == 9
+
+
 def test_tar_holds_no_dates(tmp_path: Path) -> None:
     samples = [Sample(name, "train", f"{name}{at}", data=jpeg(at)) for name in "ab" for at in range(2)]
     write_shards(Reading("list", samples, {}), tmp_path / "out")

@@ -66,7 +66,7 @@ def test_the_message_of_a_worker_is_the_message(root: Path) -> None:
     data = shard.read_bytes()
     shard.write_bytes(b"x" * len(data))
     try:
-        with pytest.raises(InputError, match=r"^\S*train-000000\.tar .* cannot be read as a tar file") as caught:
+        with pytest.raises(InputError, match=r"^\S*train-000000\.tar cannot be read as a tar file") as caught:
             list(loader)
     finally:
         shard.write_bytes(data)

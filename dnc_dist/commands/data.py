@@ -53,6 +53,13 @@ class _Prepare(click.Command):
     help="Of the colours of JPEGs that are encoded anew; 4:2:0 is smaller.",
 )
 @click.option("--processes", type=click.IntRange(min=1), help="How many convert images, with the same result.  [default: one per core]")
+@click.option(
+    "--shards",
+    type=click.IntRange(1, 100_000),
+    default=64,
+    show_default=True,
+    help="At least so many for each split; more where 256 MB would not hold one, and no more than classes.",
+)
 @_options_of_readers
 @click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the reader; repeatable.")
 @click.option("--force", is_flag=True, help="Replace the prepared data set that is there.")
@@ -65,6 +72,7 @@ def prepare(
     quality: int,
     subsampling: Literal["4:4:4", "4:2:0"],
     processes: int | None,
+    shards: int,
     settings: tuple[str, ...],
     force: bool,
     **flags: str | None,
@@ -97,6 +105,7 @@ def prepare(
         seed=seed,
         form=Form(max_side, quality, subsampling),
         processes=processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+        shards=shards,
         force=force,
         progress=progress.counter("images", "img"),
         say=click.echo,

@@ -52,7 +52,7 @@ class _Texts:
 
 
 def _is_text(field: Any) -> bool:
-    return field is not None and field.annotation in (str, Path)
+    return field is not None and field.annotation in (str, Path, Path | str)
 
 
 def _name_at(tree: Any, path: str, choice: Choice) -> str | None:
@@ -167,7 +167,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, code_beside:
 
 
 def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
-    """Validate a tree of plain values, and put a number where ``division.conquer_from`` is `auto`.
+    """Validate a tree of plain values, and say what ``division.conquer_from`` and ``data.access`` are where they are `auto`.
 
     Raises:
         ConfigError: lists every problem, with the source's name.
@@ -181,7 +181,9 @@ def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
     if problems:
         raise ConfigError(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  {line}" for line in problems.values()))
     if cfg.division.conquer_from == "auto":
-        return cfg.model_copy(update={"division": cfg.division.model_copy(update={"conquer_from": conquer_start(cfg)})})
+        cfg = cfg.model_copy(update={"division": cfg.division.model_copy(update={"conquer_from": conquer_start(cfg)})})
+    if cfg.data.access == "auto":
+        cfg = cfg.model_copy(update={"data": cfg.data.model_copy(update={"access": "stream" if cfg.data.streams else "indexed"})})
     return cfg
 
 

@@ -13,10 +13,11 @@ from functools import cache, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from dnc_dist.base.choice import Choice
 from dnc_dist.base.parts import Named, Options
+from dnc_dist.base.web import folder_url, is_url
 
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -24,6 +25,14 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class Section(Options):
     """Base of all sections."""
+
+
+def _path_or_url(value: Any) -> Any:
+    return folder_url(value) if is_url(value) else Path(value) if isinstance(value, str) else value
+
+
+Root = Annotated[Path | str, BeforeValidator(_path_or_url)]
+"""A folder, or the address of one."""
 
 
 class Run(Section):
@@ -45,8 +54,8 @@ class Run(Section):
 class Data(Section):
     """The prepared dataset and how images are read."""
 
-    root: Path
-    """Folder written by `dnc-dist data prepare`."""
+    root: Root
+    """Folder written by `dnc-dist data prepare`, or its address on a web server (https://HOST/FOLDER)."""
     protocol: Annotated[Named, Choice("protocol", "auto")] = Field("auto", validate_default=True)
     """Retrieval protocol: who asks, and who is searched."""
     image_size: int = Field(224, ge=8, le=4096)
@@ -63,6 +72,19 @@ class Data(Section):
     """Share of the training classes, chosen by a seeded hash, that is held out to select the best checkpoint."""
     workers: int | Literal["auto"] = "auto"
     """Loader processes per rank; 0 reads in the training process; `auto`: the cores of a rank less one, 16 at most, without GPUs 1."""
+    access: Literal["auto", "indexed", "stream"] = "auto"
+    """How training reads: `indexed` any row at any time; `stream` shards from front to back, every image at most once an epoch, for data
+    sets that are very large or far away; `auto`: stream from a web server, else indexed."""
+    lanes: int = Field(64, ge=1)
+    """With access `stream`: parts of the data set that all ranks together read side by side, at least one per rank and worker."""
+    pool_mb: float = Field(512.0, gt=0)
+    """With access `stream`: megabytes of images that wait, undecoded, to be mixed into batches, on all ranks together."""
+    cache: Path | None = None
+    """Folder on this machine that keeps what is read from a web server, for all its processes and the next runs; null: nothing is kept."""
+    cache_gb: float = Field(50.0, gt=0)
+    """Gigabytes that the folder may hold; once it is full, the rest is read from the server in every epoch."""
+    retry_seconds: float = Field(120.0, gt=0)
+    """How long a web server may give nothing before the run ends."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -70,6 +92,11 @@ class Data(Section):
         if value != "auto" and (not isinstance(value, int) or value < 0):
             raise ValueError("must be a number from 0 on, or auto")
         return value
+
+    @property
+    def streams(self) -> bool:
+        """Whether training reads shards from front to back."""
+        return self.access == "stream" or (self.access == "auto" and is_url(self.root))
 
 
 class Model(Section):
@@ -301,6 +328,19 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
             f"division.conquer_from={div.conquer_from} is not below schedule.epochs={sch.epochs}; "
             "use a smaller epoch, auto, or null for no conquer phase"
         )
+    if cfg.data.retry_seconds >= cfg.engine.stall_timeout:
+        yield (
+            f"data.retry_seconds={cfg.data.retry_seconds:g} must be less than engine.stall_timeout={cfg.engine.stall_timeout:g}, or a run "
+            "that waits for a server is ended as one that hangs"
+        )
+    if cfg.data.streams:
+        if cfg.data.lanes < div.learners_per_step:
+            yield f"data.lanes={cfg.data.lanes} is less than division.learners_per_step={div.learners_per_step}; use a multiple of it"
+        if sch.epoch_length == "over":
+            yield (
+                "schedule.epoch_length=over shows images of small clusters several times an epoch, data.access=stream reads each once; "
+                "use schedule.epoch_length=dataset, or data.access=indexed"
+            )
     if cfg.engine.stall_timeout > cfg.engine.timeout:
         yield (
             f"engine.stall_timeout={cfg.engine.stall_timeout:g} is longer than engine.timeout={cfg.engine.timeout:g}, which is for longer "

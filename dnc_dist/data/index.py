@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import Array, printable, read_column, read_json
+from dnc_dist.base.web import folder_url, is_url
 from dnc_dist.data.manifest import CLASSES, COLUMNS, COPY_AGAIN, INDEX, MANIFEST, SPLITS, Manifest, read_manifest, shard_problems
+from dnc_dist.data.remote import AS_USUAL, Web
+from dnc_dist.data.shard_files import LocalShards, RemoteShards, fetch_index
 
 # Kinds of the columns' dtypes; all others are text.
 _KINDS = {"label": "i", "split": "u", "query": "b", "gallery": "b", "shard": "i", "offset": "i", "size": "i"}
@@ -59,13 +62,20 @@ class DatasetIndex:
     manifest: Manifest
     class_names: list[str]
     columns: dict[str, NDArray[Any]] = field(repr=False)
+    shards: LocalShards | RemoteShards = field(repr=False)
+    """The tar files, to be read from front to back."""
 
     def __len__(self) -> int:
         return self.manifest.num_rows
 
-    def __reduce__(self) -> tuple[Callable[[Path], DatasetIndex], tuple[Path]]:
+    def __reduce__(self) -> tuple[Callable[[Path, RemoteShards | None], DatasetIndex], tuple[Path, RemoteShards | None]]:
         # Another process maps the columns itself instead of receiving a copy.
-        return open_index, (self.root,)
+        return _open_folder, (self.root, self.shards if isinstance(self.shards, RemoteShards) else None)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards lie on a web server."""
+        return isinstance(self.shards, RemoteShards)
 
     @property
     def content_hash(self) -> str:
@@ -96,7 +106,7 @@ class DatasetIndex:
 
     @property
     def shard_paths(self) -> list[Path]:
-        """The tar files, by shard number."""
+        """The tar files of a data set in a folder, by shard number."""
         return [self.root / shard.name for shard in self.manifest.shards]
 
     def key(self, row: int) -> str:
@@ -199,16 +209,33 @@ def save_index(root: Path, columns: dict[str, NDArray[Any]], class_names: list[s
     (root / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def open_index(root: str | Path) -> DatasetIndex:
+def open_index(root: str | Path, web: Web = AS_USUAL) -> DatasetIndex:
     """Map a prepared data set, after comparing shards and columns with the manifest: no row lies outside of its shard.
+
+    Args:
+        root: the folder, or its address on a web server. Shards there are compared with the manifest when they are opened.
+        web: how files on a server are read.
 
     Raises:
         InputError: no data set is there, or a file of it is missing, has another size or holds what cannot be; names the file.
+        RunError: the server does not answer.
     """
-    folder = Path(os.path.realpath(root))
+    if isinstance(root, str) and is_url(root):
+        url = folder_url(root)
+        folder = fetch_index(url, web)
+        remote = RemoteShards(url, read_manifest(folder), web)
+        if remote.cache is not None:
+            remote.cache.recount()
+        return _open_folder(folder, remote)
+    return _open_folder(Path(os.path.realpath(root)), None)
+
+
+def _open_folder(folder: Path, remote: RemoteShards | None) -> DatasetIndex:
+    """The data set whose columns lie in a folder, and its shards beside them or on a server."""
     manifest = read_manifest(folder)
-    for problem in shard_problems(folder, manifest):
-        raise InputError(f"{problem}; {COPY_AGAIN}")
+    if remote is None:
+        for problem in shard_problems(folder, manifest):
+            raise InputError(f"{problem}; {COPY_AGAIN}")
     class_names = read_json(folder / CLASSES, list[str], COPY_AGAIN)
     columns = {
         name: read_column(folder / INDEX / f"{name}.npy", Array(_KINDS.get(name, "S"), 1), COPY_AGAIN)
@@ -216,7 +243,7 @@ def open_index(root: str | Path) -> DatasetIndex:
     }
     for name, what in _column_problems(manifest, len(class_names), columns):
         raise InputError(f"{folder / INDEX / name}.npy is damaged: {what}; {COPY_AGAIN}")
-    return DatasetIndex(folder, manifest, class_names, columns)
+    return DatasetIndex(folder, manifest, class_names, columns, remote or LocalShards(folder, manifest))
 
 
 def _column_problems(manifest: Manifest, num_classes: int, columns: dict[str, NDArray[Any]]) -> Iterator[tuple[str, str]]:

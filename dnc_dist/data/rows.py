@@ -7,15 +7,19 @@ from collections import OrderedDict
 from io import FileIO
 
 from dnc_dist.data.index import DatasetIndex, row_key
+from dnc_dist.data.shard_files import LocalShards, RemoteShards
 
 _MAX_OPEN = 64
 
 
 class ShardReader:
-    """Reads the encoded image of a row by its offset; keeps a few shards open. Safe to fork and to pickle."""
+    """Reads the encoded image of a row by its offset; keeps a few shards open. Safe to fork and to pickle.
+
+    From shards on a server every row is one request.
+    """
 
     def __init__(self, index: DatasetIndex) -> None:
-        self.index, self.paths = index, index.shard_paths
+        self.index = index
         self.shard, self.offset, self.size = (index.columns[name] for name in ("shard", "offset", "size"))
         self._files: OrderedDict[int, FileIO] = OrderedDict()
 
@@ -24,20 +28,24 @@ class ShardReader:
 
         Raises:
             OSError: the shard cannot be read, or ends before the row does. (It was complete when the index was opened.)
+            InputError, RunError: a server has it no more, or does not answer.
         """
-        shard, size = int(self.shard[row]), int(self.size[row])
-        data = os.pread(self._open(shard).fileno(), size, int(self.offset[row]))
+        shard, offset, size = int(self.shard[row]), int(self.offset[row]), int(self.size[row])
+        if isinstance(self.index.shards, RemoteShards):
+            with self.index.shards.open(shard, offset, offset + size) as stream:
+                return stream.read()
+        data = os.pread(self._open(self.index.shards, shard).fileno(), size, offset)
         if len(data) != size:
-            raise OSError(f"{self.paths[shard]} ended within row {row_key(row)}; it changed while it was being read")
+            raise OSError(f"{self.index.shards.name(shard)} ended within row {row_key(row)}; it changed while it was being read")
         return data
 
-    def _open(self, shard: int) -> FileIO:
+    def _open(self, shards: LocalShards, shard: int) -> FileIO:
         if shard in self._files:
             self._files.move_to_end(shard)
         else:
             if len(self._files) >= _MAX_OPEN:
                 self._files.popitem(last=False)[1].close()
-            self._files[shard] = FileIO(self.paths[shard])
+            self._files[shard] = FileIO(shards.paths[shard])
         return self._files[shard]
 
     def close(self) -> None:

@@ -66,10 +66,10 @@ def check_usable(samples: list[Sample], origin: str) -> None:
         )
 
 
-def shard_of_class(class_bytes: list[int]) -> list[int]:
-    """The shard of each class (C,): contiguous, about equal in bytes, ``max(total / 256 MB, 64)`` of them but at most C."""
+def shard_of_class(class_bytes: list[int], least: int = MIN_SHARDS) -> list[int]:
+    """The shard of each class (C,): contiguous, about equal in bytes, ``max(total / 256 MB, least)`` of them but at most C."""
     num_classes, total = len(class_bytes), max(sum(class_bytes), 1)
-    count = min(max(math.ceil(total / SHARD_BYTES), MIN_SHARDS), num_classes)
+    count = min(max(math.ceil(total / SHARD_BYTES), least), num_classes)
     shards: list[int] = []
     before, previous = 0, -1
     for position, size in enumerate(class_bytes):
@@ -81,7 +81,7 @@ def shard_of_class(class_bytes: list[int]) -> list[int]:
     return shards
 
 
-def _in_shard_order(samples: list[Sample], seed: int) -> list[tuple[Split, list[Sample]]]:
+def _in_shard_order(samples: list[Sample], seed: int, least: int) -> list[tuple[Split, list[Sample]]]:
     """Groups (split, samples of one shard): classes in seeded random order, a class's samples together; without classes, images."""
     groups = []
     for split in SPLITS:
@@ -91,15 +91,17 @@ def _in_shard_order(samples: list[Sample], seed: int) -> list[tuple[Split, list[
                 classes.setdefault(sample.class_name or sample.source, []).append(sample)
         names = sorted(classes)
         ordered = [names[i] for i in numpy_generator(seed, "class order", split).permutation(len(names))]
-        shards = shard_of_class([sum(sample.num_bytes() for sample in classes[name]) for name in ordered])
+        shards = shard_of_class([sum(sample.num_bytes() for sample in classes[name]) for name in ordered], least)
         for shard in range(shards[-1] + 1 if shards else 0):
             groups.append((split, [sample for name, at in zip(ordered, shards, strict=True) if at == shard for sample in classes[name]]))
     return groups
 
 
-def fingerprint(reading: Reading, seed: int, form: Form) -> str:
+def fingerprint(reading: Reading, seed: int, form: Form, least: int = MIN_SHARDS) -> str:
     """A hash of everything that determines the shards: options and the list of samples with their sizes and dates."""
-    options = (FORMAT, _STORED, reading.name, sorted(reading.options.items()), seed, astuple(form))
+    options: tuple[object, ...] = (FORMAT, _STORED, reading.name, sorted(reading.options.items()), seed, astuple(form))
+    if least != MIN_SHARDS:  # data sets from before one could choose stay the same
+        options = (*options, least)
     digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
     for sample in reading.samples:
         state = sample.data if sample.data is not None else sample.size_and_date()
@@ -116,6 +118,7 @@ def write_shards(
     seed: int = 0,
     form: Form = AS_THEY_ARE,
     processes: int = 1,
+    shards: int = MIN_SHARDS,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], object] | None = None,
@@ -129,6 +132,7 @@ def write_shards(
         seed: order of the classes.
         form: of images that cannot stay as they are.
         processes: how many convert images; the bytes do not depend on it.
+        shards: at least so many for each split, if it has as many classes.
         force: replace the prepared data set that is there.
         progress: called with (images done, images in all) of those that are left to do.
         say: called with a sentence about what is there already.
@@ -141,13 +145,13 @@ def write_shards(
     """
     out = Path(os.path.realpath(out))
     check_usable(reading.samples, reading.name)
-    mark = fingerprint(reading, seed, form)
+    mark = fingerprint(reading, seed, form, shards)
     if not force and (out / MANIFEST).is_file() and read_manifest(out).fingerprint == mark:
         return False
     try:
         with claimed(out) as folder:
             check_free(out, force)
-            _write(reading, folder, mark, seed, form, processes, progress or _silent, say or _silent)
+            _write(reading, folder, mark, seed, form, processes, shards, progress or _silent, say or _silent)
             commit(out, force)
     except OSError as error:  # of writing: an image that cannot be read is listed instead
         where = f" ({error.filename})" if error.filename else ""
@@ -174,6 +178,7 @@ def _write(
     seed: int,
     form: Form,
     processes: int,
+    shards: int,
     progress: Callable[[int, int], object],
     say: Callable[[str], object],
 ) -> None:
@@ -181,7 +186,7 @@ def _write(
     writer = ShardWriter(folder, Journal(folder, mark))
     names = sorted({sample.class_name for sample in reading.samples} - {NO_CLASS})
     label_of = {name: label for label, name in enumerate(names)} | {NO_CLASS: NO_LABEL}
-    groups = _in_shard_order(reading.samples, seed)
+    groups = _in_shard_order(reading.samples, seed, shards)
     finished = writer.journal.take_over([len(group) for _, group in groups])
     for (split, group), entry in zip(groups, finished, strict=False):
         writer.take_shard(split, group, entry)

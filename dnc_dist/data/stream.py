@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import webdataset
 from torch.distributed import ProcessGroup
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import shorten
 from dnc_dist.base.rng import uniform
 from dnc_dist.data.batching import EpochSchedule
-from dnc_dist.data.index import DatasetIndex, RowView, row_key
+from dnc_dist.data.index import DatasetIndex, RowView
 from dnc_dist.data.loading import Batch, DecodedBlock, Request, assemble, dummy, load_image, stack
-from dnc_dist.data.manifest import COPY_AGAIN
 from dnc_dist.data.rows import ShardReader
+from dnc_dist.data.segments import read_rows
 from dnc_dist.data.transforms import CROP_UNIFORMS, Geometry
 from dnc_dist.data.transport import batches_of, loader
 
@@ -35,17 +32,20 @@ class _StepDataset(Dataset[Batch]):
         self.reader = ShardReader(index)
 
     def __getitem__(self, request: Request) -> Batch:
-        size = self.geometry.image_size
-        if not len(request.rows):
-            return dummy(request.step, size, request.rows_of_ranks)
-        numbers = None
-        if self.geometry.uses_uniforms:
-            numbers = uniform((self.seed, "crop", request.step), torch.from_numpy(request.slots), CROP_UNIFORMS)
-        images = [
-            load_image(self.reader.read(int(row)), self.geometry, None if numbers is None else numbers[at])
-            for at, row in enumerate(request.rows)
-        ]
-        return assemble(self.index, request, images, size)
+        data = (self.reader.read(row) for row in request.rows.tolist())
+        return load_batch(self.index, self.geometry, self.seed, request, data)
+
+
+def load_batch(index: DatasetIndex, geometry: Geometry, seed: int, request: Request, data: Iterable[bytes]) -> Batch:
+    """The batch of a request from the encoded images of its rows; random crops are keyed by step and slot."""
+    size = geometry.image_size
+    if not len(request.rows):
+        return dummy(request.step, size, request.rows_of_ranks)
+    numbers = None
+    if geometry.uses_uniforms:
+        numbers = uniform((seed, "crop", request.step), torch.from_numpy(request.slots), CROP_UNIFORMS)
+    images = [load_image(one, geometry, None if numbers is None else numbers[at]) for at, one in enumerate(data)]
+    return assemble(index, request, images, size)
 
 
 class _Requests(Sampler[Request]):
@@ -161,7 +161,8 @@ class _SequentialDataset(IterableDataset[DecodedBlock]):
     def __iter__(self) -> Iterator[DecodedBlock]:
         info = get_worker_info()
         blocks = self.parts[info.id if info else 0]
-        data = self._streamed(blocks) if self.streaming else self._indexed(blocks)
+        rows = np.concatenate([self.view.rows[block.start : block.stop] for block in blocks]) if blocks else self.view.rows[:0]
+        data = read_rows(self.index, rows) if self.streaming or self.index.is_remote else self._indexed(blocks)
         for block in blocks:
             images = [load_image(next(data), self.geometry, None) for _ in range(block.start, block.stop)]
             pixels, valid, failed = stack(self.index, self.view.rows[block.start : block.stop], images, self.geometry.image_size)
@@ -174,51 +175,14 @@ class _SequentialDataset(IterableDataset[DecodedBlock]):
                 yield reader.read(int(row))
         reader.close()
 
-    def _streamed(self, blocks: list[_Block]) -> Iterator[bytes]:
-        """The images of the blocks' rows, by reading their shards from front to back."""
-        if not blocks:
-            return
-        paths = self.index.shard_paths
-        urls = [str(paths[shard]) for shard in dict.fromkeys(block.shard for block in blocks)]
-        wanted = iter(row_key(int(row)) for row in self.view.rows[blocks[0].start : blocks[-1].stop])
-        key = next(wanted, None)
-        for sample in _samples(urls):
-            if sample["__key__"] == key and "jpg" in sample:
-                yield sample["jpg"]
-                key = next(wanted, None)
-        if key is not None:
-            raise InputError(f"row {key} is not in its shard (one of {urls[0]} … {urls[-1]}); {COPY_AGAIN}")
-
-
-def _samples(urls: list[str]) -> Iterator[dict[str, Any]]:
-    try:
-        yield from webdataset.WebDataset(
-            urls,
-            shardshuffle=False,
-            seed=0,
-            nodesplitter=_unsplit,
-            workersplitter=_unsplit,
-            select_files=_is_image,
-            empty_check=False,
-        )
-    except (tarfile.TarError, ValueError) as error:  # ValueError: a name twice
-        raise InputError(f"{urls[0]} … {urls[-1]}: one cannot be read as a tar file ({shorten(error.args[0])}); {COPY_AGAIN}") from error
-
-
-def _unsplit(urls: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
-    return urls
-
-
-def _is_image(name: str) -> bool:
-    return name.endswith(".jpg")
-
 
 class SequentialBatches:
     """One pass over a view in fixed blocks that do not depend on the number of ranks; every row on exactly one rank.
 
     Whole shards are streamed through WebDataset where there are enough of them for all workers of all ranks; otherwise blocks are
-    read through the index, which one message says. A rank's rows have the places ``bounds`` [start, stop) of the view in
-    either case, but with workers they do not arrive in order: ``DecodedBlock.places`` says where each belongs.
+    read through the index (of a server: each worker streams a part), which one message says. A rank's rows have the places ``bounds``
+    [start, stop) of the view in either case, but with workers they do not arrive in order: ``DecodedBlock.places`` says where each
+    belongs.
     """
 
     def __init__(
@@ -239,8 +203,12 @@ class SequentialBatches:
         shards = list(dict.fromkeys(block.shard for block in blocks))
         self.streaming = len(shards) >= world * lanes
         if not self.streaming and rank == 0:
-            _log.info("%s: %d shards are fewer than %d ranks x %d workers; reading through the index", view.name, len(shards), world, lanes)
-        first, parts = _by_shard(blocks, shards, rank, world, lanes) if self.streaming else _by_block(blocks, rank, world, lanes)
+            how = "some begin in the middle of a shard" if index.is_remote else "reading through the index"
+            _log.info("%s: %d shards are fewer than %d ranks x %d workers; %s", view.name, len(shards), world, lanes, how)
+        if self.streaming:
+            first, parts = _by_shard(blocks, shards, rank, world, lanes)
+        else:
+            first, parts = _by_block(blocks, rank, world, lanes, in_turn=not index.is_remote)
         self.num_batches = sum(len(part) for part in parts)
         starts = [*(block.start for block in blocks), len(view)]
         self.bounds = (starts[first], starts[first + self.num_batches])
@@ -262,7 +230,10 @@ def _by_shard(blocks: list[_Block], shards: list[int], rank: int, world: int, la
     return sum(lane_of[block.shard] < rank * lanes for block in blocks), parts
 
 
-def _by_block(blocks: list[_Block], rank: int, world: int, lanes: int) -> tuple[int, list[list[_Block]]]:
-    """A contiguous balanced run of blocks to each rank, in turn to its workers: the rank's first block, and its workers' blocks."""
+def _by_block(blocks: list[_Block], rank: int, world: int, lanes: int, *, in_turn: bool) -> tuple[int, list[list[_Block]]]:
+    """A contiguous balanced run of blocks to each rank: the rank's first block, and its workers' blocks, in turn or contiguous, too."""
     first, stop = len(blocks) * rank // world, len(blocks) * (rank + 1) // world
-    return first, [blocks[first + lane : stop : lanes] for lane in range(lanes)]
+    if in_turn:
+        return first, [blocks[first + lane : stop : lanes] for lane in range(lanes)]
+    bounds = [first + (stop - first) * lane // lanes for lane in range(lanes + 1)]
+    return first, [blocks[start:end] for start, end in pairwise(bounds)]

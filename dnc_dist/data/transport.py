@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.data.loading import Batch, DecodedBlock
 from dnc_dist.data.workers import worker_context, worker_start
 
@@ -89,6 +89,7 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
 
     Raises:
         InputError: a shard is damaged, or the machine has no shared memory, files or processes left for so many workers.
+        RunError: a server with shards does not answer.
         OSError: the machine has no memory left (ENOMEM), whatever torch calls it.
         ChildProcessError: a loader process is gone.
     """
@@ -97,9 +98,9 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
         for packed in source:
             yield _unpack(packed)
         return
-    except InputError as error:
+    except (InputError, RunError) as error:
         # From a worker it comes with that process's whole traceback before the message.
-        failure = InputError(str(error).rpartition(f"{InputError.__name__}: ")[2].rstrip())
+        failure = type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].rstrip())
     except (OSError, EOFError, RuntimeError) as error:
         if not source.num_workers:
             raise

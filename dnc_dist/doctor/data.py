@@ -26,7 +26,7 @@ from dnc_dist.data.manifest import DUPLICATES, MANIFEST, STAGING, read_manifest,
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.summary import told_duplicates
 from dnc_dist.doctor.table import Check, Section
-from dnc_dist.engine.dataset import LOCAL_DATA, columns_of
+from dnc_dist.engine.dataset import LOCAL_DATA, columns_of, open_data
 from dnc_dist.processes import distributed
 
 # Rows of each shard that a sample decodes, its first and its last among them.
@@ -54,15 +54,15 @@ class _Reading(NamedTuple):
 
 def check_data(cfg: RunConfig, *, decode_all: bool) -> Section:
     """Collective. The dataset of a configuration: its copies, what they hold, and a sample of the images or all of them."""
-    root = Path(os.environ.get(LOCAL_DATA) or cfg.data.root)
-    copies = distributed.gather_objects(_look(root, cfg.data.root))
+    root = os.environ.get(LOCAL_DATA) or cfg.data.root
+    copies = distributed.gather_objects(_look(Path(root), cfg.data.root) if isinstance(cfg.data.root, Path) else _look_at_server(cfg))
     checks = [_compare(copies)]
     problems = {f"rank {rank} ({copy.host}): {problem}": None for rank, copy in enumerate(copies) for problem in copy.problems}
     values: dict[str, object] = {"root": str(root), "content_hash": copies[0].content_hash, "problems": list(problems)}
     if problems:
         checks.append(Check("files", _listed(list(problems)), "failed", f"{_COPY_AGAIN}; what it holds was not looked at"))
         return Section("data", str(root), checks, {"data": values})
-    index = open_index(root)
+    index = open_data(cfg)
     size = sum(shard.bytes for shard in index.manifest.shards) / 1e9
     checks.append(Check("files", f"{len(index.shard_paths)} shards, {size:,.2f} GB, complete on every rank"))
     checks += _contents(index, cfg)
@@ -76,6 +76,15 @@ def check_data(cfg: RunConfig, *, decode_all: bool) -> Section:
         "undecodable": undecodable,
     }
     return Section("data", str(root), checks, {"data": values})
+
+
+def _look_at_server(cfg: RunConfig) -> _Copy:
+    """What a server, or this machine's own copy, says of the data set; its shards are compared with that when they are read."""
+    host = socket.gethostname()
+    try:
+        return _Copy(host, open_data(cfg).content_hash, [])
+    except InputError as error:
+        return _Copy(host, "", [str(error)])
 
 
 def _look(root: Path, named: Path) -> _Copy:

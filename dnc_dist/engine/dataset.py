@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,27 +21,42 @@ from dnc_dist.data.batching import EpochSchedule, epoch_schedule
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex, RowView, open_index, text, train_view, validation_view
 from dnc_dist.data.manifest import read_manifest
+from dnc_dist.data.preflight import stream_notes
+from dnc_dist.data.remote import Web
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
+from dnc_dist.data.stream_batches import StreamBatches
+from dnc_dist.data.stream_plan import stream_schedule
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.processes import distributed
 from dnc_dist.processes.cores import loader_processes
 from dnc_dist.retrieval.protocols import Columns
 
+_log = logging.getLogger(__name__)
+_MUCH = 0.1  # of the images of an epoch
 # A folder on this machine's own disk with a copy of data.root; not a key, since the run is the same with and without it.
 LOCAL_DATA = "DNC_LOCAL_DATA"
 
 
-def _open(root: Path) -> DatasetIndex:
-    """The dataset, read from this machine's own copy if there is one.
+def web_of(cfg: RunConfig) -> Web:
+    """How a configuration reads files on web servers."""
+    data = cfg.data
+    return Web(data.retry_seconds, data.cache.absolute() if data.cache is not None else None, int(data.cache_gb * 1e9))
+
+
+def open_data(cfg: RunConfig) -> DatasetIndex:
+    """The dataset of a configuration, read from this machine's own copy if there is one.
 
     Raises:
         InputError: one of the two cannot be read, or the copy holds something else.
+        RunError: a server does not answer.
     """
+    root, web = cfg.data.root, web_of(cfg)
     if not (copy := os.environ.get(LOCAL_DATA)):
-        return open_index(root)
+        return open_index(root, web)
     index = open_index(Path(copy))
-    if index.content_hash != read_manifest(root).content_hash:
+    named = open_index(root, web).content_hash if isinstance(root, str) else read_manifest(root).content_hash
+    if index.content_hash != named:
         raise InputError(f"{LOCAL_DATA}={copy} holds another dataset than data.root={root}; copy that one, or unset {LOCAL_DATA}")
     return index
 
@@ -75,7 +91,7 @@ class Passes:
 
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
-        self.index: DatasetIndex = _open(cfg.data.root)
+        self.index: DatasetIndex = open_data(cfg)
         hashes = distributed.gather_objects(self.index.content_hash)
         if len(set(hashes)) > 1:
             other = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
@@ -123,7 +139,12 @@ class RunData(Passes):
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through
             parts.build("protocol", cfg.data.protocol).for_data(columns_of(self.index, self.test))
-        self._train_batches = TrainBatches(
+        self._streams = cfg.data.streams
+        if self._streams:
+            sizes = {"lanes": cfg.data.lanes, "world": distributed.world_size(), "workers": self._workers}
+            for note in distributed.on_main(lambda: list(stream_notes(self.index, self.train, **sizes))):
+                _log.info(note)
+        self._train_batches: TrainBatches | StreamBatches = (StreamBatches if self._streams else TrainBatches)(
             self.index,
             self.train,
             Geometry(cfg.data.augment, cfg.data.image_size, cfg.data.crop),
@@ -147,18 +168,44 @@ class RunData(Passes):
         return wanted, view
 
     def schedule(self, division: Division, epoch: int, *, conquer: bool) -> EpochSchedule:
-        """The steps of an epoch under a division; when conquering, one cluster a step."""
-        sch = self.cfg.schedule
-        return epoch_schedule(
+        """The steps of an epoch under a division; when conquering, one cluster a step.
+
+        Raises:
+            InputError: shards are to be streamed, and no batch can be made of what fits into the pools.
+        """
+        sch, data = self.cfg.schedule, self.cfg.data
+        seed = seed_for(self.cfg.run.seed, "schedule")
+        learners_per_step = 1 if conquer else self.cfg.division.learners_per_step
+        if not self._streams:
+            return epoch_schedule(
+                division.learner_of,
+                self.train.labels,
+                seed=seed,
+                epoch=epoch,
+                batch_size=sch.batch_size,
+                samples_per_class=sch.samples_per_class,
+                learners_per_step=learners_per_step,
+                length=sch.epoch_length,
+            )
+        planned = stream_schedule(
             division.learner_of,
             self.train.labels,
-            seed=seed_for(self.cfg.run.seed, "schedule"),
+            self.train.shards,
+            np.asarray(self.index.columns["size"][self.train.rows]),
+            seed=seed,
             epoch=epoch,
             batch_size=sch.batch_size,
             samples_per_class=sch.samples_per_class,
-            learners_per_step=1 if conquer else self.cfg.division.learners_per_step,
-            length=sch.epoch_length,
+            learners_per_step=learners_per_step,
+            lanes=data.lanes,
+            pool_bytes=int(data.pool_mb * 2**20),
         )
+        _log.info(f"epoch {epoch}: {planned.summary(distributed.world_size(), sch.batch_size)}")
+        if planned.left_over > _MUCH * len(planned.places):
+            _log.warning(
+                "much is left over; a larger data.pool_mb or fewer data.lanes leave less, data.access=indexed nothing (in a new run)"
+            )
+        return planned
 
     def train_batches(self, schedule: EpochSchedule, *, first_step: int, skip: int, group: ProcessGroup | None = None) -> Iterator[Batch]:
         """This rank's batches of an epoch, from step ``skip`` on; ``group`` are the ranks that share its learners, None: all."""

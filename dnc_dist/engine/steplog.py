@@ -101,6 +101,7 @@ class EpochShares:
         self.epoch = epoch
         self.seconds = {"divide": 0.0, "train": 0.0, "evaluate": 0.0, "data": 0.0}
         self.rows = 0
+        self.counts: dict[str, int] = {}
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:

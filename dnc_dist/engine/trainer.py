@@ -15,6 +15,7 @@ from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.base.progress import Progress
 from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
+from dnc_dist.data.stream_plan import StreamSchedule
 from dnc_dist.engine import plan
 from dnc_dist.engine.announce import announce, result
 from dnc_dist.engine.dataset import RunData
@@ -116,7 +117,7 @@ class Trainer:
                     self.save()
                 with shares.time("evaluate"):
                     self.state.metrics = self.evaluate()
-            counts = {"samples_seen": self.state.samples_seen, "undecodable_images": self._report_failed()}
+            counts = {"samples_seen": self.state.samples_seen, "undecodable_images": self._report_failed()} | shares.counts
             self.tracker.log("epoch", self.state.step, self.state.epoch, shares.values() | counts)
             self.state.finish_epoch()
             self.save(best=self._is_best())
@@ -154,6 +155,8 @@ class Trainer:
         conquer = plan.conquering(cfg, state.epoch)
         schedule = self.data.schedule(state.division, state.epoch, conquer=conquer)
         rows_in_step = np.diff(schedule.starts)
+        if isinstance(schedule, StreamSchedule):
+            shares.counts["left_over_images"] = schedule.left_over
         first_step = state.step - state.batches_done
         guard = FiniteGuard(self.objective, self.engine, self.data, schedule, first_step, self.run_dir)
         log = StepLog(self.tracker, cfg.tracker.log_every, guard)

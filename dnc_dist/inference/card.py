@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dnc_dist import __version__
 from dnc_dist.base import parts
 from dnc_dist.base.foreign import printable
@@ -90,10 +92,11 @@ def _training(cfg: RunConfig, model: Embedder) -> str:
 
 def _data(cfg: RunConfig, state: TrainState | None) -> str:
     """What is known of the data set: its counts, if it is still where it was."""
-    name = cfg.data.root.name
-    if state is None or not (cfg.data.root / MANIFEST).is_file():
+    root = Path(cfg.data.root)
+    name = root.name
+    if state is None or not (root / MANIFEST).is_file():
         return name + (f", content {state.data_hash}" if state is not None else "")
-    manifest = read_manifest(cfg.data.root)
+    manifest = read_manifest(root)
     if manifest.content_hash != state.data_hash:
         return f"{name}, content {state.data_hash}"
     counts = [f"{split}: {count.rows:,} images of {count.classes:,} classes" for split, count in manifest.splits.items()]

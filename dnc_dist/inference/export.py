@@ -60,7 +60,7 @@ def _without_places(cfg: RunConfig) -> RunConfig:
     weights = cfg.model.weights if cfg.model.weights in ("none", "pretrained") else Path(cfg.model.weights).name
     changes = {
         "run": cfg.run.model_copy(update={"dir": Path("runs")}),
-        "data": cfg.data.model_copy(update={"root": Path(cfg.data.root.name)}),
+        "data": cfg.data.model_copy(update={"root": Path(Path(cfg.data.root).name)}),
         "model": cfg.model.model_copy(update={"weights": weights}),
     }
     return cfg.model_copy(update=changes)

@@ -22,7 +22,7 @@ FREE = ("seed", "version", "commit", "epoch", "checkpoint")
 """Fields of a card in which comparable numbers may differ."""
 # What decides no number, and so no group.
 _FREE_SECTIONS = ("run", "tracker", "checkpoint")
-_FREE_KEYS = ("data.root", "data.workers", "engine.timeout", "engine.stall_timeout")
+_FREE_KEYS = ("data.root", "data.workers", "data.cache", "data.cache_gb", "data.retry_seconds", "engine.timeout", "engine.stall_timeout")
 
 
 @dataclass(frozen=True)

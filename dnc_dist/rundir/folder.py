@@ -18,7 +18,7 @@ from dnc_dist.rundir.tracker import read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
-FREE_KEYS = {("data", "root"), ("data", "workers")}
+FREE_KEYS = {("data", key) for key in ("root", "workers", "cache", "cache_gb", "retry_seconds")}
 _LOCK = ".lock"
 _log = logging.getLogger(__name__)
 
@@ -120,7 +120,8 @@ def _last_epoch(metrics: Path) -> int:
 def write_config(cfg: RunConfig) -> None:
     """Write ``config.yaml`` into the run directory; its folders are absolute, so that the run can be read from anywhere."""
     run = cfg.run.model_copy(update={"dir": cfg.run.dir.absolute()})
-    data = cfg.data.model_copy(update={"root": cfg.data.root.absolute()})
+    root = cfg.data.root
+    data = cfg.data.model_copy(update={"root": root.absolute() if isinstance(root, Path) else root})
     write_text(cfg.run.path / CONFIG_FILE, dump_config(cfg.model_copy(update={"run": run, "data": data})))
 
 
