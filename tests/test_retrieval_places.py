@@ -12,6 +12,7 @@ from dnc_dist.base.exact import squared_distance
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval import compared, gallery, places
 from dnc_dist.retrieval.places import place_blocks
+from dnc_dist.retrieval.protocols.base import silent
 from tests.spawn import spawn
 
 Found = dict[int, tuple[list[int], int, float]]
@@ -53,6 +54,7 @@ class Problem:
         mine = np.flatnonzero(owner == rank)
         found: Found = {}
         relevant = self.relevant().sum(1)
+        ticks: list[tuple[int, int]] = []
         for at, what in place_blocks(
             torch.from_numpy(self.x[mine]),
             self.ids[mine],
@@ -61,12 +63,15 @@ class Problem:
             searched=self.searched[mine],
             most=int(relevant.max()),
             mutual=self.mutual,
+            tick=lambda done, total: ticks.append((done, total)),
         ):
             for row, of_relevant, nearest, near in zip(mine[at], what.of_relevant, what.nearest, what.distance, strict=True):
                 if r := relevant[row]:
                     # Beyond R only the first one is exact.
                     kept = [int(place) for number, place in enumerate(of_relevant[:r]) if number == 0 or place <= r]
                     found[int(self.ids[row])] = (kept, int(nearest), float(near))
+        asking = int(self.asks.sum())
+        assert ticks == sorted(ticks) and {total for _, total in ticks} == {asking} and ticks[-1][0] == asking
         return found
 
     def expected(self) -> Found:
@@ -153,7 +158,7 @@ def test_memory_does_not_grow_with_queries_x_gallery(monkeypatch: pytest.MonkeyP
         x = np.random.default_rng(0).standard_normal((n, 128)).astype(np.float32)
         everyone, ids = np.ones(n, bool), np.arange(n)
         tracemalloc.start()
-        for _ in place_blocks(torch.from_numpy(x), ids, ids // 4, asks=everyone, searched=everyone, most=3, mutual=True):
+        for _ in place_blocks(torch.from_numpy(x), ids, ids // 4, asks=everyone, searched=everyone, most=3, mutual=True, tick=silent):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

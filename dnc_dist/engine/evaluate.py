@@ -86,7 +86,15 @@ def evaluate_view(
     rows = found.start + torch.nonzero(found.valid).flatten()
     # Where every row was decoded, as almost always, the embeddings are not copied.
     embeddings = found.values if found.valid.all() else found.values[found.valid]
+    shown = progress.counter(f"epoch {epoch}: search on {view.name}", "queries")
+
+    def tick(done: int, total: int) -> None:
+        watchdog.beat(f"epoch {epoch}, search, {done} of {total} queries")
+        shown(done, total)
+
+    chosen.tick = tick
     results = chosen.measure(embeddings, rows, columns, cfg.evaluation.recall_at)
+    watchdog.phase(f"{name}, metrics")
     main = chosen.headline(list(results))
     members = chosen.members(main, columns)
     facts: dict[str, Any] = {
@@ -153,6 +161,7 @@ def _nmi(embeddings: Tensor, rows: Tensor, view: RowView, seed: int, stop: StopR
     value = None
     if main:
         labels = view.labels[present.numpy()]
+        _log.info(f"epoch {epoch}: NMI, a k-means of {len(labels)} images into {len(np.unique(labels))} clusters")
         compared = Features.alone((every if present.all() else every[present]).to(device))
         found = kmeans(compared, len(np.unique(labels)), seed=seed_for(seed, "nmi"), beat=beat)
         value = nmi(found.assignment.numpy(), labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ class _Side(NamedTuple):
     labels: np.ndarray  # (b,)
     factors: np.ndarray  # (b, D + 2) float32; products of two sides are squared distances
     norms: np.ndarray  # (b,) float64 lengths, less the centre
+    twin: np.ndarray  # (b,) int64, the same for equal vectors
 
 
 class Searched(Gallery):
@@ -39,6 +40,7 @@ class Searched(Gallery):
         self.labels = labels[self.at]
         self._by_label = np.argsort(self.labels, kind="stable")
         self._sorted_labels = self.labels[self._by_label]
+        self._twin = _twins(len(self), self.rows)
         self._product = torch.empty(TILE * TILE)
         self._within = torch.empty(TILE * TILE, dtype=torch.bool)
 
@@ -88,14 +90,15 @@ class Searched(Gallery):
         square = squares(centred)
         factors = np.empty((len(centred), centred.shape[1] + 2), np.float32)
         factors[:, :-2], factors[:, -2], factors[:, -1] = -2 * centred, square, 1
-        return _Side(visitors, visiting.ids, visiting.labels, factors, np.sqrt(square))
+        twin = _twins(len(visitors), visitors.__getitem__)
+        return _Side(visitors, visiting.ids, visiting.labels, factors, np.sqrt(square), twin)
 
     def _right(self, which: slice) -> _Side:
         rows, square = self.rows(which), self.square[which]
         factors = np.empty((len(rows), rows.shape[1] + 2), np.float32)
         np.subtract(rows, self.centre, out=factors[:, :-2])
         factors[:, -2], factors[:, -1] = 1, square
-        return _Side(rows, self.ids[which], self.labels[which], factors, np.sqrt(square))
+        return _Side(rows, self.ids[which], self.labels[which], factors, np.sqrt(square), self._twin[which])
 
     def _compare(self, left: _Side, chosen: np.ndarray, visiting: Asked, which: slice, own: Asked | None) -> None:
         """Count some rows for the chosen queries on the left; and these queries for the rows, if the rows ask, too."""
@@ -118,14 +121,14 @@ class Searched(Gallery):
             product.numpy()[itself, at[itself]] = np.inf
             for visitor, row, approximate in self._within_reach(product, (visiting.reach + left_error)[queries, None]):
                 query = queries[visitor]
-                exact = partial(_distances, left.vectors, query, right.vectors, row)
+                exact = partial(_exact, left, query, right, row)
                 visiting.count(Hits(query, right.ids[row], right.labels[row], approximate, left_error[query], exact))
             visiting.narrow()
             if own is None:
                 continue
             for visitor, row, approximate in self._within_reach(product, own.reach + right_error):
                 query = queries[visitor]
-                exact = partial(_distances, right.vectors, row, left.vectors, query)
+                exact = partial(_exact, right, row, left, query)
                 own.count(Hits(row, left.ids[query], left.labels[query], approximate, right_error[row], exact))
             own.narrow()
 
@@ -139,11 +142,38 @@ class Searched(Gallery):
             yield *np.divmod(part, product.shape[1]), numbers[part]
 
 
-def _distances(
-    queries: np.ndarray, query: np.ndarray, rows: np.ndarray, row: np.ndarray, which: np.ndarray | slice = slice(None)
-) -> np.ndarray:
-    """(h,) exact float32 distances of some pairs of a query (by its place among the queries) and a row."""
+def _twins(count: int, rows: Callable[[slice | np.ndarray], np.ndarray]) -> np.ndarray:
+    """(n,) int64: for each row an equal one, the same for all that are equal, but for hashes that happen to be the same."""
+    hashes = [_hash(rows(slice(at, at + TILE))) for at in range(0, count, TILE)]
+    _, first, place = np.unique(np.concatenate([np.empty(0, np.int64), *hashes]), return_index=True, return_inverse=True)
+    twin = first[place]
+    doubled = np.flatnonzero(twin != np.arange(count))
+    for at in range(0, len(doubled), TILE):
+        block = doubled[at : at + TILE]
+        other = block[(rows(block) != rows(twin[block])).any(1)]
+        twin[other] = other
+    return twin
+
+
+def _hash(vectors: np.ndarray) -> np.ndarray:
+    """(n,) int64 of float32 rows (n, D), by their bits."""
+    factors = np.random.default_rng(vectors.shape[1]).integers(np.iinfo(np.int64).max, size=vectors.shape[1]) | 1
+    return np.ascontiguousarray(vectors).view(np.int32).astype(np.int64) @ factors
+
+
+def _exact(queries: _Side, query: np.ndarray, rows: _Side, row: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """(h,) exact float32 distances of some pairs, by their places on both sides; pairs of equal vectors are computed once.
+
+    A model that has collapsed makes most vectors equal, and then every pair is in doubt.
+    """
     query, row = query[which], row[which]
+    pairs = queries.twin[query] * (rows.twin.max(initial=0) + 1) + rows.twin[row]
+    _, first, place = np.unique(pairs, return_index=True, return_inverse=True)
+    return _distances(queries.vectors, query[first], rows.vectors, row[first])[place]
+
+
+def _distances(queries: np.ndarray, query: np.ndarray, rows: np.ndarray, row: np.ndarray) -> np.ndarray:
+    """(h,) exact float32 distances of pairs of a query (by its place among the queries) and a row."""
     distance = np.empty(len(query), np.float32)
     step = max(1, DIFFERENCES // queries.shape[1])
     for at in range(0, len(query), step):

@@ -7,7 +7,8 @@ whose place decides recall@k for every k. Where all that asks is searched, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +36,15 @@ class Places(NamedTuple):
 
 
 def place_blocks(
-    vectors_local: Tensor, ids: np.ndarray, labels: np.ndarray, *, asks: np.ndarray, searched: np.ndarray, most: int, mutual: bool
+    vectors_local: Tensor,
+    ids: np.ndarray,
+    labels: np.ndarray,
+    *,
+    asks: np.ndarray,
+    searched: np.ndarray,
+    most: int,
+    mutual: bool,
+    tick: Callable[[int, int], None],
 ) -> Iterator[tuple[np.ndarray, Places]]:
     """Collective. The places of the relevant rows (of the query's label, itself excluded), some queries after the others.
 
@@ -47,6 +56,7 @@ def place_blocks(
         searched: (n,) bool the gallery among them.
         most: R, the largest number of relevant rows of any query of any rank.
         mutual: on every rank all queries are gallery, and all gallery are queries.
+        tick: called with how many queries of all ranks are done, and of how many.
 
     Yields:
         Which of this rank's rows asked (q,), q maybe 0, and what they found; equally often on every rank.
@@ -57,19 +67,20 @@ def place_blocks(
     step = max(1, min(compared.TILE, VISITING_ELEMENTS // (len(ranks) * max(vectors_local.shape[1], 2 * most + 5))))
     blocks = [order[at : at + step] for at in range(0, max(ranks), step)]  # equally many on every rank
     if mutual and max(ranks) * most <= OWN_ELEMENTS:
-        yield from _both_sides(gallery, blocks, ids, labels, most)
+        yield from _both_sides(gallery, blocks, ids, labels, most, partial(_tick, tick, ranks, step))
         return
-    for at in blocks:
+    for number, at in enumerate(blocks):
         visitors, counts = _gather(gallery.vectors[at])
         asked = Asked.new(ids[at], labels[at], *_relevant(gallery, visitors, counts, ids[at], labels[at], most))
         visiting = _visit(asked, counts)
         gallery.serve(visitors, visiting)
         _take_answers(asked, visiting, counts)
+        _tick(tick, ranks, step, number)
         yield at, _places(asked)
 
 
 def _both_sides(
-    gallery: Searched, blocks: list[np.ndarray], ids: np.ndarray, labels: np.ndarray, most: int
+    gallery: Searched, blocks: list[np.ndarray], ids: np.ndarray, labels: np.ndarray, most: int, done: Callable[[int], None]
 ) -> Iterator[tuple[np.ndarray, Places]]:
     """Collective. ``place_blocks`` where every row of the gallery asks: while queries visit a rank, its own rows ask them in turn."""
     order = gallery.at
@@ -87,8 +98,14 @@ def _both_sides(
         visiting = _visit(own.part(part), counts)
         gallery.exchange(visitors, visiting, counts, own, parts, number)
         _take_answers(own.part(part), visiting, counts)
+        done(number)
     for at, part in zip(blocks, parts, strict=True):
         yield at, _places(own.part(part))
+
+
+def _tick(tick: Callable[[int, int], None], ranks: list[int], step: int, number: int) -> None:
+    """After a block of at most ``step`` queries of each rank, of which there are so many."""
+    tick(sum(min(step * (number + 1), queries) for queries in ranks), sum(ranks))
 
 
 def _gather(rows: np.ndarray, counts: list[int] | None = None) -> tuple[np.ndarray, list[int]]:

@@ -56,14 +56,22 @@ class Columns:
         return len(self.labels)
 
 
+def silent(done: int, total: int) -> None:
+    """For searches whose progress nobody watches."""
+
+
 class Protocol(ABC):
-    """Base of retrieval protocols."""
+    """Base of retrieval protocols.
+
+    ``tick`` may be called again and again while ``measure`` works, with how many queries are done, and of how many.
+    """
 
     class Options(parts.Options):
         """Default, range and meaning of every option."""
 
     def __init__(self, options: parts.Options) -> None:
         self.options = options
+        self.tick: Callable[[int, int], None] = silent
 
     @property
     def name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from dnc_dist.base.rng import numpy_generator
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval.metrics import average_precision_at_r, r_precision
 from dnc_dist.retrieval.places import place_blocks
-from dnc_dist.retrieval.protocols.base import SAMPLE_NEIGHBOURS, Queries, RetrievalResult
+from dnc_dist.retrieval.protocols.base import SAMPLE_NEIGHBOURS, Queries, RetrievalResult, silent
 from dnc_dist.retrieval.search import topk
 
 CHECKED_ROWS = 1 << 12
@@ -28,6 +30,7 @@ def evaluate(
     protocol: str,
     recall_at: tuple[int, ...] = (1, 2, 4, 8),
     sample: int = 24,
+    tick: Callable[[int, int], None] = silent,
 ) -> RetrievalResult:
     """Collective. Exact retrieval metrics (recall@k; map@r and r_precision as Musgrave et al. 2020).
 
@@ -39,6 +42,7 @@ def evaluate(
         gallery: (N,) bool: the rows that are searched; a row that is both does not find itself.
         protocol: the name of whose roles these are, for the result.
         recall_at: the k of recall@k.
+        tick: called with how many queries of all ranks are done, and of how many.
         sample: how many queries come back with their neighbours; which ones does not depend on the embeddings.
 
     Raises:
@@ -66,6 +70,7 @@ def evaluate(
         searched=is_gallery[rows],
         most=int(relevant[asking].max()),
         mutual=bool((is_query == is_gallery).all()),
+        tick=tick,
     ):
         known = asking[rows[at]]
         query_rows, places = rows[at][known], found.of_relevant[known]

@@ -20,4 +20,4 @@ class RolesProtocol(Protocol):
 
     def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:
         query, gallery = self.roles(columns)
-        return {"": evaluate(embeddings, rows, columns.labels, query, gallery, protocol=self.name, recall_at=recall_at)}
+        return {"": evaluate(embeddings, rows, columns.labels, query, gallery, protocol=self.name, recall_at=recall_at, tick=self.tick)}
