@@ -296,7 +296,7 @@ def test_a_foreign_tar_gives_one_message(root: Path, name: bytes) -> None:
         header[148:156] = f"{sum(header):06o}\0 ".encode()
     shard.write_bytes(bytes(header) + data[512:])
     index = open_index(root)
-    with pytest.raises(InputError, match=r"train-000000\.tar .*copy the data set again") as caught:
+    with pytest.raises(InputError, match=r"train-000000\.tar\b.* copy the data set again") as caught:
         list(SequentialBatches(index, index.view("train"), Geometry(None, 8), block_size=4))
     assert "\n" not in str(caught.value)
 

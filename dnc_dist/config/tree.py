@@ -328,7 +328,7 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
             f"division.conquer_from={div.conquer_from} is not below schedule.epochs={sch.epochs}; "
             "use a smaller epoch, auto, or null for no conquer phase"
         )
-    if cfg.data.retry_seconds >= cfg.engine.stall_timeout:
+    if is_url(cfg.data.root) and cfg.data.retry_seconds >= cfg.engine.stall_timeout:
         yield (
             f"data.retry_seconds={cfg.data.retry_seconds:g} must be less than engine.stall_timeout={cfg.engine.stall_timeout:g}, or a run "
             "that waits for a server is ended as one that hangs"
