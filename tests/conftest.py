@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 
+import pytest
 import torch
+import torch.distributed as dist
 
 # As many threads here as in the processes that tests start, which are compared with this one: sums depend on the number.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
@@ -17,3 +21,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Triton reads this when a kernel's module is imported: without a GPU the kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_group_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of the next file begin without one; a file that leaves one is told of."""
+    yield
+    if dist.is_initialized():
+        warnings.warn(f"{request.node.name} left a process group behind", stacklevel=1)
+        dist.destroy_process_group()
