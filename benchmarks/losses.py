@@ -4,12 +4,13 @@
 
 Each loss has the options that its paper recommends (its defaults); learning rates are the same for all. Nothing is chosen by what the
 runs reach. Appends one JSON line per run to benchmarks/results/losses.jsonl and prints a Markdown table of recall@1 on the test classes
-after the last epoch. Runs lie in --runs; those that are complete are not trained again.
+after the last epoch. Runs lie in --runs; those that are complete are neither trained nor recorded again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from benchmarks.division import train
 from benchmarks.record import RESULTS, ROOT, append, machine
 from dnc_dist.base.parts import TABLE
 
+FILE = RESULTS / "losses.jsonl"
 ARMS = {"one learner": "glyph64_one", "1 → 2 → 4 learners, conquer": "glyph64_divided"}
 # Six epochs: a division at the start of each of the first three that follow the first, from the fifth on the whole embedding.
 BUDGET = ["schedule.epochs=6", "evaluation.every=6"]
@@ -37,11 +39,16 @@ def main() -> None:
     args = parser.parse_args()
     jobs = [(seed, loss, arm) for seed in range(args.seeds) for loss in args.losses for arm in ARMS]
 
+    recorded = (
+        [tuple(line[key] for key in ("loss", "arm", "seed", "overrides")) for line in map(json.loads, FILE.open())] if FILE.exists() else []
+    )
+
     def run(job: tuple[int, str, str]) -> float:
         seed, loss, arm = job
         overrides = [f"loss.name={loss}", *BUDGET, *OPTIONS.get(loss, []), *(DIVIDED if arm != "one learner" else [])]
         line = train(ROOT / "configs" / f"{ARMS[arm]}.yaml", seed, args.data, args.runs / loss, overrides)
-        append(RESULTS / "losses.jsonl", {"loss": loss, "arm": arm, **line, **machine()})
+        if (loss, arm, seed, overrides) not in recorded:
+            append(FILE, {"loss": loss, "arm": arm, **line, **machine()})
         return float(list(line["recall@1"].values())[-1])
 
     with ThreadPoolExecutor(args.jobs) as pool:
