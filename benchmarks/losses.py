@@ -39,9 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     jobs = [(seed, loss, arm) for seed in range(args.seeds) for loss in args.losses for arm in ARMS]
 
-    recorded = (
-        [tuple(line[key] for key in ("loss", "arm", "seed", "overrides")) for line in map(json.loads, FILE.open())] if FILE.exists() else []
-    )
+    lines = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
+    recorded = [(line["loss"], line["arm"], line["seed"], line["overrides"]) for line in lines]
 
     def run(job: tuple[int, str, str]) -> float:
         seed, loss, arm = job

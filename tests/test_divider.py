@@ -65,6 +65,7 @@ def test_the_page_on_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(torch.unique(divider.masks.masks.detach(), dim=0)) == 4
 
 
+@pytest.mark.slow
 def test_the_page_on_two_plain_processes(tmp_path: Path) -> None:
     """Started by torchrun, in a process group that the page makes itself."""
     tell = """

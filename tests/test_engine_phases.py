@@ -306,6 +306,7 @@ def test_plain_adamw_would_make_the_updates_after_a_long_frozen_epoch_too_large(
     assert ratio(torch.optim.AdamW) > 2
 
 
+@pytest.mark.slow
 def test_training_needs_no_compiler(root: Path, tmp_path: Path) -> None:
     """Two processes through the real command, without a single program to be found and without caches."""
     cfg = config(root, tmp_path / "run", division={"num_learners": 1}, evaluation={"nmi": "never"})

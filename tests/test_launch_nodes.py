@@ -137,6 +137,7 @@ def on_one_machine(place: Path, world: int) -> dict[str, object]:
     return first.result
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_everywhere_and_the_same_command_goes_on(place: Path, hosts: Sequence[Host]) -> None:
     """SIGKILL of rank 1 on the second host; then the same command at once, to the curve of one machine with two processes."""
     whole = on_one_machine(place, 2)

@@ -14,7 +14,8 @@ from tests.run_fixtures import dnc, metrics, without_report, write_config
 EXPECTED = dict.fromkeys(TREES, ("leave-one-out", 12, 12)) | {"inshop": ("query-gallery", 6, 6)}
 
 
-@pytest.mark.parametrize("layout", list(TREES))
+# The second layout of a benchmark differs in its reader only.
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=pytest.mark.slow if name == "cars196_devkit" else ()) for name in TREES])
 def test_a_run_from_the_archive_to_its_protocol(layout: str, tmp_path: Path) -> None:
     reader, make = TREES[layout]
     make(tmp_path / "archive")

@@ -235,6 +235,7 @@ def test_flat_division_and_sparse_lines(place: Path) -> None:
     assert [line["step"] for line in metrics(place / "runs" / "flat", "train")] == [3, 5, 6, 8]
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_by_the_launcher(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGTERM to the launcher; the same W&B run goes on."""
     place, _, undisturbed = glyphs_on_two_processes(tmp_path_factory)

@@ -74,6 +74,7 @@ def on_closed_terminal(place: Path, *arguments: str, nohup: bool) -> Running:
     return running
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_stops(place: Path) -> None:
     def train(name: str) -> list[str]:
         return ["train", "run.yaml", "--set", f"run.name={name}"]

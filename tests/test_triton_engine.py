@@ -61,6 +61,7 @@ def test_a_step_equals_that_of_the_reference(errors: dict[int, dict[str, dict[st
     assert {key: error for key, error in errors[world][name].items() if not error < allowed} == {}
 
 
+@pytest.mark.slow
 def test_a_run_says_which_kernels_it_uses_and_learns_the_same(tmp_path: Path) -> None:
     root = make_run_dataset(tmp_path, classes=8)
     losses = {}
