@@ -185,7 +185,7 @@ def test_a_run_that_streams(place: Path) -> None:
     for override, message in {
         "data.lanes=1": r"data\.lanes=1 is less than division\.learners_per_step=2",
         "schedule.epoch_length=over": r"data\.access=stream reads each once; use schedule\.epoch_length=dataset",
-        "data.retry_seconds=700": r"data\.retry_seconds=700 must be less than engine\.stall_timeout=600",
+        "data.root=http://localhost/data data.retry_seconds=700": r"data\.retry_seconds=700 must be less than engine\.stall_timeout=600",
     }.items():
         with pytest.raises(InputError, match=message):
-            load_config(place / "short.yaml", [override])
+            load_config(place / "short.yaml", override.split())
