@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -25,8 +24,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_process_group_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests of the next file begin without one; a file that leaves one is told of."""
+    """Tests of the next file begin without one."""
     yield
     if dist.is_initialized():
-        warnings.warn(f"{request.node.name} left a process group behind", stacklevel=1)
         dist.destroy_process_group()
+        pytest.fail(f"{request.node.name} left a process group behind")

@@ -9,12 +9,13 @@ import re
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import torch.distributed as dist
 import yaml
 
 from dnc_dist import __version__, cli
@@ -30,10 +31,13 @@ def config_file(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of the only rank; set here so that init changes nothing that outlives the test."""
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The environment of the only rank; neither it nor the process group outlives the test."""
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def stub(monkeypatch: pytest.MonkeyPatch, module: str, **names: Callable[..., Any]) -> None:
