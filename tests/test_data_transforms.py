@@ -41,6 +41,8 @@ def test_a_random_crop_is_torchvisions_and_nearly_pillows() -> None:
     """Cut, then resized. Pillow rounds after each of two directions, as torch does, with finer weights: one step of 255 each, at most."""
     from torchvision.transforms.v2 import functional
 
+    # Elsewhere torchvision computes in floats and rounds once; two roundings of a half differ from that by less than two steps.
+    same_path = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     generator = np.random.default_rng(0)
     for width, height in ((40, 30), (97, 61), (5, 5), (301, 224)):
         image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -49,7 +51,7 @@ def test_a_random_crop_is_torchvisions_and_nearly_pillows() -> None:
             found = to_tensor(cut_and_resize(image, box, 24))
             left, top, right, bottom = box
             wanted = functional.resized_crop(to_tensor(image), top, left, bottom - top, right - left, [24, 24])
-            assert torch.equal(found, wanted)
+            assert (found.int() - wanted.int()).abs().max() <= (0 if same_path else 1)
             pillow = to_tensor(image.crop(box).resize((24, 24), Image.Resampling.BILINEAR))
             assert (found.int() - pillow.int()).abs().max() <= 2
 

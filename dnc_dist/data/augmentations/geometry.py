@@ -58,7 +58,7 @@ def resize(image: Image.Image, box: Box, size: int) -> Image.Image:
 
 
 def cut_and_resize(image: Image.Image, box: Cut, size: int) -> Image.Image:
-    """The box, in whole pixels inside of the image, at ``size`` x ``size``, antialiased: torchvision's ``resized_crop``, pixel for pixel.
+    """The box, in whole pixels inside of the image, at ``size`` x ``size``, antialiased: torchvision's ``resized_crop`` of bytes.
 
     Faster than ``resize``, and not quite the same: at the border of the box that one still sees the pixels outside of it.
     """
