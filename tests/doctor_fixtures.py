@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.run_fixtures import Done, start
-from tests.spawn import _free_port
+from tests.spawn import free_port
 
 
 def ranks(
@@ -19,7 +19,7 @@ def ranks(
     env_of_1: Mapping[str, str] | None = None,
 ) -> list[Done]:
     """``dnc-dist doctor ARGUMENTS`` on so many ranks, as srun and torchrun start them."""
-    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     running = []
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **((env_of_1 or {}) if rank == 1 else {})}

@@ -27,6 +27,7 @@ from PIL import Image
 
 from tests.process_server import SERVER
 from tests.rounding import move_weights
+from tests.spawn import free_port
 
 SIZE = 16
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -158,6 +159,32 @@ def start(
 def dnc(*arguments: str | Path, folder: Path, timeout: float = 240, **options: Any) -> Done:
     """Run ``dnc-dist ARGUMENTS`` in a folder to its end."""
     return start(arguments, folder, **options).wait(timeout)
+
+
+def start_ranks(
+    arguments: Sequence[str | Path],
+    folder: Path,
+    world: int,
+    *,
+    before: Callable[[], None] | None = None,
+    before_on: Mapping[int, Callable[[], None]] | None = None,
+) -> list[Running]:
+    """Start ``dnc-dist ARGUMENTS`` as so many ranks, as srun does it: a launcher would have each import torch and DeepSpeed anew.
+
+    ``before_on`` gives single ranks another ``before``.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    return [
+        start(arguments, folder, env={"RANK": str(rank), "LOCAL_RANK": str(rank), **address}, before=(before_on or {}).get(rank, before))
+        for rank in range(world)
+    ]
+
+
+def end_ranks(processes: Sequence[Running], timeout: float = 240) -> Done:
+    """How rank 0 ended; all ranks end with the same code."""
+    done = [process.wait(timeout) for process in processes]
+    assert len({each.code for each in done}) == 1, done
+    return done[0]
 
 
 def without_report() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -39,9 +40,8 @@ def _worker(
     os.rename(f"{out}/{rank}.part", f"{out}/{rank}")
 
 
-def _free_port() -> int:
-    import socket
-
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -54,7 +54,7 @@ def spawn(function: Callable[..., Any], world_size: int, *args: Any, timeout: fl
         AssertionError: a rank raised (its traceback is shown), died, or was not done after ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory() as out:
-        port = _free_port()
+        port = free_port()
         workers = [
             SERVER.Process(target=_worker, args=(rank, world_size, port, function, args, out, dict(os.environ)), daemon=False)
             for rank in range(world_size)

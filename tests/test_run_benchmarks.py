@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmark_fixtures import TREES
-from tests.run_fixtures import dnc, metrics, without_report, write_config
+from tests.run_fixtures import dnc, end_ranks, metrics, start_ranks, without_report, write_config
 
 # Protocol, queries and gallery that `auto` finds in the data: 3 test classes of 4 images, in-shop half of them queries.
 EXPECTED = dict.fromkeys(TREES, ("leave-one-out", 12, 12)) | {"inshop": ("query-gallery", 6, 6)}
@@ -28,7 +28,7 @@ def test_a_run_from_the_archive_to_its_protocol(layout: str, tmp_path: Path) -> 
         schedule={"epochs": 2, "batch_size": 8, "samples_per_class": 2},
         evaluation={"nmi": "never"},
     )
-    result = dnc("launch", "run.yaml", "--nproc", "2", folder=tmp_path, before=without_report).result
+    result = end_ranks(start_ranks(["train", "run.yaml"], tmp_path, 2, before=without_report)).result
     run = tmp_path / "runs/run"
     evaluation = metrics(run, "evaluation")[-1]
     assert (evaluation["protocol"], evaluation["num_queries"], evaluation["num_gallery"]) == EXPECTED[layout]

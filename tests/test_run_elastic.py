@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,13 +22,14 @@ from tests.run_fixtures import (
     assert_same_run,
     divisions,
     dnc,
+    end_ranks,
     killed_when_writing,
     last_step,
     make_dataset,
     metrics,
     on_a_smooth_network,
     signalled_in,
-    start,
+    start_ranks,
     without_report,
     write_config,
 )
@@ -57,10 +57,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optim=OPTIM,
         checkpoint={"every_steps": 4, "keep": 50},
     )
-    done = end(train(folder, "whole", 2))
+    done = end_ranks(train(folder, "whole", 2))
     (folder / "result.json").write_text(json.dumps(done.result))
     assert last_step(folder / "runs" / "whole") == END
-    done = end(train(folder, "neighbour", 2, neighbour=True))
+    done = end_ranks(train(folder, "neighbour", 2, neighbour=True))
     (folder / "neighbour.json").write_text(json.dumps(done.result))
     killed, left_behind = train(folder, "killed", 2, before=partial(killed_when_writing, "files.json", "step-00000024"))
     assert killed.wait().code == -signal.SIGKILL and left_behind.wait().code != 0
@@ -78,19 +78,8 @@ def train(
     neighbour: bool = False,
 ) -> list[Running]:
     """Start so many processes of a run, on the smooth network."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": str(world)}
-    command = ["train", f"{config}.yaml", "--set", f"run.name={name}", *arguments]
     before = partial(on_a_smooth_network, before, neighbour=neighbour)
-    return [start(command, place, env={"RANK": str(rank), "LOCAL_RANK": str(rank), **address}, before=before) for rank in range(world)]
-
-
-def end(processes: list[Running]) -> Done:
-    """How rank 0 ended; all ranks end with the same code."""
-    done = [process.wait() for process in processes]
-    assert len({each.code for each in done}) == 1, done
-    return done[0]
+    return start_ranks(["train", f"{config}.yaml", "--set", f"run.name={name}", *arguments], place, world, before=before)
 
 
 def copy(place: Path, name: str, to: str) -> Path:
@@ -162,13 +151,13 @@ def test_the_state_passes_through_any_number_of_processes_unchanged(zero: int, p
         stopped = train(
             place, run.name, 2, "--set", f"engine.zero={zero}", before=partial(signalled_in, "divide", DIVISION, signal.SIGTERM)
         )
-        assert end(stopped).code == 75
+        assert end_ranks(stopped).code == 75
     folder = run / "checkpoints" / f"step-{DIVISION:08d}"
     expected = state(folder)
     before = 2
     for world in (4, 1, 3, 2):
         arguments = ["--set", f"engine.zero={zero}", "--resume", f"runs/{run.name}/checkpoints/{folder.name}"]
-        done = end(train(place, run.name, world, *arguments, before=partial(signalled_in, "divide", DIVISION, signal.SIGTERM)))
+        done = end_ranks(train(place, run.name, world, *arguments, before=partial(signalled_in, "divide", DIVISION, signal.SIGTERM)))
         assert done.code == 75
         said = f"checkpoint runs/{run.name}/checkpoints/{folder.name} was written by {before} process(es) and goes on with {world}\n"
         assert done.out.count(said) == 1
@@ -186,10 +175,10 @@ def test_the_state_passes_through_any_number_of_processes_unchanged(zero: int, p
 def test_before_the_first_step_there_is_nothing_of_adam(place: Path) -> None:
     before, at_start = partial(signalled_in, "evaluate", 0, signal.SIGTERM), ("--set", "evaluation.at_start=true")
     folder = place / "runs" / "young" / "checkpoints" / "step-00000000"
-    assert end(train(place, "young", 2, *at_start, before=before)).code == 75
+    assert end_ranks(train(place, "young", 2, *at_start, before=before)).code == 75
     expected = state(folder)
     assert not any("exp_avg" in name for name in expected)
-    done = end(train(place, "young", 3, *at_start, before=before))
+    done = end_ranks(train(place, "young", 3, *at_start, before=before))
     assert done.code == 75 and "goes on with 3\n" in done.out
     found = state(folder)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
@@ -197,7 +186,7 @@ def test_before_the_first_step_there_is_nothing_of_adam(place: Path) -> None:
 
 def test_two_processes_then_four(place: Path, record_property: Callable[[str, Any], None]) -> None:
     run = copy(place, "killed", "four")
-    done = end(train(place, "four", 4))
+    done = end_ranks(train(place, "four", 4))
     assert "goes on with 4\n" in done.out and "resumed in epoch 2, after step 20\n" in done.out
     record_property("largest share of what rounding allows", assert_ends_like_whole(place, run, done, 20))
     last = metrics(run, "evaluation")[-1]
@@ -223,7 +212,7 @@ def test_two_processes_then_one_then_two(place: Path, record_property: Callable[
     """The change itself is killed first, which leaves nothing behind."""
     run = copy(place, "killed", "one")
     entries = {path: path.stat().st_size for path in (run / "checkpoints").rglob("*") if ".tmp" not in str(path.relative_to(run))}
-    assert end(train(place, "one", 1, before=killed_while_reading)).code == -signal.SIGKILL
+    assert end_ranks(train(place, "one", 1, before=killed_while_reading)).code == -signal.SIGKILL
     assert {path: path.stat().st_size for path in (run / "checkpoints").rglob("*")} == entries
 
     (alone,) = train(place, "one", 1)
@@ -231,7 +220,7 @@ def test_two_processes_then_one_then_two(place: Path, record_property: Callable[
     alone.signal(signal.SIGTERM)
     assert alone.wait().code == 75
     assert last_step(run) < END
-    done = end(train(place, "one", 2))
+    done = end_ranks(train(place, "one", 2))
     assert "was written by 1 process(es) and goes on with 2\n" in done.out
     record_property("largest share of what rounding allows", assert_ends_like_whole(place, run, done, 20))
 
@@ -249,13 +238,13 @@ def test_a_backbone_with_dropout_of_its_own(place: Path) -> None:
         schedule={"epochs": 1},
         checkpoint={"every_steps": 3, "keep": 50},
     )
-    done = end(train(place, "dropped", 2, config="dropout"))
+    done = end_ranks(train(place, "dropped", 2, config="dropout"))
     assert done.out.count("the backbone has Dropout of its own") == 1
     again = copy(place, "dropped", "dropped-again")
-    end(train(place, again.name, 2, "--resume", f"runs/{again.name}/checkpoints/step-00000003", config="dropout"))
+    end_ranks(train(place, again.name, 2, "--resume", f"runs/{again.name}/checkpoints/step-00000003", config="dropout"))
     assert_same_run(again, place / "runs" / "dropped")
     alone = copy(place, "dropped", "dropped-alone")
-    end(train(place, alone.name, 1, "--resume", f"runs/{alone.name}/checkpoints/step-00000003", config="dropout"))
+    end_ranks(train(place, alone.name, 1, "--resume", f"runs/{alone.name}/checkpoints/step-00000003", config="dropout"))
     found, expected = ([line["loss"] for line in metrics(run, "train")][3:8] for run in (alone, place / "runs" / "dropped"))
     assert found != pytest.approx(expected, rel=1e-2)  # other features are dropped; rounding changes less
 
@@ -277,11 +266,11 @@ def test_other_numbers_and_stages(zero: int, first: int, then: int, place: Path,
         checkpoint={"every_steps": 4, "keep": 50},
     )
     whole, name = place / "runs" / f"whole-{zero}-{first}", f"changed-{zero}-{first}-{then}"
-    end(train(place, whole.name, first, config=f"zero-{zero}"))
+    end_ranks(train(place, whole.name, first, config=f"zero-{zero}"))
     run = copy(place, whole.name, name)
-    end(train(place, name, then, "--resume", f"runs/{name}/checkpoints/step-00000020", config=f"zero-{zero}"))
+    end_ranks(train(place, name, then, "--resume", f"runs/{name}/checkpoints/step-00000020", config=f"zero-{zero}"))
     neighbour = place / "runs" / f"neighbour-{zero}-{first}-{then}"
-    end(train(place, neighbour.name, first, config=f"zero-{zero}", neighbour=True))
+    end_ranks(train(place, neighbour.name, first, config=f"zero-{zero}", neighbour=True))
     share = share_of_rounding(run, whole, neighbour, range(21, 21 + COMPARED))
     record_property("largest share of what rounding allows", share)
     assert share < 1
@@ -289,6 +278,6 @@ def test_other_numbers_and_stages(zero: int, first: int, then: int, place: Path,
     assert found == expected or moved != expected
 
     again = copy(place, name, f"{name}-again")
-    done = end(train(place, again.name, then, "--resume", f"runs/{again.name}/checkpoints/step-00000028", config=f"zero-{zero}"))
+    done = end_ranks(train(place, again.name, then, "--resume", f"runs/{again.name}/checkpoints/step-00000028", config=f"zero-{zero}"))
     assert "goes on with" not in done.out
     assert_same_run(again, run)

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,18 @@ from dnc_dist.engine.zero import read_model
 from dnc_dist.model.backbone.conv4 import Conv4
 from dnc_dist.rundir import folder as run_folder
 from dnc_dist.rundir.checkpoints import Checkpoints
-from tests.run_fixtures import Done, Running, assert_same_run, dnc, last_step, make_dataset, metrics, start, without_report, write_config
+from tests.run_fixtures import (
+    Running,
+    assert_same_run,
+    dnc,
+    end_ranks,
+    last_step,
+    make_dataset,
+    metrics,
+    start_ranks,
+    without_report,
+    write_config,
+)
 
 STEPS_PER_EPOCH = 8
 END = 2 * STEPS_PER_EPOCH
@@ -69,18 +79,7 @@ def copy(place: Path, name: str) -> Path:
 
 def train(place: Path, name: str, *arguments: str, world: int = 1, before: Callable[[], None] = without_report) -> list[Running]:
     """Start so many ranks of a run, as srun does it."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": str(world)}
-    command = ["train", "run.yaml", *change(f"run.name={name}"), *arguments]
-    return [start(command, place, env={"RANK": str(rank), "LOCAL_RANK": str(rank), **address}, before=before) for rank in range(world)]
-
-
-def end(processes: list[Running]) -> Done:
-    """How rank 0 ended; all ranks end with the same code."""
-    done = [process.wait(120) for process in processes]
-    assert len({each.code for each in done}) == 1, done
-    return done[0]
+    return start_ranks(["train", "run.yaml", *change(f"run.name={name}"), *arguments], place, world, before=before)
 
 
 class _Bomb:
@@ -108,7 +107,7 @@ def test_nothing_of_a_foreign_checkpoint_is_executed(name: str, place: Path) -> 
         sign(folder)
     said = f"{name} holds something else than tensors, numbers and text; it could run code and is not read"
     for world in (1, 2):
-        error = end(train(place, run.name, *change("schedule.epochs=3"), world=world)).error
+        error = end_ranks(train(place, run.name, *change("schedule.epochs=3"), world=world)).error
         assert said in error and "\n" not in error
     if name == MODEL:
         assert said in dnc("evaluate", f"runs/{run.name}", folder=place).error
@@ -177,7 +176,7 @@ def test_weights_of_another_model(place: Path) -> None:
     sign(folder)
     for done in (
         dnc("evaluate", "runs/other", "--checkpoint", "last", folder=place),
-        end(train(place, "other", *change("schedule.epochs=3"))),
+        end_ranks(train(place, "other", *change("schedule.epochs=3"))),
     ):
         assert "head.linear.weight has shape (3,)" in done.error
 
@@ -233,7 +232,7 @@ def test_a_valid_pointer_still_excludes_what_was_abandoned(place: Path, tmp_path
 def test_the_user_is_told_of_a_damaged_pointer(place: Path) -> None:
     run = copy(place, "pointer")
     (run / "checkpoints" / "latest").write_text("")
-    done = end(train(place, "pointer"))
+    done = end_ranks(train(place, "pointer"))
     assert "latest names no checkpoint that is there; the newest whole one is used\n" in done.out
     assert done.result | {"run": "runs/whole"} == json.loads((place / "result.json").read_text())
 
@@ -245,7 +244,7 @@ def test_copies_of_the_user_stay(place: Path) -> None:
     for path in kept:
         shutil.copytree(folder / "step-00000008", path)
     (folder / ".step-00000099.tmp").mkdir()
-    done = end(train(place, "copies", *change("checkpoint.keep=2", "schedule.epochs=3", "evaluation.select_on=last")))
+    done = end_ranks(train(place, "copies", *change("checkpoint.keep=2", "schedule.epochs=3", "evaluation.select_on=last")))
     assert done.code == 0 and all((path / MODEL).is_file() for path in kept)
     # The copies take no place, and what a crash left is gone.
     assert {path.name for path in folder.glob("*step-*")} >= {"step-00000016", "step-00000024"}
@@ -280,7 +279,7 @@ def test_a_run_without_its_checkpoints_is_not_overwritten(place: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     before = {path: path.read_bytes() for path in (run / "metrics.jsonl", run / "config.yaml")}
     for resume, message in (("never", "already holds a run"), ("auto", "holds a run that came to epoch 1, but none of its checkpoints")):
-        assert message in end(train(place, "bare", "--resume", resume)).error
+        assert message in end_ranks(train(place, "bare", "--resume", resume)).error
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -289,8 +288,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_starts_over(place: Path) -
     run = place / "runs" / "young"
     young.wait_until(lambda: last_step(run) >= 2)
     young.kill()
-    assert "already holds a run" in end(train(place, "young", "--resume", "never")).error
-    done = end(train(place, "young"))
+    assert "already holds a run" in end_ranks(train(place, "young", "--resume", "never")).error
+    done = end_ranks(train(place, "young"))
     assert "runs/young holds a run that ended before its first checkpoint; it starts over\n" in done.out
     assert_same_run(run, place / "runs" / "whole")
 
@@ -314,7 +313,7 @@ def removed_in_step(what: str, step: int) -> None:
 @pytest.mark.parametrize(("what", "world"), [(".", 1), (".", 2), ("checkpoints", 1)])
 def test_a_run_directory_that_is_removed_ends_the_run(what: str, world: int, place: Path) -> None:
     name = f"removed-{world}-{what.strip('.')}"
-    done = end(train(place, name, world=world, before=partial(removed_in_step, what, 3)))
+    done = end_ranks(train(place, name, world=world, before=partial(removed_in_step, what, 3)))
     assert done.code == 1 and "Traceback" not in done.err, done
     last = done.err.splitlines()[-1]
     assert last.startswith(f"error: runs/{name} was removed, or its checkpoints were, while the run was training in it; nothing more")
@@ -344,7 +343,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(zero: int, place: Path) -> N
     """With a line only every 5 steps, and on the other rank than the one that speaks."""
     name = f"gradient-{zero}"
     changes = change(f"engine.zero={zero}", "tracker.log_every=5", "checkpoint.every_steps=2")
-    done = end(train(place, name, *changes, world=2, before=partial(breaking_gradient, 3, 1)))
+    done = end_ranks(train(place, name, *changes, world=2, before=partial(breaking_gradient, 3, 1)))
     assert done.code == 1, done
     last = done.err.splitlines()[-1]
     assert last.startswith("error: step 3 (epoch 0) is not finite: its loss is 0.") and ", but the gradient of it is not finite; " in last
@@ -374,7 +373,7 @@ def test_the_last_evaluation_cannot_cost_the_last_epoch(place: Path) -> None:
     (late,) = train(place, "late", before=partial(killed_in_last_evaluation, 1))
     assert late.wait().code == -signal.SIGKILL
     assert (run / "checkpoints" / "latest").read_text() == f"step-{END:08d}"
-    done = end(train(place, "late"))
+    done = end_ranks(train(place, "late"))
     assert f"resumed in epoch 1, after step {END}\n" in done.out
     assert done.result | {"run": "runs/whole"} == json.loads((place / "result.json").read_text())
     assert_same_run(run, place / "runs" / "whole")
@@ -403,20 +402,20 @@ def slow_nmi(seconds: float) -> None:
 def test_nmi_may_take_longer_than_the_ranks_wait(place: Path) -> None:
     """The ranks' limit is 20 s, that of their process groups 60 s more."""
     changes = change("engine.timeout=20", "engine.stall_timeout=20", "schedule.epochs=1")
-    done = end(train(place, "nmi", *changes, world=2, before=partial(slow_nmi, 100.0)))
+    done = end_ranks(train(place, "nmi", *changes, world=2, before=partial(slow_nmi, 100.0)))
     assert done.result["nmi"] > 0
 
 
 def test_a_trained_run_needs_no_initial_weights(place: Path) -> None:
     torch.save(Conv4(Conv4.Options(), pretrained=False).state_dict(), place / "initial.pth")
     arguments = change("model.weights=initial.pth", "model.batch_norm=auto", "schedule.epochs=1")
-    assert end(train(place, "initial", *arguments)).code == 0
+    assert end_ranks(train(place, "initial", *arguments)).code == 0
     (place / "initial.pth").unlink()
     found = json.loads(dnc("evaluate", "runs/initial", "--json", folder=place).out)
     assert found["recall@1"] == metrics(place / "runs" / "initial", "evaluation")[-1]["recall@1"]
-    assert end(train(place, "initial", *arguments[:-1], "schedule.epochs=2")).code == 0
+    assert end_ranks(train(place, "initial", *arguments[:-1], "schedule.epochs=2")).code == 0
     assert last_step(place / "runs" / "initial") == END
-    assert "model.weights=initial.pth does not exist" in end(train(place, "again", *arguments)).error
+    assert "model.weights=initial.pth does not exist" in end_ranks(train(place, "again", *arguments)).error
     assert not (place / "runs" / "again").exists()
 
 
@@ -432,7 +431,7 @@ def test_a_run_can_be_read_from_anywhere(place: Path) -> None:
 
 
 def test_statistics_that_nobody_measured_are_not_frozen(place: Path) -> None:
-    error = end(train(place, "frozen", *change("model.batch_norm=frozen"))).error
+    error = end_ranks(train(place, "frozen", *change("model.batch_norm=frozen"))).error
     assert "model.batch_norm=frozen" in error and "set model.batch_norm to auto or global" in error
     assert not (place / "runs" / "frozen").exists()
 

@@ -19,7 +19,19 @@ from dnc_dist.data.stream import TrainBatches
 from dnc_dist.data.stream_batches import LaneReader, StreamBatches
 from dnc_dist.data.stream_plan import StreamSchedule, stream_schedule
 from dnc_dist.data.transforms import Geometry
-from tests.run_fixtures import SIZE, Running, assert_same_run, last_step, make_dataset, metrics, start, without_report, write_config
+from tests.run_fixtures import (
+    SIZE,
+    Running,
+    assert_same_run,
+    end_ranks,
+    last_step,
+    make_dataset,
+    metrics,
+    start,
+    start_ranks,
+    without_report,
+    write_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +191,7 @@ def test_a_run_that_streams(place: Path) -> None:
     """Two processes with groups of one for each learner; what is said of each epoch; wrong configurations."""
     data = {"access": "stream", "lanes": 8, "pool_mb": 1.0}
     write_config(place, place / "data", "short", data=data, schedule={"epochs": 3}, division={"conquer_from": None, "learners_per_step": 2})
-    done = start(["launch", "short.yaml", "--nproc", "2"], place, before=without_report).wait()
+    done = end_ranks(start_ranks(["train", "short.yaml"], place, 2, before=without_report))
     assert done.result["epoch"] == 3
     assert "epoch 0: " in done.out and " fit into none; " in done.out
     for override, message in {

@@ -29,7 +29,7 @@ from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
 from dnc_dist.processes.traces import place as trace
 from dnc_dist.processes.traces import remember_sources
 from dnc_dist.processes.watchdog import RankReport, Watchdog, diagnose, read
-from tests.run_fixtures import Running, assert_same_run, last_step, make_dataset, start, without_report, write_config
+from tests.run_fixtures import Running, assert_same_run, last_step, make_dataset, start, start_ranks, without_report, write_config
 from tests.spawn import spawn
 from tests.watchdog_hooks import diverging_from, sleeping_in_loader, sleeping_often, waiting_alone
 
@@ -71,25 +71,12 @@ def begin(place: Path, *arguments: str, **options: Any) -> Running:
     return _started[-1]
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def two_ranks(place: Path, name: str, *changes: str, before: Mapping[int, Callable[[], None]] | None = None) -> list[Running]:
-    """A training on two ranks as srun starts it, without a launcher; ``before`` gives hooks for single ranks."""
-    port = _free_port()
+    """A training on two ranks that are ended with the test; ``before`` gives hooks for single ranks."""
     arguments = ["train", "run.yaml", *(part for change in (f"run.name={name}", *changes) for part in ("--set", change))]
-    return [
-        begin(
-            place,
-            *arguments,
-            env={"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            before=(before or {}).get(rank, without_report),
-        )
-        for rank in range(2)
-    ]
+    ranks = start_ranks(arguments, place, 2, before=without_report, before_on=before)
+    _started.extend(ranks)
+    return ranks
 
 
 def report(rank: int, **values: Any) -> RankReport:
