@@ -54,6 +54,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     return {family: [json.loads(line) for line in (out / f"{family}.jsonl").read_text().splitlines()] for family in running}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["margin", "kmeans"])
 def test_every_row_ran_or_says_why_not(rows, family):
     for row in rows[family]:
@@ -62,6 +63,7 @@ def test_every_row_ran_or_says_why_not(rows, family):
     assert {"ceilings", "triton", "eager", "reference"} <= {row["implementation"] for row in rows[family]}
 
 
+@pytest.mark.slow
 def test_margin_rows_record_time_and_error(rows):
     for row in rows["margin"][1:]:
         if row["outcome"] != "ok":
@@ -77,6 +79,7 @@ def test_margin_rows_record_time_and_error(rows):
             assert row["wall_ms"] > 0 and row["spread"] >= 0 and row["repeatable"]
 
 
+@pytest.mark.slow
 def test_kmeans_rows_agree_on_the_objective(rows):
     ran = [row for row in rows["kmeans"][1:] if row["outcome"] == "ok"]
     assert [row["objective"] for row in ran] == pytest.approx([ran[0]["objective"]] * len(ran), rel=1e-5)

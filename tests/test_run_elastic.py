@@ -184,6 +184,7 @@ def test_before_the_first_step_there_is_nothing_of_adam(place: Path) -> None:
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_two_processes_then_four(place: Path, record_property: Callable[[str, Any], None]) -> None:
     run = copy(place, "killed", "four")
     done = end_ranks(train(place, "four", 4))

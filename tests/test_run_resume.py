@@ -72,6 +72,7 @@ def assert_ends_as_whole(place: Path, name: str, *arguments: str) -> str:
     return done.out
 
 
+@pytest.mark.slow
 def test_two_epochs_and_two_are_four(place: Path) -> None:
     """From the checkpoint of the undisturbed run after two epochs."""
     shutil.copytree(place / "runs" / "whole", place / "runs" / "two")
@@ -91,6 +92,7 @@ def test_what_came_after_a_chosen_checkpoint_is_abandoned(place: Path) -> None:
     assert "resumed in epoch 2, after step 12\n" in assert_ends_as_whole(place, "eight")
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(place: Path) -> None:
     """SIGKILL before the first checkpoint; a full disk; SIGKILL while a checkpoint is written, between its rename and the
     pointer, and in mid-epoch; then a damaged file."""

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# The compiler takes a minute of both cores, for kernels that change rarely.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 

@@ -276,7 +276,8 @@ def undisturbed(place: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("places", [("start", "nmi"), pytest.param(("step", "save"), marks=pytest.mark.slow)], ids="-".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("places", [("start", "nmi"), ("step", "save")], ids="-".join)
 def test_slow_ranks_change_nothing(places: tuple[str, ...], place: Path, undisturbed: dict[str, Any]) -> None:
     """One rank is late by less than engine.stall_timeout in mid-epoch, and by more where engine.timeout holds; alone or not."""
     run = place / "runs" / "-".join(places)
