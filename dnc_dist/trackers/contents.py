@@ -88,7 +88,7 @@ def _miss(found: Diagnosis, miss: int) -> list[Any]:
 
 
 def _picture(found: Diagnosis, number: int) -> list[Any]:
-    return [found.images[number], names.shown(str(found.names[number])), str(found.sources[number])]
+    return [found.images[number], names.full(str(found.names[number])), str(found.sources[number])]
 
 
 def _confusion(found: Diagnosis, pair: int) -> list[Any]:
@@ -98,7 +98,7 @@ def _confusion(found: Diagnosis, pair: int) -> list[Any]:
     (there, back), (of_first, of_second) = found.pair_counts[pair].tolist(), found.pair_queries[pair].tolist()
     pictures = [found.images[number] for miss in misses for number in (int(found.queries[miss]), int(found.nearest[miss]))]
     shares = there / max(1, of_first), back / max(1, of_second)
-    return [names.shown(first), names.shown(second), there, shares[0], back, shares[1], beside(pictures, apart=2)]
+    return [names.full(first), names.full(second), there, shares[0], back, shares[1], beside(pictures, apart=2)]
 
 
 def _learners(found: Diagnosis) -> Iterator[Panel]:
