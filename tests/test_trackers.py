@@ -126,10 +126,10 @@ def _panels(shown: OfflineRun) -> list[str]:
 def assert_files_of_panels(shown: OfflineRun) -> None:
     """Every picture and table that a row names is there."""
     values = [value for row in shown.rows for value in row.values() if isinstance(value, dict) and "path" in value]
-    assert len(values) == 6 and {value["path"] for value in values} <= shown.media
+    assert len(values) == 7 and {value["path"] for value in values} <= shown.media
     tables = [artifact for artifact in shown.artifacts if artifact.type == "run_table"]
     held = [entry for artifact in tables for entry in artifact.manifest.contents]
-    assert sum(entry.path.endswith(".table.json") for entry in held) == 4
+    assert sum(entry.path.endswith(".table.json") for entry in held) == 5
     assert all(Path(entry.local_path).is_file() for entry in held if entry.local_path)
 
 

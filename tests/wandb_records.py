@@ -65,7 +65,15 @@ class OfflineRun:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+    """Names and values; what a dict holds comes as single items with a path."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *path, last = [item.key] if item.key else item.nested_key
+        inside = found
+        for part in path:
+            inside = inside.setdefault(part, {})
+        inside[last] = json.loads(item.value_json)
+    return found
 
 
 def read_offline_runs(run_dir: Path) -> OfflineRun:

@@ -25,7 +25,7 @@ MOST_ROWS = 40
 
 def neighbour_sheet(gallery: PictureGallery) -> np.ndarray:
     """Queries with their nearest neighbours, right ones framed green, wrong ones red."""
-    return np.asarray(Image.open(io.BytesIO(gallery_image(gallery, queries=len(gallery.query_rows)))).convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(gallery_image(gallery, queries=len(gallery.query_rows), side=_CELL))).convert("RGB"))
 
 
 def heat_map(masks: np.ndarray) -> np.ndarray:
