@@ -25,7 +25,7 @@ from dnc_dist.trackers.contents import panels_of
 from dnc_dist.trackers.panels import Histogram, Picture, Scatter, Table
 from tests.diagnosis_fixtures import make_diagnosis
 from tests.process_server import SERVER
-from tests.run_fixtures import dnc, make_dataset, signalled_in, write_config
+from tests.run_fixtures import dnc, make_dataset, signalled_in, without_report, write_config
 from tests.wandb_records import OfflineRun, read_offline_runs
 
 PANELS = [
@@ -84,6 +84,7 @@ def _log_a_run(tracker: Tracker, steps: range) -> None:
             tracker.log("division", step, epoch, {"sizes": [30, 10, 20], "rejoined": 0})
 
 
+@pytest.mark.timeout(900)
 def test_a_real_run_in_wandb_stopped_in_mid_epoch_and_resumed(tmp_path: Path) -> None:
     """Stopped in its second epoch, resumed, and started once more when it was finished: one W&B run that has everything once."""
     make_dataset(tmp_path)
@@ -93,8 +94,8 @@ def test_a_real_run_in_wandb_stopped_in_mid_epoch_and_resumed(tmp_path: Path) ->
     run = tmp_path / "runs/mine-seed0"
     stopped = dnc(*command, folder=tmp_path, before=partial(signalled_in, "train_epoch", 8, signal.SIGTERM))
     assert stopped.code == 75 and 8 < max(step for _, step in _lines(run)) < 16
-    for _ in range(2):
-        done = dnc(*command, folder=tmp_path)
+    for before in (None, without_report):
+        done = dnc(*command, folder=tmp_path, before=before)
         assert done.out.splitlines()[-1].startswith("RESULT ") and "W&B" not in done.out, done.out
 
     shown = read_offline_runs(run)
