@@ -40,7 +40,7 @@ from dnc_dist.rundir.tracker import build_tracker
 _log = logging.getLogger(__name__)
 
 
-def train(cfg: RunConfig, resume: str = "auto", at_end: Callable[[], None] | None = None) -> dict[str, Any]:
+def train(cfg: RunConfig, resume: str = "auto", at_end: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Collective. Train a run to its end, from where its checkpoints left off, and return the RESULT values.
 
     Args:
@@ -57,8 +57,7 @@ def train(cfg: RunConfig, resume: str = "auto", at_end: Callable[[], None] | Non
     trainer = Trainer(cfg, resume, stop)
     try:
         result = trainer.fit()
-        if at_end is not None:
-            at_end()
+        at_end()
         trainer.tracker.finished()
         return result
     except Stopped as request:
@@ -132,8 +131,7 @@ class Trainer:
 
     def divide(self) -> None:
         """Collective. A new division of the training set, from features of all its rows; saved in the run directory."""
-        started = time.monotonic()
-        epoch = self.state.epoch
+        started, epoch = time.monotonic(), self.state.epoch
         if not plan.division_needs_features(self.cfg, self.state):
             division = whole(self.data.train.labels, epoch=epoch)
         else:
@@ -204,10 +202,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Collective. Retrieval metrics on the test split, and on the validation split if there is one; logged."""
-        cfg, state = self.cfg, self.state
-        trained = state.step > 0
-        metrics: dict[str, Any] = {}
-        cards: dict[str, Any] = {}
+        cfg, state, trained = self.cfg, self.state, self.state.step > 0
+        metrics, cards = dict[str, Any](), dict[str, Any]()
         # The untrained network stands before epoch 0, the others after their epoch.
         epochs = state.epoch + 1 if trained else 0
         for prefix, view in (("", self.data.test), ("validation/", self.data.validation)):
