@@ -53,7 +53,9 @@ def scatter_image(points: np.ndarray, right: np.ndarray) -> np.ndarray:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(xticks=[], yticks=[], aspect="equal")
     for chosen, colour, label in ((right, "#2563eb", "nearest image is right"), (~right, "#dc2626", "nearest image is of another class")):
-        axes.scatter(*points[chosen].T, s=14, color=colour, alpha=0.7, linewidths=0, label=f"{label} ({int(chosen.sum())})")
+        axes.scatter(
+            points[chosen, 0], points[chosen, 1], s=14, color=colour, alpha=0.7, linewidths=0, label=f"{label} ({int(chosen.sum())})"
+        )
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
