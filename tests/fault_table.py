@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 import torch
 
-from dnc_dist.rundir.tracker import INIT_SECONDS
+from dnc_dist.trackers.wandb import INIT_SECONDS
 from tests.run_fixtures import Done, make_dataset, metrics, timeless, wait_until, write_config
 
 STEP = 23

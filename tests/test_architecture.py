@@ -26,7 +26,9 @@ LAYERS = [
     {"data", "model", "loss", "clustering", "retrieval"},
     {"engine", "divider"},
     {"embedder"},
-    {"report", "doctor", "inference"},
+    {"report", "inference"},
+    {"trackers"},
+    {"doctor"},
     {"commands"},
     {"cli"},
     {"__main__"},
@@ -34,7 +36,8 @@ LAYERS = [
 # Third-party module -> where it may be imported (a module or a whole sub-package).
 FENCES = {
     "deepspeed": {"dnc_dist.engine.zero"},
-    "wandb": {"dnc_dist.rundir.tracker"},
+    "wandb": {"dnc_dist.trackers.wandb"},
+    "tensorboard": {"dnc_dist.trackers.tensorboard"},
     "webdataset": {"dnc_dist.data"},
     "requests": {"dnc_dist.data.remote"},
     "urllib3": {"dnc_dist.data.remote"},

@@ -150,8 +150,9 @@ def test_launch_hands_everything_to_the_workers(config_file: str, monkeypatch: p
 
 @pytest.mark.usefixtures("one_rank")
 def test_train_ends_with_the_result(config_file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def train(cfg: Any, resume: str) -> dict[str, Any]:
+    def train(cfg: Any, resume: str, at_end: Callable[[], None]) -> dict[str, Any]:
         print("training", cfg.optim.lr, resume)
+        at_end()
         return {"run": cfg.run.name, "recall@1": 0.5}
 
     stub(monkeypatch, "dnc_dist.engine.trainer", train=train)
@@ -174,7 +175,7 @@ def test_train_ends_with_the_result(config_file: str, monkeypatch: pytest.Monkey
 def test_how_train_fails(
     config_file: str, error: Exception, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def train(cfg: Any, resume: str) -> dict[str, Any]:
+    def train(cfg: Any, resume: str, at_end: Callable[[], None]) -> dict[str, Any]:
         raise error
 
     stub(monkeypatch, "dnc_dist.engine.trainer", train=train)

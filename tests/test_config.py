@@ -216,7 +216,7 @@ def test_a_part_is_chosen_by_a_name_or_with_options(minimal: Path) -> None:
         "  model.masks: 'lerned' is no mask; did you mean learned? Allowed are learned, fixed, sliced, or module:Class of your own"
     )
     assert message(minimal, "tracker.kind=3").endswith(
-        "  tracker.kind: '3' is no tracker; allowed are wandb, jsonl, or module:Class of your own"
+        "  tracker.kind: '3' is no tracker; allowed are wandb, tensorboard, jsonl, or module:Class of your own"
     )
     assert message(minimal, "data.protocol=[a]").endswith("  data.protocol: must be a name, or `name` with options")
     assert message(minimal, "data.protocol={name: [a]}").endswith("  data.protocol.name: must be the name of one, or module:Class")

@@ -92,7 +92,8 @@ TABLE: dict[str, dict[str, str]] = {
         "geom_color": "dnc_dist.data.augmentations.geom_color:GeomColor",
     },
     "tracker": {
-        "wandb": "dnc_dist.rundir.tracker:WandbTracker",
+        "wandb": "dnc_dist.trackers.wandb:WandbTracker",
+        "tensorboard": "dnc_dist.trackers.tensorboard:TensorBoardTracker",
         "jsonl": "dnc_dist.rundir.tracker:JsonlTracker",
     },
 }

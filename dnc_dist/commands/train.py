@@ -55,21 +55,28 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     distributed.init(cfg.engine.timeout)
     watchdog.start(cfg.engine.timeout, cfg.engine.stall_timeout, end_process)
-    main = distributed.is_main()
-    try:
-        result = train_run(cfg, resume)
-    except Stopped:
-        distributed.shutdown()
-        raise
-    distributed.shutdown()
-    if main:
+    main, failures = distributed.is_main(), list[Exception]()
+
+    def report() -> None:
+        distributed.shutdown()  # the others do not wait for it
+        if not main:
+            return
         from dnc_dist.report import build_report
 
         try:
             sys.stdout.write(f"report: {build_report(cfg.run.path)}\n")
-        except OSError as error:
+        except Exception as error:  # raised below: whatever it is, it must not cost the result of the training
+            failures.append(error)
+
+    try:
+        result = train_run(cfg, resume, report)
+    except Stopped:
+        distributed.shutdown()
+        raise
+    if main:
+        sys.stdout.write(f"RESULT {json.dumps(result)}\n")
+        sys.stdout.flush()
+    for error in failures:
+        if isinstance(error, OSError):
             raise RunError(f"the report cannot be written: {error}; `dnc-dist report {cfg.run.path}` tries again") from error
-        finally:
-            # A report that cannot be written must not cost the result of the training.
-            sys.stdout.write(f"RESULT {json.dumps(result)}\n")
-            sys.stdout.flush()
+        raise error

@@ -17,7 +17,7 @@ from dnc_dist.doctor.facts import ABSENT, Facts, clock_offsets, existing_parent,
 from dnc_dist.doctor.table import Check, Section
 from dnc_dist.processes import distributed
 from dnc_dist.processes.cores import cores_per_rank, loaders_of
-from dnc_dist.rundir.tracker import wandb_route
+from dnc_dist.trackers.wandb import wandb_route
 
 _GB = 2**30
 # Below these the hint is given; a training may still work.

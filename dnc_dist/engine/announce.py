@@ -48,7 +48,7 @@ def phases(cfg: RunConfig) -> str:
     return f"{epochs} epoch(s): {grow}; the whole embedding is never trained together{few} (division.conquer_from)"
 
 
-def result(cfg: RunConfig, state: TrainState, selected_on: str) -> dict[str, Any]:
+def result_values(cfg: RunConfig, state: TrainState, selected_on: str) -> dict[str, Any]:
     """The values of the RESULT line: of the epoch that was selected, or of the last one."""
     chosen = state.best or Best(epoch=state.epoch, samples_seen=state.samples_seen, metrics=state.metrics)
     metrics = {name: chosen["metrics"].get(name) for name in ("recall@1", "map@r", "nmi", "protocol")}

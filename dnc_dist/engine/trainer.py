@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from dnc_dist.clustering.division import check_num_learners, whole
 from dnc_dist.config import RunConfig
 from dnc_dist.data.stream_plan import StreamSchedule
 from dnc_dist.engine import plan
-from dnc_dist.engine.announce import announce, result
+from dnc_dist.engine.announce import announce, result_values
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.diagnose import diagnose
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
@@ -39,12 +40,13 @@ from dnc_dist.rundir.tracker import build_tracker
 _log = logging.getLogger(__name__)
 
 
-def train(cfg: RunConfig, resume: str = "auto") -> dict[str, Any]:
+def train(cfg: RunConfig, resume: str = "auto", at_end: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Collective. Train a run to its end, from where its checkpoints left off, and return the RESULT values.
 
     Args:
         cfg: the configuration; ``cfg.run.path`` is the run directory.
         resume: "auto" goes on if the run directory has a checkpoint, "never" refuses a used directory, a path names a checkpoint.
+        at_end: called on every rank when all is trained; the tracker then shows what the run directory has.
 
     Raises:
         InputError: the configuration, the data and the run directory do not fit together.
@@ -54,7 +56,10 @@ def train(cfg: RunConfig, resume: str = "auto") -> dict[str, Any]:
     stop.install()
     trainer = Trainer(cfg, resume, stop)
     try:
-        return trainer.fit()
+        result = trainer.fit()
+        at_end()
+        trainer.tracker.finished()
+        return result
     except Stopped as request:
         folder = trainer.save()
         watchdog.stop()
@@ -95,7 +100,7 @@ class Trainer:
             run_name=cfg.run.name,
             config=cfg.model_dump(mode="json"),
             run_id=self.state.tracker_run_id,
-            resume_step=self.state.step or None,
+            resume_step=None if self.state.tracker_run_id is None else self.state.step,
         )
         self.state.tracker_run_id = self.tracker.run_id
         announce(cfg, self.data.train, self.state, self.kernels, libraries_note(self.objective))
@@ -122,12 +127,11 @@ class Trainer:
             self.state.finish_epoch()
             self.save(best=self._is_best())
         watchdog.stop()
-        return result(self.cfg, self.state, self.selected_on)
+        return result_values(self.cfg, self.state, self.selected_on)
 
     def divide(self) -> None:
         """Collective. A new division of the training set, from features of all its rows; saved in the run directory."""
-        started = time.monotonic()
-        epoch = self.state.epoch
+        started, epoch = time.monotonic(), self.state.epoch
         if not plan.division_needs_features(self.cfg, self.state):
             division = whole(self.data.train.labels, epoch=epoch)
         else:
@@ -198,10 +202,8 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Collective. Retrieval metrics on the test split, and on the validation split if there is one; logged."""
-        cfg, state = self.cfg, self.state
-        trained = state.step > 0
-        metrics: dict[str, Any] = {}
-        cards: dict[str, Any] = {}
+        cfg, state, trained = self.cfg, self.state, self.state.step > 0
+        metrics, cards = dict[str, Any](), dict[str, Any]()
         # The untrained network stands before epoch 0, the others after their epoch.
         epochs = state.epoch + 1 if trained else 0
         for prefix, view in (("", self.data.test), ("validation/", self.data.validation)):

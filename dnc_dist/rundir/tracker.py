@@ -1,50 +1,39 @@
-"""Training curves: ``metrics.jsonl`` always, W&B beside it if asked. Only rank 0 writes; the others get a tracker that does nothing.
+"""Training curves: ``metrics.jsonl`` always, and what ``dnc_dist.trackers`` shows of it elsewhere.
 
-Every line of ``metrics.jsonl`` is one JSON object with ``step``, ``epoch``, ``kind`` and the values of that kind. W&B is
-an extra: whatever goes wrong with it is said once, in one line, and the training goes on with the file alone.
+Only rank 0 writes; the others get a tracker that does nothing. Every line of ``metrics.jsonl`` is one JSON object with ``step``,
+``epoch``, ``kind`` and the values of that kind.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import netrc
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlparse
 
 import numpy as np
 from torch import Tensor
 
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError, RunError
-from dnc_dist.base.files import replacing, write_text
-from dnc_dist.base.foreign import JSON_OBJECT, parse_json, read_json, read_lines
+from dnc_dist.base.files import replacing
+from dnc_dist.base.foreign import JSON_OBJECT, parse_json, read_lines
 from dnc_dist.processes import distributed
 from dnc_dist.rundir import METRICS_FILE
-from dnc_dist.rundir.card import CARD
 
 Kind = Literal["train", "division", "evaluation", "epoch"]
 
-INIT_SECONDS = 30.0
-"""W&B's server has so long to answer when a run begins."""
-_WANDB_MARKS_FILE = "wandb_steps.json"
 
-_log = logging.getLogger(__name__)
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON can hold it: tensors and arrays become numbers (this waits for the device); NaN and infinities their names."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"  # float() and pandas read them back
     return value
@@ -97,6 +86,9 @@ class Tracker:
     def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Record values (numbers, 0-d tensors, lists of them) of one kind at a step; tensors are read from the device here."""
 
+    def finished(self) -> None:
+        """The run is trained to its end, and its directory has everything: pictures, diagnosis, report. ``close`` follows."""
+
     def close(self) -> None:
         """Write everything out."""
 
@@ -115,7 +107,7 @@ class JsonlTracker(Tracker):
     def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         if (kind, step) in self._already:
             return
-        line = (json.dumps({"step": step, "epoch": epoch, "kind": kind, **_plain(values)}) + "\n").encode()
+        line = (json.dumps({"step": step, "epoch": epoch, "kind": kind, **plain(values)}) + "\n").encode()
         try:
             while line:  # a disk that becomes full takes a part
                 line = line[self._file.write(line) :]
@@ -138,124 +130,6 @@ def _cut(path: Path, step: int) -> set[tuple[str, int]]:
                 if line["step"] == step:
                     at_step.add((line["kind"], step))
     return at_step
-
-
-def _wandb_mode(base_url: str) -> Literal["online", "offline", "disabled", "shared"]:
-    """WANDB_MODE if set; else online if a key for the server is in the environment or in netrc; else offline."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]  # type: ignore[return-value]
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        found = path.exists() and netrc.netrc(path).authenticators(urlparse(base_url).hostname or "")
-    except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:
-        _log.warning("W&B: %s cannot be read (%s); the run is logged offline", path, _first_line(error))
-        return "offline"
-    return "online" if found else "offline"
-
-
-def wandb_route() -> str:
-    """How W&B would log a run that starts now: online, offline, disabled or shared."""
-    import wandb
-
-    return _wandb_mode(wandb.Settings().base_url)
-
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    if isinstance(value, list):
-        value = {str(index): item for index, item in enumerate(value)}
-    if not isinstance(value, dict):
-        return {name: value}
-    return {key: item for part, inner in value.items() for key, item in _flat(f"{name}/{part}", inner).items()}
-
-
-class WandbTracker(Tracker):
-    """`metrics.jsonl` and a W&B run of the same id, offline unless an API key is there.
-
-    W&B failing in any way costs one warning, never the training.
-
-    W&B cannot take steps back. What it was given before a resume is kept in ``wandb_steps.json`` as the last step of
-    each kind, over any number of resumes, and is not sent again.
-    """
-
-    def __init__(self, options: parts.Options, *, run: TrackedRun) -> None:
-        marks_path = run.folder / _WANDB_MARKS_FILE
-        self._marks: dict[str, int] = {}
-        if run.resume_step is not None:
-            if marks_path.exists():
-                cure = "delete it; W&B may then get a step twice"
-                self._marks = read_json(marks_path, dict[str, int], cure)
-            if (run.folder / METRICS_FILE).exists():
-                for line in read_metrics(run.folder / METRICS_FILE):
-                    self._marks[line["kind"]] = max(line["step"], self._marks.get(line["kind"], -1))
-            write_text(marks_path, json.dumps(self._marks) + "\n")
-        elif marks_path.exists():
-            marks_path.unlink()
-        super().__init__(options, run=run)
-        self._jsonl = JsonlTracker(options, run=run)
-        self._run: Any = None
-        try:
-            self._run = self._start(run)
-        except Exception as error:  # W&B must never stop a training, whatever it raises
-            self._give_up("starting it failed", error)
-
-    def _start(self, tracked: TrackedRun) -> Any:
-        import wandb
-
-        wanted = {"init_timeout": INIT_SECONDS, "finish_timeout": 60.0, "quiet": True, "silent": True, "console": "off"}
-        settings = wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})
-        mode = _wandb_mode(settings.base_url)
-        common: dict[str, Any] = {"project": tracked.project, "name": tracked.name, "id": self.run_id, "resume": "allow"}
-        common |= {"dir": str(tracked.folder), "config": dict(tracked.config), "settings": settings}
-        try:
-            run = wandb.init(**common, mode=mode)
-        except Exception as error:
-            if mode == "offline":
-                raise
-            _log.warning("W&B cannot be reached (%s); this run is logged offline, `wandb sync` sends it later", _first_line(error))
-            wandb.teardown()  # its service would go on saying that the run's id is in use
-            run = wandb.init(**common, mode="offline")
-        run.define_metric("*", step_metric="step")
-        return run
-
-    def _give_up(self, what: str, error: Exception) -> None:
-        self._run = None
-        _log.warning("W&B: %s (%s); the training goes on with %s alone", what, _first_line(error), METRICS_FILE)
-
-    def log(self, kind: Kind, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        values = _plain(values)
-        self._jsonl.log(kind, step, epoch, values)
-        if self._run is None or step <= self._marks.get(kind, -1):
-            return
-        record = {"step": step, "epoch": epoch}
-        cards: dict[str, Any] = {}
-        for name, value in values.items():
-            if name.rpartition("/")[2] == CARD:
-                cards[f"{kind}/{name}"] = value
-                continue
-            record |= _flat(f"{kind}/{name}", value)
-        # An event that W&B has not seen, at a step that it has, goes to the next one; the curves use our own "step".
-        first_free = max(self._marks.values(), default=-1) + 1
-        try:
-            self._run.log(record, step=max(step, first_free))
-            # What numbers stand on is no curve.
-            self._run.summary.update(cards)
-        except Exception as error:
-            self._give_up("logging failed", error)
-
-    def close(self) -> None:
-        self._jsonl.close()
-        if self._run is not None:
-            try:
-                self._run.finish()
-            except Exception as error:
-                self._give_up("finishing failed", error)
-            self._run = None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def build_tracker(
