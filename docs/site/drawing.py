@@ -62,7 +62,9 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
 def drawing() -> str:
     """The whole picture."""
     parts = ['<rect class="ground" x="1" y="1" width="938" height="388" rx="14"/>']
-    parts += [f'<rect class="card" x="{x}" y="60" width="{width}" height="220" rx="10"/>' for x, width in ((24, 240), (316, 308), (676, 240))]
+    parts += [
+        f'<rect class="card" x="{x}" y="60" width="{width}" height="220" rx="10"/>' for x, width in ((24, 240), (316, 308), (676, 240))
+    ]
     parts += [text(x, 40, title, "title") for x, title in ((144, "Divide"), (470, "Learners"), (796, "Conquer"))]
     for colour, (x, y) in zip(COLOURS, ((88, 118), (198, 122), (92, 222), (200, 220)), strict=True):
         parts.append(f'<circle cx="{x}" cy="{y}" r="47" fill="{colour}" opacity="0.13"/>{cluster(x, y, 37, 17, colour)}')
@@ -77,7 +79,10 @@ def drawing() -> str:
     parts += [arrow("M270 170h32", 310, 170), arrow("M630 170h32", 670, 170)]
     parts.append(arrow("M470 350v16h-326v-14", 144, 344, -90))
     parts.append(text(307, 359, "every few epochs, with twice as many learners", "small"))
-    captions = ((144, "k-means cuts the training set\ninto clusters of images that look alike"), (796, "at the end the whole\nembedding is trained together"))
+    captions = (
+        (144, "k-means cuts the training set\ninto clusters of images that look alike"),
+        (796, "at the end the whole\nembedding is trained together"),
+    )
     parts += [text(x, 304, words, "small") for x, words in captions]
     parts.append(text(470, 304, "each learns its part of the embedding\non batches of its own cluster", "small"))
     parts.append(text(796, 359, "colour: cluster, shape: class", "small"))

@@ -1,0 +1,122 @@
+"""README and docs: what they name exists, and what they show runs, as it stands there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.documentation import LANGUAGES, NOT_RUN, PAGES, blocks, broken_links, commands, problems, read
+from tests.run_fixtures import dnc, write_config
+
+RUN = [page for page in PAGES if page not in NOT_RUN and any(not block.reason for block in blocks(read(page)))]
+# What the commands of a page get on top, so that they take seconds: a few epochs instead of those of the page.
+QUICKER = {"launch": ["--set", "schedule.epochs=4", "--set", "data.workers=0", "--set", "tracker.kind=jsonl"]}
+
+WRONG = """
+`dnc-dist lunch`, `dnc-dist launch --dry-ran`, `optim.learning_rate`, `tests/test_nothing.py`, `dnc-dist launch CONFIG --set optim.lr=1`
+
+```sh
+dnc-dist embed runs/mine photos --output photos.parquet   # a comment
+dnc-dist launch my.yaml --set \\
+  schedule.epoch=3 && python -m benchmarks.nothing
+```
+
+```yaml
+schedule: {epoch: 3}
+```
+"""
+
+
+def test_what_is_wrong_on_a_page_is_found() -> None:
+    found = problems(WRONG)
+    told = ["dnc-dist lunch: there is", "launch has no --dry-ran", "optim.learning_rate is no key", "tests/test_nothing.py does not exist"]
+    told += ["embed has no --output", "--set schedule.epoch: there is no such key", "benchmarks.nothing does not exist", "schedule.epoch"]
+    assert len(found) == len(told) and all(any(words in problem for problem in found) for words in told), found
+    assert broken_links("docs/scale.md", "[a](nothing.md) [b](security.md#no-heading) [c](security.md#trusted)") == [
+        "nothing.md does not exist",
+        "security.md#no-heading: there is no such heading",
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_keys_files_and_links_of_the_page_exist(page: str) -> None:
+    text = read(page)
+    assert problems(text, keys=page != "CHANGELOG.md") == []
+    assert broken_links(page, text) == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in NOT_RUN])
+def test_every_block_says_what_it_is(page: str) -> None:
+    """A block without a language is neither run nor said not to be."""
+    assert [block.line for block in blocks(read(page)) if block.language not in LANGUAGES] == []
+
+
+def test_pages_that_are_not_run_exist() -> None:
+    assert set(NOT_RUN) <= set(PAGES)
+
+
+def draw_photos(place: Path) -> None:
+    """Eight classes of eight noisy patterns, ``photos/a/0.jpg`` and so on."""
+    generator = np.random.default_rng(3)
+    for name in "abcdefgh":
+        (place / "photos" / name).mkdir(parents=True)
+        pattern = generator.uniform(40, 215, (4, 6, 3)).repeat(10, 0).repeat(10, 1)
+        for number in range(8):
+            pixels = (pattern + generator.normal(0, 30, pattern.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(place / "photos" / name / f"{number}.jpg", quality=95)
+
+
+def train_mine(place: Path) -> None:
+    """``runs/mine``, trained on ``data/mine``, as on the README."""
+    draw_photos(place)
+    assert dnc("data", "prepare", "folder", "--root", "photos", "--out", "data/mine", folder=place).code == 0
+    write_config(place, Path("data/mine"), "mine", schedule={"epochs": 1}, division={"num_learners": 1, "conquer_from": None})
+    assert dnc("launch", "mine.yaml", "--nproc", "1", folder=place).code == 0
+
+
+# Page -> what has to be there before its first command. The tutorial begins with nothing.
+BEFORE = {"README.md": draw_photos, "docs/using-the-model.md": draw_photos, "docs/metrics.md": train_mine}
+
+
+def run_command(words: list[str], place: Path) -> None:
+    """Run a command of a page, and look whether what it was to write is there."""
+    assert words[0] == "dnc-dist", f"only dnc-dist is run here, not {words}; say why not by <!-- not run: REASON -->"
+    extra = QUICKER.get(words[1], []) if "--dry-run" not in words else []
+    done = dnc(*words[1:], *extra, folder=place)
+    assert done.code == 0, (words, done)
+    for option, value in zip(words, words[1:], strict=False):
+        if option in ("--out", "--sheet", "--per-query"):
+            assert (place / value).exists(), words
+    if words[1] == "search":
+        # The query is in the index, so it is its own first hit.
+        query = place / words[3]
+        first = query if query.is_file() else sorted(query.iterdir())[0]
+        lines = done.out.splitlines()
+        key = json.loads(lines[0])["key"] if "--json" in words else lines[1].split()[-1]
+        assert key == f"{first.parent.name}/{first.name}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN)
+def test_what_the_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files, commands and snippets, from the first to the last, in one folder."""
+    pytest.importorskip("onnxruntime")
+    BEFORE.get(page, lambda place: None)(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shown = [block for block in blocks(read(page)) if not block.reason]
+    for block in shown:
+        if block.language == "yaml" and block.file:
+            (tmp_path / block.file).write_text(block.text)
+    names: dict[str, Any] = {}
+    for block in shown:
+        if block.language == "python":
+            exec(compile(block.text, f"{page}:{block.line}", "exec"), names)
+        if block.language == "sh":
+            for words in commands(block.text):
+                if words:
+                    run_command(words, tmp_path)
