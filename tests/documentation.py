@@ -1,8 +1,8 @@
 """The pages of the documentation, their blocks and commands, and what is wrong with them.
 
-A fenced block has one of these languages. ``sh``: commands that are run. ``python``: run, or, if its first line is a comment with a name, a
-file. ``yaml``: a configuration, maybe with a name. ``text``: what something prints. A block that cannot be run here has a line
-``<!-- not run: REASON -->`` before it; a page none of whose blocks can be run stands in ``NOT_RUN``. What is not run is checked all the same.
+A fenced block has one of these languages. ``sh``: commands that are run. ``python``: run. ``yaml``: a configuration, a file if its first
+line is a comment with a name. ``text``: what something prints. A block that cannot be run here has a line ``<!-- not run: REASON -->``
+before it; a page none of whose blocks can be run stands in ``NOT_RUN``. What is not run is checked all the same.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Block:
 
     @property
     def file(self) -> str:
-        """The name in its first line, if it is a file to be written."""
-        found = re.match(r"# ([\w-]+\.(?:py|yaml))\n", self.text)
-        return found[1] if found and self.language in ("python", "yaml") else ""
+        """The name in the first line of a configuration that is a file."""
+        found = re.match(r"# ([\w-]+\.yaml)\n", self.text)
+        return found[1] if found and self.language == "yaml" else ""
 
 
 def read(page: str) -> str:

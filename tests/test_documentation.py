@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def run_command(words: list[str], place: Path) -> None:
     extra = QUICKER.get(words[1], []) if "--dry-run" not in words else []
     done = dnc(*words[1:], *extra, folder=place)
     assert done.code == 0, (words, done)
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in itertools.pairwise(words):
         if option in ("--out", "--sheet", "--per-query"):
             assert (place / value).exists(), words
     if words[1] == "search":
@@ -110,7 +111,7 @@ def test_what_the_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     shown = [block for block in blocks(read(page)) if not block.reason]
     for block in shown:
-        if block.language == "yaml" and block.file:
+        if block.file:
             (tmp_path / block.file).write_text(block.text)
     names: dict[str, Any] = {}
     for block in shown:

@@ -1,8 +1,8 @@
 """Builds the documentation site: ``make docs``, or ``python docs/site/build.py [--out FOLDER]``.
 
-The pages are those of docs/, read on GitHub as they are, and a few from elsewhere in the repository. They are copied to one folder, links
-between them are turned to their new places, and the reference of keys is written from the code. Sphinx makes HTML of them; a
-link that leads nowhere, any other warning, and a page that would load something from elsewhere end the build.
+The pages are the README, those of docs/, and a few from elsewhere in the repository; all can be read without the site, too. They are
+copied to one folder, links between them are turned to their new places, and the reference of keys is added from the code. Sphinx makes
+HTML of them. A link that leads nowhere, any other warning, and a page that would load something from elsewhere end the build.
 """
 
 from __future__ import annotations
@@ -57,15 +57,9 @@ def with_links_of_the_site(text: str, page: str) -> str:
     return _LINK.sub(turned, text)
 
 
-def keys_page() -> str:
-    """The page of all keys and parts, from the text that ``dnc-dist config --keys`` prints."""
-    lines = [
-        "# Every key",
-        "",
-        "What a configuration may say, with the defaults. `dnc-dist config --keys` prints the same in a terminal, and `dnc-dist config --keys WORD` the",
-        "part of it that has to do with a word. A value is set in the YAML file, or by `--set key=value`. Where a value chooses a *part*, such as",
-        "a loss, the options of each part stand below the section; [Parts of your own](extending.md) says how to write one.",
-    ]
+def keys() -> str:
+    """All keys and parts, from the text that ``dnc-dist config --keys`` prints."""
+    lines = []
     for block in describe_keys().split("\n\n"):
         head, *rest = block.splitlines()
         title, _, words = head.partition(": ")
@@ -83,14 +77,16 @@ def assemble(source: Path) -> None:
     """Write all pages and pictures into one folder."""
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
-    for path, name in pages().items():
-        if name != "index":
-            text = (ROOT / path).read_text(encoding="utf-8")
-            (source / f"{name}.md").write_text(with_links_of_the_site(text, path), encoding="utf-8")
     for path in sorted([*(ROOT / "docs").glob("*.png"), *(ROOT / "docs").glob("*.svg"), *HERE.glob("*.md")]):
         shutil.copy(path, source)
     shutil.copytree(HERE / "_static", source / "_static")
-    (source / "configuration.md").write_text(keys_page(), encoding="utf-8")
+    for path, name in pages().items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        (source / f"{name}.md").write_text(with_links_of_the_site(text, path), encoding="utf-8")
+    for name, more in (("index", (HERE / "contents.md").read_text(encoding="utf-8")), ("configuration", keys())):
+        with (source / f"{name}.md").open("a", encoding="utf-8") as file:
+            file.write(f"\n{more}")
+    (source / "contents.md").unlink()
 
 
 def fetched_from_elsewhere(site: Path) -> list[str]:

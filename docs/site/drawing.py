@@ -11,7 +11,8 @@ CELLS = 5  # coordinates of the embedding that a learner has
 STYLE = """
 text { font: 15px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2933; }
 .title { font-size: 19px; font-weight: 700; } .small { font-size: 13px; fill: #52606d; }
-.ground { fill: #f7f8fb; stroke: #d9dfe7; } .card { fill: #ffffff; stroke: #c8d1dc; } .line { stroke: #52606d; stroke-width: 2; fill: none; }
+.ground { fill: #f7f8fb; stroke: #d9dfe7; } .card { fill: #ffffff; stroke: #c8d1dc; }
+.line { stroke: #52606d; stroke-width: 2; fill: none; }
 .tip { fill: #52606d; } .empty { fill: #e8ecf1; }
 @media (prefers-color-scheme: dark) {
 text { fill: #e4e7eb; } .small { fill: #a9b7c6; } .ground { fill: #171c23; stroke: #33404f; } .card { fill: #202832; stroke: #445264; }
@@ -86,7 +87,7 @@ def drawing() -> str:
     parts += [text(x, 304, words, "small") for x, words in captions]
     parts.append(text(470, 304, "each learns its part of the embedding\non batches of its own cluster", "small"))
     parts.append(text(796, 359, "colour: cluster, shape: class", "small"))
-    label = "Divide: k-means cuts the training set into clusters. Learners: each trains its part of the embedding on its own cluster. Conquer: the whole."
+    label = "Divide the training set into clusters, train a part of the embedding on each, then train the whole embedding together."
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 940 390" role="img" aria-label="{label}">'
     return f"{head}<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
 
