@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.documentation import LANGUAGES, NOT_RUN, PAGES, blocks, broken_links, commands, problems, read
+from dnc_dist.config import RunConfig, choices
+from tests.documentation import LANGUAGES, NOT_RUN, PAGES, ROOT, blocks, broken_links, commands, known_keys, problems, read
 from tests.run_fixtures import dnc, write_config
 
 RUN = [page for page in PAGES if page not in NOT_RUN and any(not block.reason for block in blocks(read(page)))]
@@ -59,6 +62,41 @@ def test_every_block_says_what_it_is(page: str) -> None:
 
 def test_pages_that_are_not_run_exist() -> None:
     assert set(NOT_RUN) <= set(PAGES)
+
+
+@pytest.fixture(scope="module")
+def build() -> ModuleType:
+    """docs/site/build.py, which `make docs` starts; it imports Sphinx only when it builds."""
+    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "site" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_lead_to_pages_of_the_site(build: ModuleType) -> None:
+    text = "[a](../slurm/README.md) [b](security.md#trusted) [c](../configs/) ![d](report_dark.png) [e](https://x.org/y.md) [f](#here)"
+    turned = "[a](slurm.md) [b](security.md#trusted) `c` ![d](report_dark.png) [e](https://x.org/y.md) [f](#here)"
+    assert build.with_links_of_the_site(text, "docs/scale.md") == turned
+    assert build.with_links_of_the_site("[a](docs/scale.md)", "README.md") == "[a](scale.md)"
+    with pytest.raises(SystemExit, match=r"docs/scale.md links to nothing.md, which does not exist"):
+        build.with_links_of_the_site("[a](nothing.md)", "docs/scale.md")
+
+
+def test_every_key_has_its_place_on_the_site(build: ModuleType) -> None:
+    lines = build.keys().splitlines()
+    assert [line.removeprefix("## ") for line in lines if line.startswith("## ")] == list(RunConfig.model_fields)
+    chosen_by_name = {f"{path}.name" for path in choices()}  # which the headings of parts say
+    assert {line.strip("`").split(" = ")[0] for line in lines if line.startswith("`")} >= known_keys() - chosen_by_name
+
+
+def test_a_site_that_loads_from_elsewhere_is_found(build: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "good.html").write_text('<a href="https://x.org">x</a><script src="_static/a.js"></script><img src="a.png">')
+    assert build.fetched_from_elsewhere(tmp_path) == []
+    (tmp_path / "bad.html").write_text('<script defer src="https://x.org/a.js"></script><link rel="preconnect" href="//fonts.org">')
+    (tmp_path / "bad.css").write_text('@import "https://x.org/a.css"; a { background: url(http://y.org/b.png) }')
+    addresses = ["https://x.org/a.js", "//fonts.org", "https://x.org/a.css", "http://y.org/b.png"]
+    assert sorted(found.split(": ")[1] for found in build.fetched_from_elsewhere(tmp_path)) == sorted(addresses)
 
 
 def draw_photos(place: Path) -> None:
