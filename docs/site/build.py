@@ -15,7 +15,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dnc_dist.config import RunConfig
 from dnc_dist.keys import describe_keys
 
 HERE = Path(__file__).resolve().parent
@@ -23,6 +22,7 @@ ROOT = HERE.parent.parent
 # File in the repository -> page of the site. Every page of docs/ and of this folder comes on top, under its own name.
 ELSEWHERE = {"slurm/README.md": "slurm", "kernels/README.md": "kernels", "CHANGELOG.md": "changes", "CONTRIBUTING.md": "contributing"}
 _INDENT = " " * 6  # of the meaning of a key in the text of ``describe_keys``
+_READER = "data prepare"  # with what the part of a reader begins there
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:)([^)#\s]*)(#[^)\s]*)?\)")
 # What a browser fetches without being asked to: scripts, styles, fonts, pictures, frames. Links that a reader follows are no matter.
 _FETCHED = re.compile(
@@ -59,11 +59,15 @@ def with_links_of_the_site(text: str, page: str) -> str:
 
 def keys() -> str:
     """All keys and parts, from the text that ``dnc-dist config --keys`` prints."""
-    lines = []
+    lines, section = [], ""
     for block in describe_keys().split("\n\n"):
         head, *rest = block.splitlines()
         title, _, words = head.partition(": ")
-        lines += ["", f"## {title}" if title in RunConfig.model_fields else f"### `{title}`", "", words]
+        place = _READER if title.startswith(_READER) else title.partition(".")[0]
+        if place != section:
+            lines += ["", f"## {place}"]
+            section = place
+        lines += ["", *([f"### `{title}`", ""] if title != section else []), words]
         for line in rest:
             meaning = line.removeprefix(_INDENT)
             if meaning == line:
@@ -79,7 +83,6 @@ def assemble(source: Path) -> None:
     source.mkdir(parents=True)
     for path in sorted([*(ROOT / "docs").glob("*.png"), *(ROOT / "docs").glob("*.svg"), *HERE.glob("*.md")]):
         shutil.copy(path, source)
-    shutil.copytree(HERE / "_static", source / "_static")
     for path, name in pages().items():
         text = (ROOT / path).read_text(encoding="utf-8")
         (source / f"{name}.md").write_text(with_links_of_the_site(text, path), encoding="utf-8")
