@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -81,6 +82,12 @@ def test_links_lead_to_pages_of_the_site(build: ModuleType) -> None:
     assert build.with_links_of_the_site("[a](docs/scale.md)", "README.md") == "[a](scale.md)"
     with pytest.raises(SystemExit, match=r"docs/scale.md links to ../nothing.py, which does not exist"):
         build.with_links_of_the_site("[a](../nothing.py)", "docs/scale.md")
+
+
+def test_every_page_has_its_place_on_the_site(build: ModuleType) -> None:
+    """A new page is one line in docs/site/contents.md."""
+    contents = re.findall(r"^[^:\n]+ <(\S+)>$", (ROOT / "docs/site/contents.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(contents) == sorted(({*build.pages().values()} | {"configuration", "commands", "api"}) - {"index"})
 
 
 def test_every_key_has_its_place_on_the_site(build: ModuleType) -> None:
