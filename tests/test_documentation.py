@@ -20,7 +20,7 @@ from tests.run_fixtures import dnc, write_config
 
 RUN = [page for page in PAGES if page not in NOT_RUN and any(not block.reason for block in blocks(read(page)))]
 # What the commands of a page get on top, so that they take seconds: a few epochs instead of those of the page.
-QUICKER = {"launch": ["--set", "schedule.epochs=4", "--set", "data.workers=0", "--set", "tracker.kind=jsonl"]}
+QUICKER = {"launch": ["--set=schedule.epochs=4", "--set=evaluation.every=4", "--set=data.workers=0", "--set=tracker.kind=jsonl"]}
 
 WRONG = """
 `dnc-dist lunch`, `dnc-dist launch --dry-ran`, `optim.learning_rate`, `tests/test_nothing.py`, `dnc-dist launch CONFIG --set optim.lr=1`
@@ -133,7 +133,7 @@ def run_command(words: list[str], place: Path) -> None:
     """Run a command of a page, and look whether what it was to write is there."""
     assert words[0] == "dnc-dist", f"only dnc-dist is run here, not {words}; say why not by <!-- not run: REASON -->"
     extra = QUICKER.get(words[1], []) if "--dry-run" not in words else []
-    done = dnc(*words[1:], *extra, folder=place)
+    done = dnc(*words[1:], *extra, folder=place, timeout=900)
     assert done.code == 0, (words, done)
     for option, value in itertools.pairwise(words):
         if option in ("--out", "--sheet", "--per-query"):
@@ -148,6 +148,7 @@ def run_command(words: list[str], place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", RUN)
 def test_what_the_page_shows_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files, commands and snippets, from the first to the last, in one folder."""
