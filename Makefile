@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-full test-processors lint format clean
+.PHONY: help quickstart test test-full test-processors docs lint format clean
 
 $(if $(wildcard constraints.txt),,$(error make has to start in the folder of this Makefile: cd there, or make -C FOLDER))
 
@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+DOCS_STAMP := $(VENV)/.installed-docs
 comma := ,
 # What is installed depends on the GPUs that the driver lists (it may be there and list none); how many processes train, on those
 # that torch can use at that time (`dnc-dist launch --help`).
@@ -31,6 +32,7 @@ help:
 	@echo "make test         lint, types and all tests but the slow ones"
 	@echo "make test-full    all tests"
 	@echo "make test-processors  the fast tests as on other processors; TESTS='tests/test_x.py ...' and PROCESSORS='avx2-machine ...' choose some"
+	@echo "make docs         the documentation as a site, build/site/index.html"
 	@echo "make lint         ruff and mypy; make format repairs what ruff can"
 	@echo "make clean        remove the virtual environment and caches; runs/ and data/ stay"
 
@@ -53,6 +55,10 @@ $(TEST_STAMP): pyproject.toml constraints.txt
 	$(call install,$(EXTRA)$(comma)test)
 	@touch $(STAMP) $@
 
+$(DOCS_STAMP): pyproject.toml constraints.txt
+	$(call install,$(EXTRA)$(comma)docs)
+	@touch $(STAMP) $@
+
 quickstart: $(STAMP)
 	@[ -f data/glyphs/manifest.json ] || $(BIN)/dnc-dist data prepare glyphs --out data/glyphs
 	@rm -rf $(RUN)
@@ -68,6 +74,10 @@ format: $(TEST_STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Sphinx, with every warning as an error: a link that leads nowhere is one.
+docs: $(DOCS_STAMP)
+	$(BIN)/python docs/site/build.py
+
 # One thread a process: tests start up to four, and torch's thread pools would fight for the cores.
 # On the CPU, on every machine: tests start as many processes as they need, and GPUs serve one each. The last line of test-full is for GPUs.
 test: export OMP_NUM_THREADS ?= 1
@@ -76,7 +86,7 @@ test: lint
 	$(BIN)/python -m pytest -m "$(FAST)" $(PARALLEL) --durations=15
 
 test-full: export OMP_NUM_THREADS ?= 1
-test-full: lint
+test-full: lint docs
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m "not gpu" $(PARALLEL) --durations=30
 	$(BIN)/python -m pytest -m gpu
 

@@ -1,4 +1,4 @@
-"""The shape of the code: layers, fences, file length, packaging, and a README that knows every module."""
+"""The shape of the code: layers, fences, file length, packaging, and a map that knows every module."""
 
 from __future__ import annotations
 
@@ -183,8 +183,8 @@ def test_every_configuration_loads(path: Path) -> None:
     load_config(path)
 
 
-def test_the_readme_knows_every_module() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_map_of_the_code_knows_every_module() -> None:
+    page = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
     names = [path.name for path in sorted(PACKAGE.glob("*.py")) if path.stem not in ("__init__", "__main__")]
     names += [f"{path.parent.name}/" for path in sorted(PACKAGE.glob("*/__init__.py"))]
-    assert [name for name in names if name not in readme] == []
+    assert [name for name in names if name not in page] == []

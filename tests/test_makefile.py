@@ -100,6 +100,14 @@ def test_quickstart_on_every_machine(
     assert cli.run(start[1:]) == 0 and started == [processes]
 
 
+def test_docs_installs_what_builds_the_site(clone: Clone) -> None:
+    clone.environment_with(RECORD)
+    done = clone.make("docs")
+    assert done.returncode == 0 and done.stderr == "", done
+    *_, install, build = (shlex.split(line) for line in clone.record())
+    assert install[-2:] == ["--editable", ".[cpu,docs]"] and build == ["python", "docs/site/build.py"]
+
+
 @pytest.mark.parametrize("given", ["", "PYTHON=/nowhere/python3"])
 def test_without_a_python_that_suits(given: str, clone: Clone) -> None:
     clone.script(clone.path / "python3", "#!/bin/bash\necho ImportError: no module named ensurepip >&2\nexit 1\n")
