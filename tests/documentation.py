@@ -32,6 +32,7 @@ NOT_RUN = {
     "docs/divider.md": "test_divider.py runs it",
     "docs/extending.md": "test_extending.py runs it",
     "docs/results.md": "hours of training",
+    "docs/tracking.md": "needs W&B's server; test_trackers.py runs its tracker",
     "docs/weights.md": "needs a network, and weights",
     "kernels/README.md": "signatures, and measurements on a GPU",
     "slurm/README.md": "needs a SLURM cluster; test_slurm.py starts one",
