@@ -26,10 +26,34 @@ def announce(cfg: RunConfig, view: RowView, state: TrainState, kernels: str, lib
         f"every anchor; {cfg.loss.name} loss, {kernels}"
     )
     _log.info(phases(cfg))
+    if note := batches_note(cfg):
+        _log.info(note)
     if libraries:
         _log.info(libraries)
     if state.step:
         _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")
+
+
+def batches_note(cfg: RunConfig) -> str:
+    """Which classes share a batch, in words; empty where it is the published way."""
+    div = cfg.division
+    if div.batches == "learner" and div.hard_share == 1 and div.hard_from == 0:
+        return ""
+    n, in_batch = cfg.group_classes, cfg.schedule.batch_size // (div.learners_per_step * cfg.schedule.samples_per_class)
+    kinds = {"groups": f"a group of {n} close classes", "neighbours": f"a class with {n - 1} near ones"}
+    made = kinds.get(div.batches, "the classes of a learner")
+    if div.batches != "learner" and n != in_batch:
+        made += f" ({in_batch} classes a batch: {'a random part of one' if n > in_batch else 'several of them'})"
+    parts = [f"batches of {made}"]
+    if div.skip_nearest:
+        parts.append(f"the nearest {div.skip_nearest} passed over")
+    if div.hard_from:
+        parts.append(f"from epoch {div.hard_from} on")
+    if div.hard_share < 1:
+        parts.append(f"{div.hard_share:.0%} of all; the others of the whole training set")
+    if div.batches != "learner":
+        parts.append("learners take whole classes: only images without a second one of their class are left out")
+    return "; ".join(parts)
 
 
 def phases(cfg: RunConfig) -> str:
