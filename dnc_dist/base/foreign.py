@@ -34,7 +34,7 @@ MOST_UNPACKED = 1 << 32
 
 
 class Array(NamedTuple):
-    """What an array of a file has to be: kinds of its dtype (as ``numpy.dtype.kind``), number of dimensions, and whether it must be there."""
+    """What an array of a file has to be: kinds of its dtype (as ``numpy.dtype.kind``), dimensions, and whether it has to be there."""
 
     kinds: str
     ndim: int

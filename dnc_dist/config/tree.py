@@ -145,8 +145,8 @@ class DivisionConfig(Section):
     of one group of close classes (balanced k-means of class means); `neighbours`: a class with its nearest ones. With the last two learners
     take whole classes and no image is left out; one learner has groups, too (docs/batches.md)."""
     group_classes: int | Literal["auto"] = "auto"
-    """Classes of a group, at least 2; `auto`: as many as a batch has. Fewer: a batch mixes several random groups. More: it has a random part
-    of one, which is less hard."""
+    """Classes of a group, at least 2; `auto`: as many as a batch has. Fewer: a batch mixes several random groups. More: it has a random
+    part of one, which is less hard."""
     skip_nearest: int = Field(0, ge=0)
     """Nearest classes that a class does not meet in its group, since they may be the same thing under another name."""
     hard_share: float = Field(1.0, ge=0, le=1)
@@ -404,9 +404,9 @@ def _conflicts_of_batches(cfg: RunConfig) -> Iterator[str]:
             f"learners of a step the same image; use division.learners_per_step=1 instead of {div.learners_per_step}, or 1 and 0"
         )
     conquer = conquer_start(cfg) if div.conquer_from == "auto" else div.conquer_from
-    end = conquer if div.conquer_batches == "whole" and conquer is not None else cfg.schedule.epochs
-    if div.hard_from >= max(end, 1):
-        yield f"division.hard_from={div.hard_from} comes when all such batches are over; use less than {max(end, 1)}, or division.hard_share=0"
+    end = max(conquer if div.conquer_batches == "whole" and conquer is not None else cfg.schedule.epochs, 1)
+    if div.hard_from >= end:
+        yield f"division.hard_from={div.hard_from} is after the last such batch; use less than {end}, or division.hard_share=0 for none"
 
 
 def conquer_start(cfg: RunConfig) -> int | None:
