@@ -103,13 +103,11 @@ def _neighbourhoods(points: np.ndarray, rules: GroupRules) -> list[np.ndarray]:
 
 def _halved(points: np.ndarray, rules: GroupRules) -> list[np.ndarray]:
     """Groups of the points (c, F), each point in one; with ``skip_nearest`` large groups, whose points are dealt out in their order."""
-    count, coarse = len(points), rules.classes * (1 + rules.skip_nearest)
-    number = -(-count // coarse)
-    everything = np.arange(count)
+    everything = np.arange(len(points))
     if not rules.skip_nearest:
-        return _parts(points, everything, number)
+        return _parts(points, everything, -(-len(points) // rules.classes))
     found = []
-    for members in _parts(points, everything, number):
+    for members in _parts(points, everything, max(1, len(points) // (rules.classes * (1 + rules.skip_nearest)))):
         # Halved down to single classes, so that near ones stand side by side, and go to different groups.
         line = np.concatenate(_parts(points, members, len(members)))
         groups = -(-len(line) // rules.classes)
