@@ -271,7 +271,9 @@ def test_groups_of_classes_go_on_without_another_pass(learners: int, place: Path
     assert ended | {"run": ""} == whole | {"run": ""}
     assert_same_run(place / "runs" / name, place / "runs" / f"{name}-again")
     (division,) = metrics(place / "runs" / name, "division")
-    assert division["groups"] == 8 and division["left_out"] == 0
+    assert division["left_out"] == 0
+    # 16 classes in twos; where a learner has an odd number of them, one stays alone.
+    assert division["groups"] in ((8,) if learners == 1 else (8, 9))
 
 
 @pytest.mark.slow
