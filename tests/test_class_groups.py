@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,14 @@ def test_learners_take_whole_classes_and_leave_none_out() -> None:
         learners = [np.unique(made.learner_of[labels == label]) for label in range(1, len(means))]
         assert all(len(found) == 1 for found in learners)
         assert made.fits(labels) and not made.fits(labels[1:]) and not made.fits(labels + 1)
+        # Groups of two learners' classes (they stand learner by learner), and half of a class with another learner.
+        across, moved = made.groups.copy(), made.learner_of.copy()
+        across[[0, -1], 1] = across[[-1, 0], 1]
+        moved[-1] = (moved[-1] + 1) % 4
+        wrong = [replace(made, groups=across), replace(made, learner_of=moved)]
+        if kind == "groups":  # a class without a group
+            wrong.append(replace(made, groups=made.groups[1:]))
+        assert not any(other.fits(labels) for other in wrong)
         assert len(np.unique(made.learner_of)) == 5
     alone = divide(Features.alone(rows), labels, DivisionRules(1, groups=GroupRules("groups", 5)), epoch=0)
     assert alone.num_learners == 1 and alone.left_out == 1 and len(alone.groups) == -(-(len(means) - 1) // 5)

@@ -83,6 +83,8 @@ def divide(features: Features, labels: np.ndarray, rules: DivisionRules, *, epoc
     division = _learners(features.replaced(means, class_of_row), labels, rules, epoch, previous)
     learner_of_class = np.full(len(classes), -1)
     learner_of_class[class_of_row] = division.learner_of
+    # Rows that are equal have the same nearest centroid.
+    assert (learner_of_class[class_of_row] == division.learner_of).all()
     groups = distributed.on_main(class_groups, means, learner_of_class, rules.groups)
     return replace(division, groups=np.where(groups >= 0, classes[groups], -1).astype(np.int32))
 

@@ -83,11 +83,20 @@ class Division:
         return made
 
     def fits(self, labels: np.ndarray) -> bool:
-        """Whether it can be one of a view with these labels (N,): as many rows, and groups of exactly the classes that are trained."""
+        """Whether it can be one of a view with these labels (N,), from 0 on: as many rows; groups of all classes that are trained, each
+        within one learner, who has these classes whole."""
         if len(self.learner_of) != len(labels):
             return False
-        trained = labels[self.learner_of >= 0]
-        return not self.groups.size or np.array_equal(np.unique(self.groups[self.groups >= 0]), np.unique(trained))
+        if not self.groups.size:
+            return True
+        trained, there = self.learner_of >= 0, self.groups >= 0
+        if not np.array_equal(np.unique(self.groups[there]), np.unique(labels[trained])) or not there[:, 0].all():
+            return False
+        learner_of_class = np.full(int(labels.max()) + 1, -1)
+        learner_of_class[labels[trained]] = self.learner_of[trained]
+        of_group = learner_of_class[self.groups]
+        whole = learner_of_class[labels[trained]] == self.learner_of[trained]
+        return bool(whole.all() and ((of_group == of_group[:, :1]) | ~there).all())
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file that is either complete or not there."""
