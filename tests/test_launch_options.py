@@ -60,7 +60,7 @@ def test_it_says_which_classes_share_a_batch(folder: Path) -> None:
     assert "; 2 division(s) and" in said.out
     write_config(folder, Path("data"), "hardest", division=division | {"skip_nearest": 8})
     assert (
-        "skip_nearest=8 passes over more, but the training set has only 12 classes"
+        "skip_nearest=8 passes over more, but the training set has only 12 with at least 2 images"
         in dnc("launch", "hardest.yaml", "--dry-run", folder=folder).error
     )
 
