@@ -52,8 +52,8 @@ def test_it_says_which_classes_share_a_batch(folder: Path) -> None:
     said = dnc("launch", "hard.yaml", "--dry-run", folder=folder)
     assert said.code == 0, said.err
     assert (
-        "batches of a class with 3 near ones; the nearest 2 passed over; from epoch 2 on; 25% of all; the others of the whole training "
-        "set; learners take whole classes: only images without a second one of their class are left out\n"
+        "batches of 4 classes: one with its 3 nearest behind the first 2; from epoch 2 on; 25% of all; the others of the whole training "
+        "set; no image is left out but those without a second one of their class\n"
     ) in said.out
     columns = [re.split("  +", line) for line in said.out.split("\n\n")[1].splitlines()[1:]]
     assert [line[:3] for line in columns] == [["0-1", "1", "the whole set"], ["2-3", "1", "neighbours 25%"]]

@@ -40,19 +40,23 @@ def batches_note(cfg: RunConfig) -> str:
     if div.batches == "learner" and div.hard_share == 1 and div.hard_from == 0:
         return ""
     n, in_batch = cfg.group_classes, cfg.schedule.batch_size // (div.learners_per_step * cfg.schedule.samples_per_class)
-    kinds = {"groups": f"a group of {n} close classes", "neighbours": f"a class with {n - 1} near ones"}
-    made = kinds.get(div.batches, "the classes of a learner")
+    skipped = f" behind the first {div.skip_nearest}" if div.skip_nearest else ""
+    apart = f", the {div.skip_nearest} nearest of each mostly apart" if div.skip_nearest else ""
+    made = {
+        "learner": "those of the learner at random",
+        "groups": f"a group of {n} close ones{apart}",
+        "neighbours": f"one with its {n - 1} nearest{skipped}",
+    }[div.batches]
     if div.batches != "learner" and n != in_batch:
-        made += f" ({in_batch} classes a batch: {'a random part of one' if n > in_batch else 'several of them'})"
-    parts = [f"batches of {made}"]
-    if div.skip_nearest:
-        parts.append(f"the nearest {div.skip_nearest} passed over")
+        made = f"a random part of {made}" if n > in_batch else f"several times {made}"
+    parts = [f"batches of {in_batch} classes: {made}"]
     if div.hard_from:
         parts.append(f"from epoch {div.hard_from} on")
     if div.hard_share < 1:
         parts.append(f"{div.hard_share:.0%} of all; the others of the whole training set")
     if div.batches != "learner":
-        parts.append("learners take whole classes: only images without a second one of their class are left out")
+        whole = "learners take whole classes, " if div.num_learners > 1 else ""
+        parts.append(f"{whole}no image is left out but those without a second one of their class")
     return "; ".join(parts)
 
 
