@@ -243,7 +243,7 @@ def without_a_pass() -> None:
     del trainer.next_division
 
 
-@pytest.mark.parametrize("learners", [1, 2])
+@pytest.mark.parametrize("learners", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_groups_of_classes_go_on_without_another_pass(learners: int, place: Path) -> None:
     """Killed in mid-epoch, in an epoch with groups that an earlier one made."""
     name = f"groups{learners}"

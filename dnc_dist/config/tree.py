@@ -148,7 +148,8 @@ class DivisionConfig(Section):
     """Classes of a group, at least 2; `auto`: as many as a batch has. Fewer: a batch mixes several random groups. More: it has a random
     part of one, which is less hard."""
     skip_nearest: int = Field(0, ge=0)
-    """Nearest classes that a class does not meet in its group, since they may be the same thing under another name."""
+    """Nearest classes that a class does not meet in its group (with `groups`: hardly ever), since they may be the same thing under another
+    name."""
     hard_share: float = Field(1.0, ge=0, le=1)
     """Share of the batches that are made as `batches` says, evenly spread; the others are of random classes of the whole training set."""
     hard_from: int = Field(0, ge=0)
