@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dnc_dist.base.exact import squared_distance
-from dnc_dist.clustering.centroids import _on_grid, plus_plus
+from dnc_dist.clustering.centroids import on_grid, plus_plus
 from dnc_dist.clustering.nearest import PROPOSALS, WORTH_SKIPPING, nearest_again, nearest_of
 from dnc_dist.clustering.sums import Grid, GroupSums, energy, exponent_votes, highest_exponent
 
@@ -91,7 +91,7 @@ def test_products_on_the_grid_are_exact() -> None:
     """The longest rows there can be, so that their sums of products are the largest."""
     for dim in (1, 512, 4096):
         x = np.sign(unit_rows(40, dim, seed=dim)) * np.float32(1.9)
-        points = _on_grid(x, 0)
+        points = on_grid(x, 0)
         assert np.array_equal(points, np.rint(points)) and (np.abs(points).astype(np.int64) ** 2).sum(1).max() < 1 << 23
         assert np.array_equal(points @ points.T, points.astype(np.int64) @ points.T.astype(np.int64))
 

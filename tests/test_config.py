@@ -120,6 +120,24 @@ def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
             ["division.conquer_from=180"],
             "division.conquer_from=180 is not below schedule.epochs=180; use a smaller epoch, auto, or null for no conquer phase",
         ),
+        (
+            ["division.skip_nearest=2"],
+            "division.skip_nearest=2 is of groups, and division.batches=learner makes none; use groups or neighbours",
+        ),
+        (
+            ["division.batches=groups", "data.access=stream"],
+            "data.access=stream makes batches of what is in memory: division.batches=learner, hard_share=1 and hard_from=0 only, not "
+            "groups, 1 and 0; use these, or data.access=indexed",
+        ),
+        (
+            ["division.hard_share=0.5", "division.learners_per_step=2"],
+            "division.hard_share=0.5 and hard_from=0 bring batches of the whole set, which can give two learners of a step the same image; "
+            "use division.learners_per_step=1 instead of 2, or 1 and 0",
+        ),
+        (
+            ["division.hard_from=80", "division.conquer_batches=whole"],
+            "division.hard_from=80 is after the last such batch; use less than 80, or division.hard_share=0 for none",
+        ),
         (["schedule.warmup=180"], "schedule.warmup=180.0 must be less than schedule.epochs=180"),
         (["loss.cutoff=1.5"], "loss: cutoff=1.5 must be below nonzero_loss_cutoff=1.4"),
     ],
@@ -131,6 +149,15 @@ def test_sections_that_do_not_fit_together(minimal: Path, overrides: list[str], 
 def test_two_conflicts_are_both_reported(minimal: Path) -> None:
     text = message(minimal, "division.num_learners=3", "schedule.batch_size=30")
     assert text.startswith(f"{minimal}: 2 problem(s)\n  division.num_learners=3") and "\n  schedule.batch_size=30" in text
+
+
+def test_classes_of_a_group(minimal: Path) -> None:
+    groups = "division.batches=groups"
+    assert load_config(minimal, [groups, "schedule.batch_size=64"]).group_classes == 16
+    assert load_config(minimal, [groups, "schedule.batch_size=64", "division.learners_per_step=2"]).group_classes == 8
+    assert load_config(minimal, [groups, "division.group_classes=6"]).group_classes == 6
+    for wrong in ("1", "few"):
+        assert "division.group_classes: must be a number from 2 on, or auto" in message(minimal, groups, f"division.group_classes={wrong}")
 
 
 def test_the_first_epoch_to_conquer_is_allowed(minimal: Path) -> None:

@@ -29,6 +29,7 @@ from tests.spawn import spawn
 AUGMENTS = ("none", "light", "standard", "color", "geom", "geom_color")
 # Whole blocks per shard, or blocks of 4 of a shard's 6 rows; with 4 processes and 3 test shards of one block, one process has none.
 BLOCKS = (128, 4)
+WAYS = (("hierarchical", "features", "groups"), ("hierarchical", "features", "learner"), ("flat", "embeddings", "learner"))
 BROKEN_TRAIN, BROKEN_TEST = (0, 7, 8, 50), (2,)
 
 
@@ -74,17 +75,17 @@ def _everything(roots: dict[str, str], place: str) -> Result:
     divisions, metrics, failed = {}, {}, {}
     for name, root in roots.items():
         for block in BLOCKS:
-            for mode, on in (("hierarchical", "features"), ("flat", "embeddings")):
+            for mode, on, batches in WAYS if block == BLOCKS[1] else WAYS[1:]:
                 start = "previous" if block == BLOCKS[0] else "k-means++"
                 changes: dict[str, dict[str, Any]] = {
-                    "division": {"mode": mode, "cluster_on": on, "start": start},
+                    "division": {"mode": mode, "cluster_on": on, "start": start, "batches": batches},
                     "evaluation": {"batch_size": block},
                 }
                 cfg = config(Path(root), run, **changes)
                 data = RunData(cfg)
                 objective = build_objective(cfg, data.train.num_classes)
                 division, broken = _divide(objective, data, cfg, times=4)
-                divisions[f"{name}, blocks of {block}, {mode}"] = division.state_dict()
+                divisions[f"{name}, blocks of {block}, {mode}, {batches}"] = division.state_dict()
             assert data.test is not None
             found = evaluate_view(objective, data, data.test, cfg, with_nmi=True, stop=StopRequest(), progress=silent(), epoch=0)
             sample = {"queries": found.retrieval.sample_queries, "neighbours": found.retrieval.sample_neighbours}
@@ -140,6 +141,9 @@ def test_division_is_one_to_be_compared(results: dict[int, list[Result]]) -> Non
         assert division.num_learners == 4 and division.sizes.min() >= 4, name
         assert division.centroids.shape == (4, 256 if "hierarchical" in name else 16)
         assert set(division.learner_of[division.learner_of >= 0]) == {0, 1, 2, 3}
+        if "groups" in name:
+            broken = len(BROKEN_TRAIN) if "broken" in name else 0
+            assert division.left_out == broken and division.groups.size
 
 
 @pytest.mark.parametrize("world", [2, 4])

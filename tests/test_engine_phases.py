@@ -225,6 +225,22 @@ def test_who_needs_features(tmp_path: Path) -> None:
     assert [plan.division_needs_features(cfg, later) for cfg in (hierarchical, flat, alone)] == [True, True, False]
 
 
+def test_groups_need_features_as_soon_as_batches_are_made_of_them(tmp_path: Path) -> None:
+    def passes(**division: Any) -> list[int]:
+        cfg = plan_config(tmp_path, division={"num_learners": 1, "every": 2, **division}, schedule={"epochs": 8})
+        return [epoch for epoch in range(0, 8, 2) if plan.division_needs_features(cfg, state_after(epoch - 2 if epoch else None, epoch))]
+
+    assert passes() == []
+    assert passes(batches="groups") == [0, 2, 4, 6]
+    # A division lasts until the next one, so that of epoch 4 makes the groups of epoch 5.
+    assert passes(batches="neighbours", hard_from=5) == [4, 6]
+    assert passes(batches="groups", hard_share=0.0) == []
+    assert passes(batches="groups", num_learners=2, hard_share=0.0) == [2, 4, 6]
+    assert passes(batches="groups", conquer_from=4, conquer_batches="whole") == [0, 2]
+    late = plan_config(tmp_path, division={"batches": "groups", "hard_share": 0.5, "hard_from": 1}, schedule={"epochs": 3})
+    assert [plan.hard_share(late, epoch) for epoch in range(3)] == [0.0, 0.5, 0.5]
+
+
 def test_phase_follows_the_state(tmp_path: Path) -> None:
     cfg = plan_config(
         tmp_path,

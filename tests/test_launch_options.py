@@ -46,6 +46,25 @@ def test_it_says_what_the_run_then_does(folder: Path) -> None:
     assert [line["epoch"] for line in metrics(run, "evaluation")] == [2, 4]
 
 
+def test_it_says_which_classes_share_a_batch(folder: Path) -> None:
+    division = {"num_learners": 1, "batches": "neighbours", "skip_nearest": 2, "hard_share": 0.25, "hard_from": 2, "conquer_from": None}
+    write_config(folder, Path("data"), "hard", division=division)
+    said = dnc("launch", "hard.yaml", "--dry-run", folder=folder)
+    assert said.code == 0, said.err
+    assert (
+        "batches of 4 classes: one with its 3 nearest behind the first 2; from epoch 2 on; 25% of all; the others of the whole training "
+        "set; no image is left out but those without a second one of their class\n"
+    ) in said.out
+    columns = [re.split("  +", line) for line in said.out.split("\n\n")[1].splitlines()[1:]]
+    assert [line[:3] for line in columns] == [["0-1", "1", "the whole set"], ["2-3", "1", "neighbours 25%"]]
+    assert "; 2 division(s) and" in said.out
+    write_config(folder, Path("data"), "hardest", division=division | {"skip_nearest": 8})
+    assert (
+        "skip_nearest=8 passes over more, but the training set has only 12 with at least 2 images"
+        in dnc("launch", "hardest.yaml", "--dry-run", folder=folder).error
+    )
+
+
 def test_it_refuses_what_the_run_would_refuse(folder: Path) -> None:
     write_config(folder, Path("nowhere"), "lost")
     lost = dnc("launch", "lost.yaml", "--dry-run", folder=folder)

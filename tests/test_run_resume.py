@@ -238,6 +238,47 @@ def test_flat_division_and_sparse_lines(place: Path) -> None:
     assert [line["step"] for line in metrics(place / "runs" / "flat", "train")] == [3, 5, 6, 8]
 
 
+def without_a_pass() -> None:
+    """For ``before``: nothing may be divided."""
+    without_report()
+    from dnc_dist.engine import trainer
+
+    del trainer.next_division
+
+
+@pytest.mark.parametrize("learners", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_groups_of_classes_go_on_without_another_pass(learners: int, place: Path) -> None:
+    """Killed in mid-epoch, in an epoch with groups that an earlier one made."""
+    name = f"groups{learners}"
+    write_config(
+        place,
+        place / "data",
+        name,
+        division={
+            "mode": "flat",
+            "num_learners": learners,
+            "every": 2,
+            "conquer_from": None,
+            "batches": "groups",
+            "group_classes": 2,
+            "hard_share": 0.6,
+            "hard_from": 1,
+        },
+        schedule={"epochs": 2},
+        checkpoint={"every_steps": 3},
+    )
+    kill = dnc("train", f"{name}.yaml", folder=place, before=partial(killed_when_writing, "files.json", "step-00000015"))
+    assert kill.code == -signal.SIGKILL
+    ended = dnc("train", f"{name}.yaml", folder=place, before=without_a_pass).result
+    whole = dnc("train", f"{name}.yaml", "--set", f"run.name={name}-again", folder=place, before=without_report).result
+    assert ended | {"run": ""} == whole | {"run": ""}
+    assert_same_run(place / "runs" / name, place / "runs" / f"{name}-again")
+    (division,) = metrics(place / "runs" / name, "division")
+    assert division["left_out"] == 0
+    # 16 classes in twos; where a learner has an odd number of them, one stays alone.
+    assert division["groups"] in ((8,) if learners == 1 else (8, 9))
+
+
 @pytest.mark.slow
 def test_two_processes_stopped_by_the_launcher(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGTERM to the launcher; the same W&B run goes on."""

@@ -34,10 +34,11 @@ MOST_UNPACKED = 1 << 32
 
 
 class Array(NamedTuple):
-    """What an array of a file has to be: the kinds of its dtype (as ``numpy.dtype.kind``), and its number of dimensions."""
+    """What an array of a file has to be: kinds of its dtype (as ``numpy.dtype.kind``), dimensions, and whether it has to be there."""
 
     kinds: str
     ndim: int
+    required: bool = True
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -147,7 +148,7 @@ def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "", most: i
         if size > most:
             raise InputError(f"{path} unpacks to {size:,} bytes, at most {most:,} are read; it is not what it should be{tail}")
         with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in shapes}
+            found = {name: arrays[name] for name, shape in shapes.items() if shape.required or name in arrays}
     except InputError:
         raise
     except Exception as error:  # bytes that no array file has make numpy, zipfile and zlib raise almost anything
@@ -165,8 +166,8 @@ def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, Array], s
     import numpy as np
 
     tail = f"; {cure}" if cure else ""
-    for name, (kinds, ndim) in shapes.items():
-        array = found[name]
+    for name, array in found.items():
+        kinds, ndim, _ = shapes[name]
         # Items of no bytes could be any number of them.
         if array.dtype.kind not in kinds or array.ndim != ndim or not array.dtype.itemsize:
             raise InputError(f"{source} is damaged: {name} is an array of {array.dtype} with {array.ndim} dimension(s){tail}")

@@ -94,7 +94,7 @@ def plus_plus(x: np.ndarray, k: int, random: np.random.Generator, beat: Callable
     the same.
     """
     chosen = [int(random.integers(len(x)))]
-    points = _on_grid(x, chosen[0])
+    points = on_grid(x, chosen[0])
     squares = np.einsum("ij,ij->i", points, points)
     distance = squares.astype(np.float64)  # the first one is the origin of the grid
     while len(chosen) < k:
@@ -121,7 +121,7 @@ def plus_plus(x: np.ndarray, k: int, random: np.random.Generator, beat: Callable
     return x[chosen]
 
 
-def _on_grid(x: np.ndarray, origin: int) -> np.ndarray:
+def on_grid(x: np.ndarray, origin: int) -> np.ndarray:
     """(n, D) float32 integers, x less its row ``origin`` to ``GRID_BITS`` bits.
 
     Rows are then about 2^GRID_BITS long at most, so a sum of products of two rows stays below 2^24, the integers of float32.

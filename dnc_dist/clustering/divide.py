@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist.base.exact import nmi
+from dnc_dist.base.exact import nmi, squared_distance
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.centroids import KMeansOptions
 from dnc_dist.clustering.device import choose_backend
 from dnc_dist.clustering.division import MIN_CLASSES, Division, check_num_learners, make_division, match, whole
 from dnc_dist.clustering.features import Features
+from dnc_dist.clustering.groups import GroupRules, class_groups
 from dnc_dist.clustering.kmeans import kmeans
 from dnc_dist.clustering.repair import class_sizes, repair
 from dnc_dist.processes import distributed
@@ -39,6 +40,8 @@ class DivisionRules:
     """k-means runs per level until every cluster is trainable."""
     kmeans: KMeansOptions = field(default_factory=KMeansOptions)
     """Of every k-means."""
+    groups: GroupRules | None = None
+    """Batches are made of groups of classes; learners then take whole classes. None: of a learner's classes at random."""
 
     def level(self, previous: Division | None) -> int:
         """Number of learners of the division that follows ``previous``."""
@@ -55,6 +58,9 @@ def divide(features: Features, labels: np.ndarray, rules: DivisionRules, *, epoc
     large one, so that every learner can train. Children of cluster c are 2c and 2c + 1. The result is equal bit for bit for any
     number of ranks; with Triton: of equal GPUs, and up to ``features.replicated_rows`` rows.
 
+    With ``rules.groups`` every row stands where its class's mean is. So a class is never cut, and only rows are left out whose class
+    has no other row in the whole set; the division then holds groups of close classes, each within one learner.
+
     Args:
         features: L2-normalised features of all rows.
         labels: (N,) labels of all rows.
@@ -70,6 +76,27 @@ def divide(features: Features, labels: np.ndarray, rules: DivisionRules, *, epoc
         RunError: features that are not finite.
     """
     check_num_learners(labels, rules.num_learners)
+    if rules.groups is None:
+        return _learners(features, labels, rules, epoch, previous)
+    classes, class_of_row = np.unique(labels, return_inverse=True)
+    means = _unit(features.means(class_of_row, len(classes)))
+    division = _learners(features.replaced(means, class_of_row), labels, rules, epoch, previous)
+    learner_of_class = np.full(len(classes), -1)
+    learner_of_class[class_of_row] = division.learner_of
+    # Rows that are equal have the same nearest centroid.
+    assert (learner_of_class[class_of_row] == division.learner_of).all()
+    groups = distributed.on_main(class_groups, means, learner_of_class, rules.groups)
+    return replace(division, groups=np.where(groups >= 0, classes[groups], -1).astype(np.int32))
+
+
+def _unit(means: np.ndarray) -> np.ndarray:
+    """Means (C, F) float64 with the length 1, but for those of length 0, in float32."""
+    length = np.sqrt(squared_distance(means, np.zeros(1)))
+    return (means / np.where(length > 0, length, 1.0)[:, None]).astype(np.float32)
+
+
+def _learners(features: Features, labels: np.ndarray, rules: DivisionRules, epoch: int, previous: Division | None) -> Division:
+    """Collective. The learners of all rows."""
     level = rules.level(previous)
     if level == 1:
         return whole(labels, epoch=epoch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from dnc_dist.clustering.repair import class_sizes
 
 _SHAPES = {"learner_of": Array("i", 1), "centroids": Array("f", 2), "sizes": Array("i", 1)}
 _SHAPES |= dict.fromkeys(("num_learners", "epoch", "left_out", "rejoined", "trials"), Array("i", 0))
+_SHAPES["groups"] = Array("i", 2, required=False)  # divisions that were saved before there were groups lack them
 _SHAPES |= dict.fromkeys(("objective", "matched_share", "nmi_to_previous"), Array("f", 0))
+_NO_GROUPS = np.empty((0, 0), np.int32)
 MIN_CLASSES = 2
 """A learner needs so many classes with at least two rows each: below, it has no pairs to learn from."""
 
@@ -40,6 +42,7 @@ class Division:
     objective: float = 0.0  # sum of squared distances of all rows to the centroid of their cluster
     matched_share: float = 1.0  # share of rows that keep their learner, before the split; 1 without a previous division
     nmi_to_previous: float = 1.0  # between the previous division and this one before the split; 1 without a previous division
+    groups: np.ndarray = field(default_factory=lambda: _NO_GROUPS)  # (G, n) int32, classes that share a batch, -1: no more; see ``groups``
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers, for a checkpoint."""
@@ -57,7 +60,7 @@ class Division:
         Raises:
             InputError: it is no division.
         """
-        if not isinstance(state, dict) or state.keys() != _SHAPES.keys():
+        if not isinstance(state, dict) or state.keys() | {"groups"} != _SHAPES.keys():
             raise InputError(f"{source} is damaged: it holds no division")
         arrays = {}
         for name, value in state.items():
@@ -78,6 +81,22 @@ class Division:
         if k < 1 or len(made.sizes) != k or len(made.centroids) != k or (len(learners) and not -1 <= learners.min() <= learners.max() < k):
             raise InputError(f"{source} is damaged: its division contradicts itself")
         return made
+
+    def fits(self, labels: np.ndarray) -> bool:
+        """Whether it can be one of a view with these labels (N,), from 0 on: as many rows; groups of all classes that are trained, each
+        within one learner, who has these classes whole."""
+        if len(self.learner_of) != len(labels):
+            return False
+        if not self.groups.size:
+            return True
+        trained, there = self.learner_of >= 0, self.groups >= 0
+        if not np.array_equal(np.unique(self.groups[there]), np.unique(labels[trained])) or not there[:, 0].all():
+            return False
+        learner_of_class = np.full(int(labels.max()) + 1, -1)
+        learner_of_class[labels[trained]] = self.learner_of[trained]
+        of_group = learner_of_class[self.groups]
+        whole = learner_of_class[labels[trained]] == self.learner_of[trained]
+        return bool(whole.all() and ((of_group == of_group[:, :1]) | ~there).all())
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file that is either complete or not there."""

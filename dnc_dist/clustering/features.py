@@ -58,6 +58,10 @@ class Features(NamedTuple):
         local = self.local[torch.from_numpy(self.mine(chosen))]
         return self._replace(local=local, start=int(chosen[: self.start].sum()), total=int(chosen.sum()))
 
+    def replaced(self, values: np.ndarray, group: np.ndarray) -> Features:
+        """In place of each row the value (of G, F, float32) of its group, one number below G for each of the ``total`` rows."""
+        return self._replace(local=torch.from_numpy(values[self.mine(group)]).to(self.local.device))
+
     def gather_numbers(self, numbers: Tensor, below: int) -> np.ndarray:
         """Collective. (total,) int64 from this rank's (n,) in 0..below-1, which travel as bytes where that is enough."""
         return self.gather(numbers.to(torch.uint8 if below <= 256 else torch.int32)).numpy().astype(np.int64)

@@ -140,6 +140,20 @@ class DivisionConfig(Section):
     """Weight of the mean cosine between learned masks (orthogonality)."""
     conquer_batches: Literal["clustered", "whole"] = "clustered"
     """After conquer_from: batches from clusters with further divisions (published), or from the whole training set."""
+    batches: Literal["learner", "groups", "neighbours"] = "learner"
+    """Which classes share a batch, whichever learner trains on it: `learner`: classes of the learner at random (published); `groups`: those
+    of one group of close classes (balanced k-means of class means); `neighbours`: a class with its nearest ones. With the last two learners
+    take whole classes and no image is left out; one learner has groups, too (docs/batches.md)."""
+    group_classes: int | Literal["auto"] = "auto"
+    """Classes of a group, at least 2; `auto`: as many as a batch has. Fewer: a batch mixes several random groups. More: it has a random
+    part of one, which is less hard."""
+    skip_nearest: int = Field(0, ge=0)
+    """Nearest classes that a class does not meet in its group (with `groups`: hardly ever), since they may be the same thing under another
+    name."""
+    hard_share: float = Field(1.0, ge=0, le=1)
+    """Share of the batches that are made as `batches` says, evenly spread; the others are of random classes of the whole training set."""
+    hard_from: int = Field(0, ge=0)
+    """First epoch with such batches; before it all are of the whole training set."""
     start: Literal["k-means++", "previous"] = "k-means++"
     """Where k-means starts: `previous` begins at the last division's centroids, so that learners keep more of their images."""
     kmeans_iterations: int = Field(100, ge=1)
@@ -157,6 +171,13 @@ class DivisionConfig(Section):
     def _epoch_or_word(cls, value: Any) -> Any:
         if value not in ("auto", None) and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError("must be an epoch from 0 on, auto, or null for never")
+        return value
+
+    @field_validator("group_classes", mode="before")
+    @classmethod
+    def _two_or_word(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+            raise ValueError("must be a number from 2 on, or auto")
         return value
 
     @property
@@ -284,6 +305,13 @@ class RunConfig(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @property
+    def group_classes(self) -> int:
+        """Classes of a group; of a batch of one learner, where they are `auto`."""
+        wanted = self.division.group_classes
+        in_batch = self.schedule.batch_size // (self.division.learners_per_step * self.schedule.samples_per_class)
+        return in_batch if wanted == "auto" else wanted
+
     def digest(self) -> str:
         """Short hash of everything that decides the result (not where it is written or logged)."""
         relevant = self.model_dump(mode="json", exclude={"run": {"dir", "name"}, "tracker": True, "checkpoint": True})
@@ -328,6 +356,7 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
             f"division.conquer_from={div.conquer_from} is not below schedule.epochs={sch.epochs}; "
             "use a smaller epoch, auto, or null for no conquer phase"
         )
+    yield from _conflicts_of_batches(cfg)
     if is_url(cfg.data.root) and cfg.data.retry_seconds >= cfg.engine.stall_timeout:
         yield (
             f"data.retry_seconds={cfg.data.retry_seconds:g} must be less than engine.stall_timeout={cfg.engine.stall_timeout:g}, or a run "
@@ -355,6 +384,30 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
         )
     for path in choices():
         yield from chosen(cfg, path).conflicts(cfg)
+
+
+def _conflicts_of_batches(cfg: RunConfig) -> Iterator[str]:
+    """Problems of which classes share a batch."""
+    div = cfg.division
+    if div.batches == "learner":
+        for key, is_set in (("group_classes", div.group_classes != "auto"), ("skip_nearest", div.skip_nearest > 0)):
+            if is_set:
+                yield f"division.{key}={getattr(div, key)} is of groups, and division.batches=learner makes none; use groups or neighbours"
+    whole_too = div.hard_share < 1 or div.hard_from > 0
+    if cfg.data.streams and (div.batches != "learner" or whole_too):
+        yield (
+            f"data.access=stream makes batches of what is in memory: division.batches=learner, hard_share=1 and hard_from=0 only, not "
+            f"{div.batches}, {div.hard_share:g} and {div.hard_from}; use these, or data.access=indexed"
+        )
+    if whole_too and div.learners_per_step > 1:
+        yield (
+            f"division.hard_share={div.hard_share:g} and hard_from={div.hard_from} bring batches of the whole set, which can give two "
+            f"learners of a step the same image; use division.learners_per_step=1 instead of {div.learners_per_step}, or 1 and 0"
+        )
+    conquer = conquer_start(cfg) if div.conquer_from == "auto" else div.conquer_from
+    end = max(conquer if div.conquer_batches == "whole" and conquer is not None else cfg.schedule.epochs, 1)
+    if div.hard_from >= end:
+        yield f"division.hard_from={div.hard_from} is after the last such batch; use less than {end}, or division.hard_share=0 for none"
 
 
 def conquer_start(cfg: RunConfig) -> int | None:

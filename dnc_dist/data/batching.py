@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dnc_dist.base.rng import numpy_generator
+from dnc_dist.data.drawing import Drawn
 
 EpochLength = Literal["dataset", "over"]
 
@@ -85,74 +86,6 @@ class EpochSchedule:
         return int(np.unique(np.stack([step, labels[self.places]]), axis=1, return_counts=True)[1].max())
 
 
-class _ClassPlaces:
-    """The places of one class of a learner in endless passes, each in a new random order."""
-
-    def __init__(self, places: NDArray[np.int64], generator: np.random.Generator) -> None:
-        self.places, self.generator = places, generator
-        self.used = len(places)
-
-    def take(self, count: int) -> NDArray[np.int64]:
-        """``count`` different places (not more than the class has), those of the present pass first."""
-        count = min(count, len(self.places))
-        taken = self.places[self.used : self.used + count]
-        self.used += len(taken)
-        if len(taken) == count:
-            return taken
-        # A new pass: what has just been taken comes last, so that no place is taken twice at a time.
-        rest = self.generator.permutation(self.places[: self.used - len(taken)])
-        self.places = np.concatenate([rest, taken])
-        self.used = count - len(taken)
-        return np.concatenate([taken, self.places[: self.used]])
-
-
-class _Learner:
-    """The batches of one learner: its classes in endless passes, each in a new random order."""
-
-    def __init__(self, places: NDArray[np.int64], labels: NDArray[np.int64], generator: np.random.Generator) -> None:
-        self.num_rows = len(places)
-        self.generator = generator
-        shuffled = places[generator.permutation(len(places))]
-        ordered = shuffled[np.argsort(labels[shuffled], kind="stable")]
-        bounds = np.flatnonzero(np.diff(labels[ordered])) + 1
-        self.classes = [_ClassPlaces(part, generator) for part in np.split(ordered, bounds)]
-        for part in self.classes:
-            part.used = 0  # the first pass is already in random order
-        self.queue: list[int] = []
-
-    def _next_class(self, present: dict[int, NDArray[np.int64]]) -> int:
-        """The next class of the pass that is not in the batch yet."""
-        if not self.queue:
-            self.queue = self.generator.permutation(len(self.classes)).tolist()
-        for at in range(len(self.queue) - 1, -1, -1):
-            if self.queue[at] not in present:
-                return self.queue.pop(at)
-        self.queue = self.generator.permutation(len(self.classes)).tolist() + self.queue
-        return self._next_class(present)
-
-    def batch(self, count: int, samples_per_class: int) -> NDArray[np.int64]:
-        """Places of ``count`` different rows, or of all that there are: classes by ``samples_per_class``, then more of the same classes."""
-        count = min(count, self.num_rows)
-        present: dict[int, NDArray[np.int64]] = {}
-        missing = count
-        # A class that could give a single row would bring anchors without a positive: present classes give it instead.
-        while missing and len(present) < len(self.classes) and (missing > 1 or not self._has_more(present)):
-            chosen = self._next_class(present)
-            present[chosen] = self.classes[chosen].take(min(samples_per_class, missing))
-            missing -= len(present[chosen])
-        while missing:
-            for chosen, taken in present.items():
-                more = min(samples_per_class, missing, len(self.classes[chosen].places) - len(taken))
-                if more:
-                    others = np.setdiff1d(self.classes[chosen].places, taken)
-                    present[chosen] = np.concatenate([taken, self.generator.permutation(others)[:more]])
-                    missing -= more
-        return np.concatenate([present[chosen] for chosen in sorted(present)])
-
-    def _has_more(self, present: dict[int, NDArray[np.int64]]) -> bool:
-        return any(len(taken) < len(self.classes[chosen].places) for chosen, taken in present.items())
-
-
 def num_steps(sizes: NDArray[np.int64], num_rows: int, batch_size: int, learners_per_step: int, length: EpochLength) -> int:
     """Steps of an epoch.
 
@@ -180,6 +113,8 @@ def epoch_schedule(
     samples_per_class: int,
     learners_per_step: int = 1,
     length: EpochLength = "dataset",
+    groups: NDArray[np.integer] | None = None,
+    hard_share: float = 1.0,
 ) -> EpochSchedule:
     """The schedule of an epoch; a pure function of its arguments.
 
@@ -188,13 +123,20 @@ def epoch_schedule(
     random order, and so do the rows of a class: every class is visited equally often, and each of its rows, too. A batch holds
     no row twice; a learner with fewer rows than its share of the batch gives all it has.
 
+    Which classes share a batch is apart from who trains on it: with ``groups`` close ones do. A *hard* batch is one of the learner's
+    classes or groups; the others are of classes of the whole set, and train the learner whose turn it is all the same.
+
     Args:
-        learner_of: (n,) the learner of each place of the training view; -1 is left out.
+        learner_of: (n,) the learner of each place of the training view; -1 is left out, but for batches of the whole set.
         labels: (n,) labels of the view.
         batch_size: rows of a step over all ranks; each of the m learners of a step has ``batch_size // m``.
         samples_per_class: S of P x S.
-        learners_per_step: m, at most the number of learners that have rows.
+        learners_per_step: m, at most the number of learners that have rows. With m > 1 and ``hard_share`` below 1 a step may hold a
+            row twice, for two learners.
         length: see ``num_steps``.
+        groups: (G, n) labels of classes, -1: no more; each of one learner's classes, all classes of a learner in one at least. None:
+            hard batches are of the learner's classes at random.
+        hard_share: of each learner's batches that are hard, evenly spread over its turns.
 
     Raises:
         ValueError: no learner has any row (a division never is like this).
@@ -204,15 +146,42 @@ def epoch_schedule(
         raise ValueError("every row of the division is left out: there is nothing to train on")
     m = min(learners_per_step, len(learners))
     steps = num_steps(sizes, len(labels), batch_size, m, length)
-    first = epoch * steps * m
-    order = np.sort((first + np.arange(steps * m)).reshape(steps, m) % len(learners), axis=1)
+    turn = (epoch * steps * m + np.arange(steps * m)).reshape(steps, m)
+    turn = np.take_along_axis(turn, np.argsort(turn % len(learners), axis=1), 1)
+    order = turn % len(learners)
+    hard = is_hard(turn, len(learners), hard_share)
     by_learner = np.argsort(learner_of, kind="stable")[np.count_nonzero(learner_of < 0) :]
     parts = np.split(by_learner, np.cumsum(sizes)[:-1])
     makers = [
-        _Learner(part, labels, numpy_generator(seed, "schedule", epoch, int(learner)))
+        Drawn(part, labels, numpy_generator(seed, "schedule", epoch, int(learner)), _groups_of(labels[part], groups))
         for learner, part in zip(learners, parts, strict=True)
     ]
-    batches = [makers[at].batch(batch_size // m, samples_per_class) for at in order.ravel()]
+    # Everything that has a partner of its class somewhere, also what the division leaves out.
+    whole = np.flatnonzero(np.bincount(labels)[labels] >= 2)
+    anything = Drawn(whole, labels, numpy_generator(seed, "schedule of the whole set", epoch)) if not hard.all() else None
+    batches = [
+        (makers[at] if is_one or anything is None else anything).batch(batch_size // m, samples_per_class)
+        for at, is_one in zip(order.ravel(), hard.ravel(), strict=True)
+    ]
     counts = np.array([len(batch) for batch in batches], np.int64).reshape(steps, m)
     starts = np.concatenate([[0], np.cumsum(counts.sum(1))]).astype(np.int64)
     return EpochSchedule(np.concatenate(batches).astype(np.int64), starts, learners[order].astype(np.int64), counts)
+
+
+def is_hard(turn: NDArray[np.int64], learners: int, share: float) -> NDArray[np.bool_]:
+    """Which turns bring a hard batch: of each learner's turns this share, evenly spread, and those of different learners in turn.
+
+    Args:
+        turn: numbers of turns since the start of the training; turn t is learner ``t % learners``'s.
+        learners: how many take turns.
+        share: between 0 and 1.
+    """
+    own, phase = turn // learners, (turn % learners) / learners
+    return np.floor((own + 1) * share + phase) > np.floor(own * share + phase)
+
+
+def _groups_of(labels: NDArray[np.int64], groups: NDArray[np.integer] | None) -> list[NDArray[np.integer]] | None:
+    """The groups of the classes of one learner, whose rows have these labels."""
+    if groups is None:
+        return None
+    return [group[group >= 0] for group in groups[np.isin(groups[:, 0], labels)]]

@@ -26,10 +26,38 @@ def announce(cfg: RunConfig, view: RowView, state: TrainState, kernels: str, lib
         f"every anchor; {cfg.loss.name} loss, {kernels}"
     )
     _log.info(phases(cfg))
+    if note := batches_note(cfg):
+        _log.info(note)
     if libraries:
         _log.info(libraries)
     if state.step:
         _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")
+
+
+def batches_note(cfg: RunConfig) -> str:
+    """Which classes share a batch, in words; empty where it is the published way."""
+    div = cfg.division
+    if div.batches == "learner" and div.hard_share == 1 and div.hard_from == 0:
+        return ""
+    n, in_batch = cfg.group_classes, cfg.schedule.batch_size // (div.learners_per_step * cfg.schedule.samples_per_class)
+    skipped = f" behind the first {div.skip_nearest}" if div.skip_nearest else ""
+    apart = f", the {div.skip_nearest} nearest of each mostly apart" if div.skip_nearest else ""
+    made = {
+        "learner": "those of the learner at random",
+        "groups": f"a group of {n} close ones{apart}",
+        "neighbours": f"one with its {n - 1} nearest{skipped}",
+    }[div.batches]
+    if div.batches != "learner" and n != in_batch:
+        made = f"a random part of {made}" if n > in_batch else f"several times {made}"
+    parts = [f"batches of {in_batch} classes: {made}"]
+    if div.hard_from:
+        parts.append(f"from epoch {div.hard_from} on")
+    if div.hard_share < 1:
+        parts.append(f"{div.hard_share:.0%} of all; the others of the whole training set")
+    if div.batches != "learner":
+        whole = "learners take whole classes, " if div.num_learners > 1 else ""
+        parts.append(f"{whole}no image is left out but those without a second one of their class")
+    return "; ".join(parts)
 
 
 def phases(cfg: RunConfig) -> str:

@@ -28,6 +28,7 @@ from dnc_dist.data.stream import Batch, SequentialBatches, TrainBatches
 from dnc_dist.data.stream_batches import StreamBatches
 from dnc_dist.data.stream_plan import stream_schedule
 from dnc_dist.data.transforms import Geometry
+from dnc_dist.engine import plan
 from dnc_dist.processes import distributed
 from dnc_dist.processes.cores import loader_processes
 from dnc_dist.retrieval.protocols import Columns
@@ -186,6 +187,8 @@ class RunData(Passes):
                 samples_per_class=sch.samples_per_class,
                 learners_per_step=learners_per_step,
                 length=sch.epoch_length,
+                groups=division.groups if division.groups.size else None,
+                hard_share=plan.hard_share(self.cfg, epoch),
             )
         planned = stream_schedule(
             division.learner_of,

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 
 from dnc_dist.base.progress import format_seconds
-from dnc_dist.clustering.division import check_num_learners, whole
+from dnc_dist.clustering.division import whole
 from dnc_dist.config import RunConfig
 from dnc_dist.data.batching import num_steps
 from dnc_dist.engine import plan
-from dnc_dist.engine.announce import phases
+from dnc_dist.engine.announce import batches_note, phases
 from dnc_dist.engine.dataset import RunData
+from dnc_dist.engine.next_division import check_divisible
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.setup import kernels_note, libraries_note, objective_of_run, parameter_groups, seed_libraries
+from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.steplog import TimedBatches
 from dnc_dist.processes import distributed
 
@@ -52,12 +54,12 @@ def dry_run(cfg: RunConfig, world: int) -> str:
     data = RunData(_share_of(cfg, world))
     try:
         data.selection_view()
-        check_num_learners(data.train.labels, cfg.division.num_learners)
+        check_divisible(cfg, data.train.labels)
         objective = objective_of_run(cfg, data.train.num_classes, begins=True)
         costs = _measure(cfg, data, objective)
     finally:
         data.close()
-    lines = [*_data(cfg, data, world), phases(cfg), ""]
+    lines = [*_data(cfg, data, world), phases(cfg), *filter(None, [batches_note(cfg)]), ""]
     lines += _table(["epochs", "learners", "batches from", "backbone", "steps", "learning rate"], _epochs(cfg, len(data.train)))
     lines += ["", f"{cfg.loss.name} loss, {kernels}", *filter(None, [libraries_note(objective)])]
     lines += [*_model(objective, cfg, world), *_costs(cfg, data, costs, world)]
@@ -84,7 +86,7 @@ def _epochs(cfg: RunConfig, num_rows: int) -> list[list[str]]:
 
     def kind(epoch: int) -> tuple[str, ...]:
         learners = plan.learners_at(cfg, epoch)
-        source = "the whole set" if learners == 1 else "clusters"
+        source = _source(cfg, epoch, learners)
         whole_embedding = "all, as one" if plan.conquering(cfg, epoch) else str(learners)
         return whole_embedding, source, "waits" if plan.backbone_frozen(cfg, epoch) else "learns", f"{steps_at(cfg, epoch, num_rows)} each"
 
@@ -95,6 +97,15 @@ def _epochs(cfg: RunConfig, num_rows: int) -> list[list[str]]:
         numbers = str(epochs[0]) if len(epochs) == 1 else f"{epochs[0]}-{epochs[-1]}"
         lines.append([numbers, *alike, f"{rates[0]:.2g}" if rates[0] == rates[1] else f"{rates[0]:.2g} to {rates[1]:.2g}"])
     return lines
+
+
+def _source(cfg: RunConfig, epoch: int, learners: int) -> str:
+    """What batches of an epoch are drawn from."""
+    div, share = cfg.division, plan.hard_share(cfg, epoch)
+    hard = "clusters" if div.batches == "learner" else div.batches
+    if share == 0 or plan.trains_whole_set(cfg, epoch) or (learners == 1 and div.batches == "learner"):
+        return "the whole set"
+    return hard if share == 1 else f"{hard} {share:.0%}"
 
 
 def steps_at(cfg: RunConfig, epoch: int, num_rows: int) -> int:
@@ -137,7 +148,7 @@ def _costs(cfg: RunConfig, data: RunData, costs: _Costs, world: int) -> Iterator
     )
     epochs = range(cfg.schedule.epochs)
     steps = sum(steps_at(cfg, epoch, len(data.train)) for epoch in epochs)
-    divisions = sum(epoch % cfg.division.every == 0 and plan.learners_at(cfg, epoch) > 1 for epoch in epochs)
+    divisions = sum(epoch % cfg.division.every == 0 and plan.division_needs_features(cfg, TrainState(epoch=epoch)) for epoch in epochs)
     evaluations = sum(plan.evaluation_due(cfg, epoch) for epoch in epochs) + cfg.evaluation.at_start
     measured = sum(len(view) for view in (data.test, data.validation) if view is not None)
     training = steps * costs.step

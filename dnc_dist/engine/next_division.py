@@ -8,7 +8,16 @@ import numpy as np
 
 from dnc_dist.base.errors import Stopped
 from dnc_dist.base.progress import Progress
-from dnc_dist.clustering import Division, DivisionRules, KMeansOptions, divide, spread_features
+from dnc_dist.clustering import (
+    Division,
+    DivisionRules,
+    GroupRules,
+    KMeansOptions,
+    check_groups,
+    check_num_learners,
+    divide,
+    spread_features,
+)
 from dnc_dist.config import RunConfig
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.extract import extract
@@ -16,6 +25,23 @@ from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
 from dnc_dist.processes.signals import StopRequest
+
+
+def group_rules(cfg: RunConfig) -> GroupRules | None:
+    """How classes are grouped for batches; None if they are not."""
+    div = cfg.division
+    return None if div.batches == "learner" else GroupRules(div.batches, cfg.group_classes, div.skip_nearest)
+
+
+def check_divisible(cfg: RunConfig, labels: np.ndarray) -> None:
+    """Refuse what the classes of the training set, labels (N,), cannot be divided or grouped into.
+
+    Raises:
+        InputError: they are too few.
+    """
+    check_num_learners(labels, cfg.division.num_learners)
+    if rules := group_rules(cfg):
+        check_groups(labels, rules)
 
 
 def next_division(
@@ -54,6 +80,7 @@ def next_division(
         start=div.start,
         trials=div.trials,
         kmeans=KMeansOptions(div.kmeans_iterations, div.kmeans_backend, div.kmeans_tolerance),
+        groups=group_rules(cfg),
     )
     features = spread_features(found.values[found.valid], int(valid[: found.start].sum()), int(valid.sum()), vote=vote)
     division = divide(features, view.labels[valid], rules, epoch=state.epoch, previous=previous)

@@ -53,10 +53,16 @@ def division_due(cfg: RunConfig, state: TrainState) -> bool:
 
 
 def division_needs_features(cfg: RunConfig, state: TrainState) -> bool:
-    """Whether the division that is due clusters the training set; else one learner takes it whole."""
-    div = cfg.division
-    first_of_hierarchy = div.mode == "hierarchical" and state.division is None
-    return div.num_learners > 1 and not first_of_hierarchy and not trains_whole_set(cfg, state.epoch)
+    """Whether the division that is due clusters the training set, or groups its classes; else one learner takes it whole."""
+    div, epoch = cfg.division, state.epoch
+    if trains_whole_set(cfg, epoch):
+        return False
+    return learners_at(cfg, epoch) > 1 or (div.batches != "learner" and any(hard_share(cfg, epoch + at) for at in range(div.every)))
+
+
+def hard_share(cfg: RunConfig, epoch: int) -> float:
+    """Share of the batches of this epoch that are made as ``division.batches`` says, and not of the whole training set."""
+    return cfg.division.hard_share if cfg.division.hard_from <= epoch < cfg.schedule.epochs else 0.0
 
 
 def subspaces_change(cfg: RunConfig, state: TrainState) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.base.progress import Progress
-from dnc_dist.clustering.division import check_num_learners, whole
+from dnc_dist.clustering.division import whole
 from dnc_dist.config import RunConfig
 from dnc_dist.data.stream_plan import StreamSchedule
 from dnc_dist.engine import plan
@@ -23,7 +23,7 @@ from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.diagnose import diagnose
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.finite import FiniteGuard
-from dnc_dist.engine.next_division import next_division
+from dnc_dist.engine.next_division import check_divisible, next_division
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
 from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
@@ -78,7 +78,7 @@ class Trainer:
         self.kernels = kernels_note(cfg.division.kmeans_backend)
         self.data = RunData(cfg)
         self.selected_on, _ = self.data.selection_view()
-        check_num_learners(self.data.train.labels, cfg.division.num_learners)
+        check_divisible(cfg, self.data.train.labels)
         self.checkpoints = Checkpoints(cfg.run.path, cfg.checkpoint.keep)
         # Before the run directory is made: without its initial weights a run does not begin. One with a checkpoint needs them no more.
         begins = distributed.on_main(self.checkpoints.empty)
@@ -146,10 +146,12 @@ class Trainer:
         seconds = time.monotonic() - started
         names = ("num_learners", "matched_share", "nmi_to_previous", "left_out", "rejoined", "trials", "objective")
         values = {name: getattr(division, name) for name in names} | {"sizes": division.sizes.tolist(), "seconds": seconds}
+        values["groups"] = len(division.groups)
         self.tracker.log("division", self.state.step, epoch, values)
         _log.info(
             f"epoch {epoch}: {division.num_learners} learner(s) of {', '.join(map(str, division.sizes))} images, "
-            f"{division.left_out} left out, {division.matched_share:.0%} kept their learner ({seconds:.1f} s)"
+            f"{division.left_out} left out, {division.matched_share:.0%} kept their learner"
+            f"{f'; {len(division.groups)} groups of classes' if division.groups.size else ''} ({seconds:.1f} s)"
         )
 
     def train_epoch(self, shares: EpochShares) -> None:
@@ -285,7 +287,7 @@ class Trainer:
                 "give the old data.root, or set run.name to start another run"
             )
         division, learners = state.division, self.cfg.division.num_learners
-        if division is not None and (len(division.learner_of) != len(self.data.train) or division.num_learners > learners):
+        if division is not None and (not division.fits(self.data.train.labels) or division.num_learners > learners):
             raise InputError(f"{folder} holds a division of another training set; choose another checkpoint")
         load_checkpoint(self.engine, folder, saved)
         return state
