@@ -154,16 +154,14 @@ def main() -> None:
     args = parser.parse_args()
     distributed.init()
     torch.set_num_threads(1)
-    print(
-        f"{'backbone':>9} {'rows':>5} {'pixels':>6} {'bare ms':>8} {'ours ms':>8} {'deepspeed ms':>12} {'bare/ours':>9} {'bare/deepspeed':>14}"
-    )
+    print("backbone   rows pixels  bare ms  ours ms deepspeed ms bare/ours bare/deepspeed")
     for backbone in args.backbones:
         where = record.machine()
         rows, size = BACKBONES[backbone]
         found = measure(backbone, rows, size, args.rounds)
         share, before = found["bare"] / found["ours"], found["bare"] / found["deepspeed"]
         bare, ours, deepspeed = (1000 * found[name] for name in ("bare", "ours", "deepspeed"))
-        print(f"{backbone:>9} {rows:>5} {size:>6} {bare:>8.1f} {ours:>8.1f} {deepspeed:>12.1f} {share:>9.1%} {before:>14.1%}")
+        print(f"{backbone:<9} {rows:>5} {size:>6} {bare:>8.1f} {ours:>8.1f} {deepspeed:>12.1f} {share:>9.1%} {before:>14.1%}")
         if args.out:
             problem = {"backbone": backbone, "rows": rows, "image_size": size, "rounds": args.rounds, "threads": 1}
             result = {"cpu_seconds": found, "bare_over_ours": share, "bare_over_deepspeed": before}
