@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,3 +230,25 @@ def test_deepspeed_is_imported_only_where_its_engine_is_made() -> None:
             if any(name.split(".")[0] == "deepspeed" or name == "dnc_dist.engine.zero.files" for name in names):
                 eager.append(path.name)
     assert eager == ["files.py"]
+
+
+def test_one_process_starts_without_deepspeed_and_without_torchs_compiler() -> None:
+    """Each takes seconds to import, and torch imports its compiler unasked at the first call of an optimizer."""
+    code = """
+        import sys
+        import torch
+        import dnc_dist.engine.trainer
+        from dnc_dist.engine.optimizer import WaitingAdamW
+        from dnc_dist.engine.zero.plain import PlainEngine
+
+        module = torch.nn.Linear(5, 3)
+        optimizer = WaitingAdamW([{"name": "all", "params": list(module.parameters())}], lr=0.1)
+        engine = PlainEngine(module, optimizer, clip_gradient=1.0, zero=0)
+        engine.backward(engine(torch.randn(4, 5)).sum())
+        engine.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        print({"deepspeed", "torch._dynamo"} & set(sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n"
