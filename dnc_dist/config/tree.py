@@ -235,7 +235,7 @@ class Engine(Section):
     """DeepSpeed, precision and process group."""
 
     zero: Literal[0, 1, 2] = 1
-    """ZeRO stage: what is partitioned over ranks (0 nothing, 1 optimizer state, 2 also gradients)."""
+    """ZeRO stage: what is partitioned over ranks (0 nothing, 1 optimizer state, 2 also gradients); one process partitions nothing."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast of backbone and embedding layer; auto: bf16 on CUDA, fp32 on the CPU. Distances and loss are always fp32."""
     grad_cache_chunks: int = Field(1, ge=1)

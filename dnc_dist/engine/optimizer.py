@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,17 @@ from torch import Tensor, nn
 class WaitingAdamW(torch.optim.AdamW):
     """AdamW that leaves a group with learning rate 0 alone: parameters, moments and step count stay as they are.
 
-    DeepSpeed hands zero gradients to parameters without one. Plain Adam would let the moments of a frozen group decay towards
+    Parameters without a gradient are given zeros. Plain Adam would let the moments of a frozen group decay towards
     zero with them (the second moment slower than the first), and its first updates afterwards would be several times too large.
     """
 
+    # torch marks these methods for its compiler, and a mark imports the compiler at the first call: seconds, and nothing here is compiled.
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the groups whose learning rate is not 0."""
         groups = self.param_groups
@@ -24,7 +32,7 @@ class WaitingAdamW(torch.optim.AdamW):
                 self._allocate_state(group)
         self.param_groups = [group for group in groups if group["lr"] != 0]
         try:
-            return super().step(closure)
+            return inspect.unwrap(torch.optim.AdamW.step)(self, closure)
         finally:
             self.param_groups = groups
 

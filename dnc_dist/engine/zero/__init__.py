@@ -1,4 +1,7 @@
-"""All of DeepSpeed: how its engine is made, and the private layouts of its optimizers and files. Nothing else knows them."""
+"""All of DeepSpeed: how its engine is made, the private layouts of its optimizers and files, and what stands in for it in one process.
+
+Nothing else knows them.
+"""
 
 import os
 
@@ -8,7 +11,7 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 from dnc_dist.engine.zero.checkpoint import load_checkpoint, load_weights, read_model, write_checkpoint
-from dnc_dist.engine.zero.start import gradient_is_finite, quiet_third_parties, start_engine
+from dnc_dist.engine.zero.start import gradient_is_finite, quiet_third_parties, start_deepspeed, start_engine
 
 __all__ = [
     "gradient_is_finite",
@@ -16,6 +19,7 @@ __all__ = [
     "load_weights",
     "quiet_third_parties",
     "read_model",
+    "start_deepspeed",
     "start_engine",
     "write_checkpoint",
 ]

@@ -1,4 +1,4 @@
-"""How the DeepSpeed engine is made, and what is read of it after a step."""
+"""How the engine is made, and what is read of it after a step."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import logging
 import warnings
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
 from torch import Tensor, nn
 
 from dnc_dist.config import RunConfig
 from dnc_dist.engine.optimizer import WaitingAdamW
-from dnc_dist.engine.zero.checkpoint import PlainFiles
+from dnc_dist.engine.zero.plain import PlainEngine
 from dnc_dist.processes import distributed
 
 
 def start_engine(module: nn.Module, optimizer: WaitingAdamW, cfg: RunConfig) -> Any:
-    """Collective. The DeepSpeed engine around a module and its optimizer."""
+    """Collective. The engine around a module and its optimizer: DeepSpeed's, or for one process a plain one."""
     quiet_third_parties()
+    if distributed.world_size() == 1:
+        return PlainEngine(module, optimizer, clip_gradient=cfg.optim.clip_gradient, zero=cfg.engine.zero)
+    return start_deepspeed(module, optimizer, cfg)
+
+
+def start_deepspeed(module: nn.Module, optimizer: WaitingAdamW, cfg: RunConfig) -> Any:
+    """Collective. The DeepSpeed engine around a module and its optimizer, for any number of processes."""
+    # Here, because it takes seconds, and one process does without it.
+    import deepspeed
+
+    from dnc_dist.engine.zero.files import PlainFiles
+
     _avoid_cpu_extension()
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=_config(cfg, distributed.world_size()), dist_init_required=False
@@ -31,9 +41,11 @@ def start_engine(module: nn.Module, optimizer: WaitingAdamW, cfg: RunConfig) -> 
 def gradient_is_finite(engine: Any) -> Tensor:
     """0-d bool, equal on all ranks, without a further wait for a device: whether all gradients of the last step were finite.
 
-    ZeRO 1 and 2 look at the norm that they clip by, for which they wait; they skip such a step in silence, but remember it. Stage 0 lets
-    them into the second moments, which nothing makes finite again.
+    One process knows the norm of its gradients. ZeRO 1 and 2 look at the norm that they clip by, for which they wait; they skip such a
+    step in silence, but remember it. Stage 0 lets them into the second moments, which nothing makes finite again.
     """
+    if isinstance(engine, PlainEngine):
+        return engine.gradient_norm.isfinite()
     if engine.zero_optimization_stage() > 0:
         return torch.tensor(not engine.optimizer.overflow)
     return engine.optimizer.largest_square().isfinite()
@@ -70,5 +82,7 @@ def _avoid_cpu_extension() -> None:
 
     Its shared-memory collectives want a compiler and ninja and take 40 s to build; gloo does the same work without them.
     """
+    import deepspeed.ops
+
     if distributed.device().type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,173 @@
+"""The training step of one process beside the bare network: forward, loss, backward and AdamW, written plainly in torch.
+
+    python -m benchmarks.step --out benchmarks/results/step.jsonl
+
+Arms, taking turns step by step on the same images, so that other work on the machine meets all of them alike:
+
+* bare: the same network with torch's own BatchNorm, a margin loss with distance-weighted negatives in vectorised torch, torch.optim.AdamW;
+* ours: a step of the training loop, with masks, losses by learner, statistics, clipping and the look at the gradient's norm;
+* deepspeed: the same around DeepSpeed's engine, as several processes run it.
+
+Times are seconds of the processor, not of the clock, and the table shows medians. The rows are those of one of four learners.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks import record
+from dnc_dist.base import parts
+from dnc_dist.config import RunConfig, parse_tree
+from dnc_dist.data.loading import Batch
+from dnc_dist.engine.optimizer import WaitingAdamW
+from dnc_dist.engine.plan import Phase
+from dnc_dist.engine.setup import build_engine, build_objective, parameter_groups, seed_libraries, set_learning_rates
+from dnc_dist.engine.zero import gradient_is_finite, start_deepspeed
+from dnc_dist.processes import distributed
+
+PER_CLASS, LEARNERS, DIM = 4, 4, 128
+LR, MARGIN, BETA, CUTOFF, FARTHEST = 1e-3, 0.2, 1.2, 0.5, 1.4
+BACKBONES = {"conv4": (128, 32), "resnet18": (80, 64)}
+"""Rows of a step and pixels, by name: those of the quickstart, and those of a laptop."""
+Step = Callable[[int], None]
+
+
+def configuration(backbone: str, rows: int, size: int) -> RunConfig:
+    """The training that is measured: defaults but for the sizes and random weights."""
+    tree = {
+        "data": {"root": ".", "image_size": size, "augment": "none"},
+        "model": {"backbone": backbone, "weights": "none", "embedding_dim": DIM, "dropout": 0.0},
+        "division": {"num_learners": LEARNERS},
+        "schedule": {"batch_size": rows, "samples_per_class": PER_CLASS},
+        "optim": {"lr": LR},
+        "engine": {"precision": "fp32"},
+    }
+    return parse_tree(tree, "benchmark")
+
+
+def margin_loss(z: Tensor, labels: Tensor) -> Tensor:
+    """Margin loss of unit embeddings z (B, D), as many negatives as positives of each row, drawn by the inverse density of distances."""
+    same = labels[:, None] == labels
+    squared = (2 - 2 * z @ z.T).clamp(min=1e-8)
+    with torch.no_grad():
+        far = squared.clamp(min=CUTOFF**2)
+        weight = (0.5 * (2 - z.shape[1])) * far.log() - (0.5 * (z.shape[1] - 3)) * (1 - far / 4).clamp(min=1e-6).log()
+        race = weight - torch.empty_like(weight).exponential_().log()
+        race = race.masked_fill(same | (squared > FARTHEST**2), -torch.inf)
+        drawn = race.topk(PER_CLASS - 1)
+        chosen = torch.zeros_like(same).scatter_(1, drawn.indices, drawn.values > -torch.inf)
+    distance = squared.sqrt()
+    others = same & ~torch.eye(len(z), dtype=torch.bool)
+    terms = torch.cat([(distance[others] - BETA + MARGIN).relu(), (BETA - distance[chosen] + MARGIN).relu()])
+    return terms.sum() / (terms > 0).sum().clamp(min=1)
+
+
+def bare_step(cfg: RunConfig, batch: Batch) -> Step:
+    """What anybody would write."""
+    torch.manual_seed(0)
+    backbone = parts.build("backbone", cfg.model.backbone, pretrained=False, pooling=cfg.model.pooling).train()
+    head = torch.nn.Linear(backbone.feature_dim, DIM)
+    optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=LR, weight_decay=cfg.optim.weight_decay)
+
+    def step(number: int) -> None:
+        pixels = ((batch.images.float() / 255 - 0.5) / 0.25).contiguous(memory_format=torch.channels_last)
+        loss = margin_loss(F.normalize(head(backbone(pixels))), batch.labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def engine_step(cfg: RunConfig, batch: Batch, *, deepspeed: bool) -> Step:
+    """What the training loop does in a step but for loading and logging."""
+    objective = build_objective(cfg, int(batch.labels.max()) + 1).train()
+    if deepspeed:
+        engine: Any = start_deepspeed(objective, WaitingAdamW(parameter_groups(objective, cfg.optim.weight_decay)), cfg)
+    else:
+        engine = build_engine(objective, cfg)
+    rates = dict.fromkeys(("backbone", "embedding", "masks", "loss"), LR)
+
+    def step(number: int) -> None:
+        set_learning_rates(engine, rates)
+        seed_libraries(cfg.run.seed, number)
+        loss, _ = engine(batch._replace(step=number), Phase(number, LEARNERS, conquer=False, backbone_frozen=False))
+        distributed.count_ranks(False)
+        engine.backward(loss)
+        engine.step()
+        gradient_is_finite(engine)
+
+    return step
+
+
+def random_batch(rows: int, size: int) -> Batch:
+    """Rows of one learner."""
+    row = torch.arange(rows)
+    shape, numbers = (rows, size, size, 3), torch.Generator().manual_seed(0)
+    return Batch(
+        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=numbers).permute(0, 3, 1, 2),
+        labels=row // PER_CLASS,
+        learner=torch.zeros_like(row),
+        rows=row,
+        slots=row,
+        valid=torch.ones(rows, dtype=torch.bool),
+        failed=[],
+        step=0,
+        rows_of_ranks=[rows],
+        rows_of_world=[rows],
+        max_positives=PER_CLASS - 1,
+    )
+
+
+def measure(backbone: str, rows: int, size: int, rounds: int, warm_up: int = 2) -> dict[str, float]:
+    """Median seconds of the processor of a step, by arm."""
+    cfg, batch = configuration(backbone, rows, size), random_batch(rows, size)
+    arms = {
+        "bare": bare_step(cfg, batch),
+        "ours": engine_step(cfg, batch, deepspeed=False),
+        "deepspeed": engine_step(cfg, batch, deepspeed=True),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(warm_up + rounds):
+        for name, step in arms.items():
+            started = time.process_time()
+            step(number)
+            seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(each[warm_up:]) for name, each in seconds.items()}
+
+
+def main() -> None:
+    """Measure each backbone and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
+    parser.add_argument("--rounds", type=int, default=30, help="measured steps of each arm")
+    parser.add_argument("--out", type=Path, help="file of results to which a line per backbone is added")
+    args = parser.parse_args()
+    distributed.init()
+    torch.set_num_threads(1)
+    print("backbone   rows pixels  bare ms  ours ms deepspeed ms bare/ours bare/deepspeed")
+    for backbone in args.backbones:
+        where = record.machine()
+        rows, size = BACKBONES[backbone]
+        found = measure(backbone, rows, size, args.rounds)
+        share, before = found["bare"] / found["ours"], found["bare"] / found["deepspeed"]
+        bare, ours, deepspeed = (1000 * found[name] for name in ("bare", "ours", "deepspeed"))
+        print(f"{backbone:<9} {rows:>5} {size:>6} {bare:>8.1f} {ours:>8.1f} {deepspeed:>12.1f} {share:>9.1%} {before:>14.1%}")
+        if args.out:
+            problem = {"backbone": backbone, "rows": rows, "image_size": size, "rounds": args.rounds, "threads": 1}
+            result = {"cpu_seconds": found, "bare_over_ours": share, "bare_over_deepspeed": before}
+            record.append(args.out, {"problem": problem, **result, **where})
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

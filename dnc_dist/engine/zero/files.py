@@ -1,0 +1,26 @@
+"""How DeepSpeed writes its files here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from dnc_dist.base.foreign import read_tensors
+from dnc_dist.engine.zero.layout import BASE_OPTIMIZER_STATE, CURE, OPTIMIZER_STATE_DICT, SINGLE_PARTITION_OF_FP32_GROUPS
+
+
+class PlainFiles(TorchCheckpointEngine):
+    """Without objects of its own, which only unpickling could read back."""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """Write one file; of ZeRO's state only the weights and the moments."""
+        if (state := state_dict.get(OPTIMIZER_STATE_DICT)) is not None:
+            state_dict = {OPTIMIZER_STATE_DICT: {name: state[name] for name in (BASE_OPTIMIZER_STATE, SINGLE_PARTITION_OF_FP32_GROUPS)}}
+        torch.save(state_dict, path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file as data."""
+        return read_tensors(Path(path), CURE)
