@@ -12,13 +12,13 @@ _SYNONYMS = {
     "users": "people persons accounts",
     "gear": "cog settings setting",
     "trash": "delete bin trashcan",
-    "search": "magnify magnifier find magnifying-glass",
+    "search": "magnify magnifier find",
     "home": "house",
     "mail": "email envelope",
     "plus": "add",
     "minus": "subtract",
     "check": "checkmark tick done",
-    "x": "close xmark times cross cancel dismiss multiply x-mark",
+    "x": "close xmark times cross cancel dismiss multiply",
     "bolt": "lightning flash thunderbolt zap",
     "file": "document doc page",
     "image": "picture photo",
@@ -42,13 +42,32 @@ _SYNONYMS = {
     "circle": "circled round circular",
     "paperclip": "attachment",
 }
+# The same for names of several words.
+_PHRASES = {
+    "magnifying-glass": "search",
+    "x-mark": "x",
+    "chevrons": "chevron-double",
+    "shopping-cart": "cart",
+    "map-marker": "map-pin",
+    "location-pin": "map-pin",
+    "microchip": "cpu",
+    "processor": "cpu",
+    "light-bulb": "bulb",
+    "lightbulb": "bulb",
+    "fullscreen": "full-screen",
+    "headphones": "headphone",
+    "thumbs": "thumb",
+    "zoom-in": "search-plus",
+    "zoom-out": "search-minus",
+}
 _WORD = {other: word for word, others in _SYNONYMS.items() for other in others.split()}
 # Say how often, how or around what something is drawn, and not what it is.
 _ATTRIBUTES = frozenset(
     "circle square box plus minus x check off on up down left right in out alt small large big full half empty open new all multiple double "
-    "a an the of to from with and heart star lock unlock gear search pencil warning question info eye sync refresh arrow arrows "
-    "horizontal vertical low medium high mini simple one two three".split()
+    "a an the of to from with horizontal vertical low medium high mini simple one two three".split()
 )
+# Say what a name is about where nothing else does: a heart, but a user with a heart.
+_BADGES = frozenset("heart star lock unlock gear search pencil warning question info eye sync refresh".split())
 # Their numbers say what they are: a die that shows two is another picture than one that shows three.
 _COUNTED = frozenset("dice die number numeric looks filter battery signal wifi hexagon counter digit clock time timer repeat forward replay rewind".split())
 _ALTERNATIVE = re.compile(r"\d{1,2}|alt|variant|alternative")
@@ -67,15 +86,13 @@ def bare(name: str, styles: Iterable[str]) -> tuple[str, bool]:
         words.pop()
     alternative = False
     while len(words) > 1 and _ALTERNATIVE.fullmatch(words[-1]) and not (words[-1].isdigit() and _COUNTED & set(words)):
-        alternative = words.pop().lstrip("0") != "1"
+        alternative = words.pop().lstrip("0") != "1" or alternative
     return "-".join(words), alternative
 
 
 def class_key(name: str) -> str:
     """The class of a bare name: its words in one order, synonyms as one word."""
-    for phrase in ("magnifying-glass", "x-mark"):
-        name = name.replace(phrase, _WORD[phrase])
-    return "-".join(sorted({_WORD.get(word, word) for word in name.split("-")}))
+    return "-".join(sorted(set(_words(name))))
 
 
 def class_name(bare_names: list[str]) -> str:
@@ -85,5 +102,13 @@ def class_name(bare_names: list[str]) -> str:
 
 def stem(name: str) -> str:
     """The word that says what a class shows: `user` of `user-plus`; classes of one stem are on the same side of the split."""
-    words = [_WORD.get(word, word) for word in name.split("-")]
-    return next((word for word in words if word not in _ATTRIBUTES), words[0])
+    words = [word for word in _words(name) if word not in _ATTRIBUTES] or _words(name)
+    return next((word for word in words if word not in _BADGES), words[0])
+
+
+def _words(name: str) -> list[str]:
+    """The words of a bare name, synonyms as one."""
+    name = f"-{name}-"
+    for phrase, other in _PHRASES.items():
+        name = name.replace(f"-{phrase}-", f"-{other}-")
+    return [_WORD.get(word, word) for word in name.strip("-").split("-")]
