@@ -4,9 +4,9 @@
     python -m benchmarks.pays benchmarks/matrices/a_hardness.yaml --final    # the declared final arms, on test classes
     python -m benchmarks.pays table --matrix a-hardness --plot gain.svg --along batch
 
-A matrix (benchmarks/pays_matrix.py has its keys) states its question and its prediction, or it is refused; so are configurations that do not
-exist, before anything is run. All arms see the same images. A run is a process with one core for each rank; when it is complete, it is one line
-of --out. What has a line is not run again, and what was interrupted begins anew. --list shows the runs and what is done.
+A matrix (benchmarks/pays_matrix.py has its keys) states its question and its prediction, or it is refused; so are configurations that
+do not exist, before anything is run. All arms see the same number of images. A run is a process with one core for each rank; when it is
+complete, it is one line of --out. What has a line is not run again, and what was interrupted begins anew. --list shows what is done.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def run_matrix(matrix: Matrix, runs: list[Planned], out: Path, folder: Path, *, 
         line = line_of(run, matrix, trained) | {"processes": processes} | machine()
         with lock:
             append(out, line)
-            print(f"{run.data}, {run.arm} {run.point} seed {run.seed}: {line['recall@1']:.2f} ({line['cpu_seconds']:.0f} CPU s)", flush=True)
+            print(
+                f"{run.data}, {run.arm} {run.point} seed {run.seed}: {line['recall@1']:.2f} ({line['cpu_seconds']:.0f} CPU s)", flush=True
+            )
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, left))

@@ -115,8 +115,8 @@ def load_matrix(path: Path) -> Matrix:
 def plan_runs(matrix: Matrix, *, final: bool = False, arms: list[str] | None = None) -> list[Planned]:
     """Every run of the matrix, seed by seed, so that whatever is finished is balanced.
 
-    To choose, a run holds validation classes out and leaves the test split alone. A final run trains on all training classes, and is measured
-    on the test split once, at its end.
+    To choose, a run holds validation classes out and leaves the test split alone. A final run trains on all training classes, and is
+    measured on the test split.
 
     Args:
         final: the final runs, instead of those that choose.
@@ -130,8 +130,8 @@ def plan_runs(matrix: Matrix, *, final: bool = False, arms: list[str] | None = N
         raise InputError(f"matrix {matrix.name} has no arm {unknown[0]!r}; it has {', '.join(matrix.arms)}")
     if final and (not wanted or not set(wanted) <= set(matrix.final)):
         raise InputError(
-            f"matrix {matrix.name} declares {matrix.final or 'no arm'} as final; choose on the validation classes, then name the arm that won, "
-            "and the one it is compared with, in `final`"
+            f"matrix {matrix.name} declares {matrix.final or 'no arm'} as final; choose on the validation classes, then name the arm that "
+            "won, and the one it is compared with, in `final`"
         )
     runs = []
     for seed in (matrix.final_seeds or matrix.seeds) if final else matrix.seeds:

@@ -54,9 +54,9 @@ def without_repeats(
 ) -> tuple[list[IconClass], Counter[str]]:
     """The classes without blank drawings, without copies inside a class, and without classes that show what another one shows.
 
-    Two families may draw the same (one is a branch of the other, or copies it): one of the two is kept. Two names may mean one picture
-    (`home` and `house`): of two classes that repeat each other in a share of their drawings, the smaller one goes; single drawings that repeat
-    one of a larger class go alone.
+    Two families may draw the same (one is a branch of the other, or copies it): one of the two is kept. Two names may mean one
+    picture (`home` and `house`): of two classes that repeat each other in a share of their drawings, the smaller one goes; single
+    drawings that repeat one of a larger class go alone.
 
     Args:
         classes: from ``gather``.

@@ -61,15 +61,23 @@ _PHRASES = {
     "zoom-out": "search-minus",
 }
 _WORD = {other: word for word, others in _SYNONYMS.items() for other in others.split()}
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
 # Say how often, how or around what something is drawn, and not what it is.
-_ATTRIBUTES = frozenset(
-    "circle square box plus minus x check off on up down left right in out alt small large big full half empty open new all multiple double "
-    "a an the of to from with horizontal vertical low medium high mini simple one two three".split()
+_ATTRIBUTES = _set(
+    "circle square box plus minus x check off on up down left right in out alt small large big full half empty open new all multiple "
+    "double a an the of to from with horizontal vertical low medium high mini simple one two three"
 )
 # Say what a name is about where nothing else does: a heart, but a user with a heart.
-_BADGES = frozenset("heart star lock unlock gear search pencil warning question info eye sync refresh".split())
+_BADGES = _set("heart star lock unlock gear search pencil warning question info eye sync refresh")
 # Their numbers say what they are: a die that shows two is another picture than one that shows three.
-_COUNTED = frozenset("dice die number numeric looks filter battery signal wifi hexagon counter digit clock time timer repeat forward replay rewind".split())
+_COUNTED = _set(
+    "dice die number numeric looks filter battery signal wifi hexagon counter digit clock time timer repeat forward replay rewind"
+)
 _ALTERNATIVE = re.compile(r"\d{1,2}|alt|variant|alternative")
 
 
