@@ -128,7 +128,6 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(packages: Path, tmp_pat
 
 def test_the_data_set(packages: Path, tmp_path: Path) -> None:
     """Shapes of four families become classes; what repeats another class or family does not."""
-    pytest.importorskip("resvg_py", reason="icons are drawn by resvg-py, of the extra `benchmarks`")
     command = [sys.executable, "-m", "benchmarks.icons", "--families", packages / "families.json", "--cache", packages, "--size", "32"]
     made = [subprocess.run([*command, "--out", tmp_path / out], cwd=ROOT, capture_output=True, text=True) for out in ("one", "two")]
     assert made[0].returncode == 0, made[0].stderr

@@ -27,7 +27,7 @@ _SYNONYMS = {
     "video": "videocam",
     "chat": "message comment",
     "eye": "visibility",
-    "warning": "alert exclamation",
+    "warning": "alert exclamation important",
     "question": "help",
     "off": "slash",
     "globe": "world earth",
@@ -41,6 +41,10 @@ _SYNONYMS = {
     "info": "information",
     "circle": "circled round circular",
     "paperclip": "attachment",
+    "filter": "funnel",
+    "chevron": "angle",
+    "pencil": "pen",
+    "sun": "sunny",
 }
 # The same for names of several words.
 _PHRASES = {
@@ -59,6 +63,16 @@ _PHRASES = {
     "thumbs": "thumb",
     "zoom-in": "search-plus",
     "zoom-out": "search-minus",
+    "text-bold": "bold",
+    "text-italic": "italic",
+    "text-underline": "underline",
+    "text-strikethrough": "strikethrough",
+    "video-camera": "video",
+    "camera-video": "video",
+    "at-sign": "at",
+    "more-horizontal": "more",
+    "question-mark": "question",
+    "exclamation-mark": "warning",
 }
 _WORD = {other: word for word, others in _SYNONYMS.items() for other in others.split()}
 
@@ -72,6 +86,8 @@ _ATTRIBUTES = _set(
     "circle square box plus minus x check off on up down left right in out alt small large big full half empty open new all multiple "
     "double a an the of to from with horizontal vertical low medium high mini simple one two three"
 )
+# Say only that a picture is a company's.
+_BRAND = _set("logo brand")
 # Say what a name is about where nothing else does: a heart, but a user with a heart.
 _BADGES = _set("heart star lock unlock gear search pencil warning question info eye sync refresh")
 # Their numbers say what they are: a die that shows two is another picture than one that shows three.
@@ -119,4 +135,5 @@ def _words(name: str) -> list[str]:
     name = f"-{name}-"
     for phrase, other in _PHRASES.items():
         name = name.replace(f"-{phrase}-", f"-{other}-")
-    return [_WORD.get(word, word) for word in name.strip("-").split("-")]
+    words = [_WORD.get(word, word) for word in name.strip("-").split("-")]
+    return [word for word in words if word not in _BRAND] or words
