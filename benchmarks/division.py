@@ -9,36 +9,24 @@ standard deviation over the seeds. Runs lie in --runs and are resumed, so that t
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks import training
 from benchmarks.record import RESULTS, append, machine
 
 
 def train(config: Path, seed: int, data: Path, runs: Path, overrides: list[str]) -> dict[str, Any]:
     """Train one configuration with one seed on one core; what it reached, epoch by epoch."""
-    name = f"{config.stem}-seed{seed}"
-    values = [f"data.root={data}", f"run.dir={runs}", f"run.name={name}", f"run.seed={seed}", "tracker.kind=jsonl", *overrides]
-    command = [sys.executable, "-m", "dnc_dist", "train", str(config), *(part for value in values for part in ("--set", value))]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
-    lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-    evaluations = {line["epoch"]: round(100 * line["recall@1"], 2) for line in lines if line["kind"] == "evaluation"}
-    result = json.loads(done.stdout.rsplit("RESULT ", 1)[1])
+    trained = training.train(config, f"{config.stem}-seed{seed}", runs, [f"data.root={data}", f"run.seed={seed}", *overrides])
     return {
         "config": config.stem,
         "seed": seed,
         "overrides": overrides,
-        "recall@1": evaluations,
-        "map@r": round(100 * result["map@r"], 2),
-        "samples_seen": result["samples_seen"],
+        "recall@1": {str(epoch): value for epoch, value in trained.percent("recall@1").items()},
+        "map@r": round(100 * trained.result["map@r"], 2),
+        "samples_seen": trained.result["samples_seen"],
     }
 
 
@@ -61,8 +49,7 @@ def main() -> None:
         lines = [line for line in found if line["config"] == config.stem]
         for epoch in lines[0]["recall@1"]:
             values = [line["recall@1"][epoch] for line in lines]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(f"{config.stem}: recall@1 after {epoch} epochs {statistics.mean(values):.2f} ± {spread:.2f} ({len(values)} seeds)")
+            print(f"{config.stem}: recall@1 after {epoch} epochs {training.cell(values)} ({len(values)} seeds)")
 
 
 if __name__ == "__main__":

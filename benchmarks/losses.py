@@ -10,13 +10,12 @@ after the last epoch. Runs lie in --runs; those that are complete are neither tr
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.division import train
-from benchmarks.record import RESULTS, ROOT, append, machine
+from benchmarks.record import RESULTS, ROOT, append, machine, recorded_lines
+from benchmarks.training import cell
 from dnc_dist.base.parts import TABLE
 
 FILE = RESULTS / "losses.jsonl"
@@ -39,8 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     jobs = [(seed, loss, arm) for seed in range(args.seeds) for loss in args.losses for arm in ARMS]
 
-    lines = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
-    recorded = [(line["loss"], line["arm"], line["seed"], line["overrides"]) for line in lines]
+    recorded = [(line["loss"], line["arm"], line["seed"], line["overrides"]) for line in recorded_lines(FILE)]
 
     def run(job: tuple[int, str, str]) -> float:
         seed, loss, arm = job
@@ -54,11 +52,7 @@ def main() -> None:
         found = dict(zip(jobs, pool.map(run, jobs), strict=True))
     print(f"| loss | {' | '.join(ARMS)} |\n|---|{'---|' * len(ARMS)}")
     for loss in args.losses:
-        print(f"| {loss} | {' | '.join(_cell([found[seed, loss, arm] for seed in range(args.seeds)]) for arm in ARMS)} |")
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f} ({len(values)} seeds)" if len(values) > 1 else "")
+        print(f"| {loss} | {' | '.join(cell([found[seed, loss, arm] for seed in range(args.seeds)]) for arm in ARMS)} |")
 
 
 if __name__ == "__main__":

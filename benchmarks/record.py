@@ -39,6 +39,11 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def recorded_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results; none where there is no file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
 def _installed(package: str) -> str | None:
     try:
         return version(package)

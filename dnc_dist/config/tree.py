@@ -253,6 +253,8 @@ class Evaluation(Section):
     """Epochs between evaluations; the last epoch is always evaluated."""
     at_start: bool = False
     """Also evaluate the untrained network."""
+    test: bool = True
+    """Whether a training measures the test split; false: only the validation classes, so that nothing can be chosen by test images."""
     select_on: Literal["auto", "last", "validation", "test"] = "auto"
     """What picks the best checkpoint; auto: validation if that split exists, else last."""
     recall_at: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = (1, 2, 4, 8)
@@ -377,6 +379,8 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
         )
     if sch.warmup >= sch.epochs:
         yield f"schedule.warmup={sch.warmup} must be less than schedule.epochs={sch.epochs}"
+    if not cfg.evaluation.test and cfg.evaluation.select_on == "test":
+        yield "evaluation.select_on=test needs evaluation.test=true; set that, or select on validation"
     if 1 not in cfg.evaluation.recall_at:
         yield (
             f"evaluation.recall_at={list(cfg.evaluation.recall_at)} must contain 1: recall@1 stands in RESULT "

@@ -136,6 +136,8 @@ class RunData(Passes):
 
     def __init__(self, cfg: RunConfig) -> None:
         super().__init__(cfg)
+        if not cfg.evaluation.test:
+            self.test = None
         self.train: RowView = train_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         self.validation: RowView | None = validation_view(self.index, cfg.data.validation_classes, cfg.run.seed)
         if self.test is not None:  # wrong roles or lists should not first be met when an epoch is through

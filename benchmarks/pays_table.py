@@ -1,0 +1,145 @@
+"""Tables and a plot of recorded runs: mean ± standard deviation over seeds, and differences of runs with the same seed."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import recorded_lines
+from benchmarks.training import cell
+from dnc_dist.base.errors import InputError
+
+_APART = 0.02  # of images seen: the last batches of epochs differ with the size of batches
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm at a point of its axes: seed -> line, and seed -> difference to the first arm with that seed, in points."""
+
+    arm: str
+    point: dict[str, Any]
+    lines: dict[int, Line]
+    gains: dict[int, float]
+
+    @property
+    def values(self) -> list[float]:
+        """recall@1 in % of each seed."""
+        return [line["recall@1"] for line in self.lines.values()]
+
+
+def rows_of(lines: list[Line]) -> list[Row]:
+    """The arms of one matrix, data set and split, in the order in which they were recorded; the arm of the first line is the baseline.
+
+    Raises:
+        InputError: two runs that are compared saw different numbers of images.
+    """
+    grouped: dict[tuple[str, str], dict[int, Line]] = defaultdict(dict)
+    for line in lines:
+        grouped[line["arm"], repr(sorted(line["point"].items()))][line["seed"]] = line
+    baseline = lines[0]["arm"]
+    # The baseline may have fewer axes: it has no number of learners, for example.
+    against = {(repr(sorted(line["point"].items())), line["seed"]): line for line in lines if line["arm"] == baseline}
+    axes = set(next(line for line in lines if line["arm"] == baseline)["point"])
+    rows = []
+    for (arm, _), by_seed in grouped.items():
+        point = next(iter(by_seed.values()))["point"]
+        mark = repr(sorted((axis, value) for axis, value in point.items() if axis in axes))
+        gains = {}
+        for seed, line in by_seed.items():
+            other = against.get((mark, seed))
+            if arm == baseline or other is None:
+                continue
+            if abs(line["samples_seen"] / other["samples_seen"] - 1) > _APART:
+                raise InputError(
+                    f"{arm} {point} saw {line['samples_seen']:,} images and {baseline} {other['samples_seen']:,} with seed {seed}: "
+                    "only runs with the same number are compared"
+                )
+            gains[seed] = line["recall@1"] - other["recall@1"]
+        rows.append(Row(arm, point, by_seed, gains))
+    return rows
+
+
+def _parts(lines: list[Line]) -> dict[tuple[str, str, str], list[Line]]:
+    found: dict[tuple[str, str, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        found[line["matrix"], line["data"], line["split"]].append(line)
+    return found
+
+
+def tables(lines: list[Line]) -> str:
+    """A Markdown table for each matrix, data set and split."""
+    text = []
+    for (matrix, data, split), part in _parts(lines).items():
+        rows = rows_of(part)
+        axes = list(dict.fromkeys(axis for row in rows for axis in row.point))
+        seen = sorted({line["samples_seen"] for line in part})
+        commits = ", ".join(sorted({line["commit"] for line in part}))
+        text += [
+            f"\n{matrix}, {data}, {split} classes, recall@1 in %; {seen[0]:,} to {seen[-1]:,} images seen; commit {commits}\n",
+            f"| arm | {''.join(f'{axis} | ' for axis in axes)}seeds | recall@1 | difference, same seeds | ahead | CPU s |",
+            "| --- | " + "--- | " * (len(axes) + 5),
+        ]
+        for row in rows:
+            gains = list(row.gains.values())
+            ahead = f"{sum(gain > 0 for gain in gains)} of {len(gains)}" if gains else ""
+            points = "".join(f"{row.point.get(axis, '')} | " for axis in axes)
+            seconds = statistics.mean(line["cpu_seconds"] for line in row.lines.values())
+            difference = cell(gains, signed=True) if gains else ""
+            text.append(f"| {row.arm} | {points}{len(row.lines)} | {cell(row.values)} | {difference} | {ahead} | {seconds:.0f} |")
+    return "\n".join(text)
+
+
+def plot(lines: list[Line], along: str, path: Path) -> None:
+    """The difference to the first arm against an axis: a panel for each data set, a line for each arm, bars of one standard deviation.
+
+    Raises:
+        InputError: no arm was run along that axis.
+    """
+    from matplotlib.figure import Figure
+
+    parts = {key: [row for row in rows_of(part) if along in row.point and row.gains] for key, part in _parts(lines).items()}
+    parts = {key: rows for key, rows in parts.items() if rows}
+    if not parts:
+        raise InputError(f"no recorded arm that has a difference varies along {along!r}")
+    figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")
+    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    for panel, ((matrix, data, split), rows) in zip(panels, parts.items(), strict=True):
+        curves: dict[str, list[tuple[Any, list[float]]]] = defaultdict(list)
+        for row in rows:
+            rest = ", ".join(f"{axis} {value}" for axis, value in row.point.items() if axis != along)
+            curves[f"{row.arm}{f' ({rest})' if rest else ''}"].append((row.point[along], list(row.gains.values())))
+        values = sorted({value for points in curves.values() for value, _ in points}, key=lambda value: (isinstance(value, str), value))
+        for name, points in curves.items():
+            places = [values.index(value) for value, _ in points]
+            spread = [statistics.stdev(gains) if len(gains) > 1 else 0.0 for _, gains in points]
+            panel.errorbar(places, [statistics.mean(gains) for _, gains in points], spread, label=name, marker="o", capsize=3)
+        panel.axhline(0, color="grey", linewidth=1)
+        panel.set_xticks(range(len(values)), [str(value) for value in values])
+        panel.set(xlabel=along, ylabel="recall@1, points over the first arm", title=f"{matrix}, {data}, {split}")
+        panel.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main(arguments: list[str], results: Path) -> None:
+    """Print tables of a file of results, and draw a plot."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pays table", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=results, help="file of results")
+    parser.add_argument("--matrix", help="only this one")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png or .svg of the differences")
+    parser.add_argument("--along", default="batch", help="the axis of the plot")
+    args = parser.parse_args(arguments)
+    lines = [line for line in recorded_lines(args.out) if args.matrix in (None, line["matrix"])]
+    if not lines:
+        raise SystemExit(f"{args.out} has no run{f' of {args.matrix}' if args.matrix else ''}")
+    try:
+        print(tables(lines))
+        if args.plot:
+            plot(lines, args.along, args.plot)
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
