@@ -30,7 +30,6 @@ from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
 from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
-from dnc_dist.rundir import DIVISIONS
 from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.checkpoints import Checkpoints, tag_of
 from dnc_dist.rundir.folder import RunDirectory, write_config
@@ -140,9 +139,7 @@ class Trainer:
         self.state.division = division
         self.run_dir.check()
         if distributed.is_main():
-            folder = self.cfg.run.path / DIVISIONS
-            folder.mkdir(exist_ok=True)
-            division.save(folder / f"epoch-{epoch:04d}.npz")
+            division.save(self.run_dir.division_file(epoch))
         seconds = time.monotonic() - started
         names = ("num_learners", "matched_share", "nmi_to_previous", "left_out", "rejoined", "trials", "objective")
         values = {name: getattr(division, name) for name in names} | {"sizes": division.sizes.tolist(), "seconds": seconds}

@@ -12,7 +12,7 @@ from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import is_part_of, lock, write_text
 from dnc_dist.config import RunConfig, dump_config, load_config
 from dnc_dist.processes import distributed
-from dnc_dist.rundir import CHECKPOINTS, CONFIG_FILE, METRICS_FILE
+from dnc_dist.rundir import CHECKPOINTS, CONFIG_FILE, DIVISIONS, METRICS_FILE
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.tracker import read_metrics
 
@@ -47,6 +47,12 @@ class RunDirectory:
             raise InputError(
                 f"{self.path} cannot be written ({error.strerror}); set run.dir to a folder that every process may write to"
             ) from error
+
+    def division_file(self, epoch: int) -> Path:
+        """Where the division made before this epoch is written."""
+        folder = self.path / DIVISIONS
+        folder.mkdir(exist_ok=True)
+        return folder / f"epoch-{epoch:04d}.npz"
 
     def check(self) -> None:
         """Collective. End the run if nothing can be saved here any more.
