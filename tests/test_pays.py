@@ -14,7 +14,6 @@ from benchmarks.pays import is_recorded, run_matrix
 from benchmarks.pays_matrix import load_matrix, plan_runs
 from benchmarks.record import recorded_lines
 from dnc_dist.base.errors import InputError
-from dnc_dist.config.tree import DivisionConfig
 from tests.engine_fixtures import make_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +88,6 @@ def test_the_runs_of_a_matrix(tmp_path: Path) -> None:
     assert [run.arm for run in plan_runs(matrix, arms=["divided"])] == ["divided"] * 4
 
 
-@pytest.mark.skipif("batches" not in DivisionConfig.model_fields, reason="the matrices need division.batches")
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "matrices").glob("[a-e]_*.yaml")), ids=lambda path: path.stem)
 def test_the_declared_matrices_can_be_run(path: Path) -> None:
     matrix = load_matrix(path)
