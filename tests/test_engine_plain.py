@@ -128,7 +128,7 @@ def compute(root: str, place: str) -> dict[int, Found]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
     place = tmp_path_factory.mktemp("plain")
-    return spawn(compute, 1, str(make_dataset(place)), str(place))[0]
+    return spawn(compute, 1, str(make_dataset(place)), str(place), timeout=300)[0]
 
 
 def differing(one: Tensors, other: Tensors) -> list[str]:
