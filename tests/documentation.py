@@ -113,7 +113,10 @@ def problems(text: str, *, keys: bool = True) -> list[str]:
     for name in _FILE.findall(text):
         if name not in _YOURS and not (ROOT / name).exists():
             found.append(f"{name} does not exist")
-    found += [f"{name} does not exist" for name in _MODULE.findall(text) if not (ROOT / f"{name.replace('.', '/')}.py").is_file()]
+    for name in _MODULE.findall(text):
+        module = ROOT / name.replace(".", "/")
+        if not module.with_suffix(".py").is_file() and not (module / "__main__.py").is_file():
+            found.append(f"{name} does not exist")
     return found
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -129,7 +130,8 @@ def test_a_package_that_is_not_the_pinned_one_is_refused(packages: Path, tmp_pat
 def test_the_data_set(packages: Path, tmp_path: Path) -> None:
     """Shapes of four families become classes; what repeats another class or family does not."""
     command = [sys.executable, "-m", "benchmarks.icons", "--families", packages / "families.json", "--cache", packages, "--size", "32"]
-    made = [subprocess.run([*command, "--out", tmp_path / out], cwd=ROOT, capture_output=True, text=True) for out in ("one", "two")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    made = [subprocess.run([*command, "--out", tmp_path / out], env=environment, capture_output=True, text=True) for out in ("one", "two")]
     assert made[0].returncode == 0, made[0].stderr
     index = open_index(tmp_path / "one")
     # `ringer` shows what `bell` shows, and of the kites one is a copy, so that too few are left.

@@ -119,6 +119,7 @@ def test_roofline_of_the_documented_sizes():
     assert roofline.lloyd_step(10_000_000, 512, 1000, "bfloat16", ceilings)["total_ms"] == pytest.approx(13, rel=0.01)
 
 
+@pytest.mark.slow
 def test_tables_stand_between_their_markers(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     text = "before\n<!-- results:margin -->\nold\n<!-- results:end -->\nafter\n"

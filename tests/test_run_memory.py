@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.rounding import NEIGHBOUR
-from tests.run_fixtures import assert_same_run, last_step, make_dataset, metrics, write_config
-from tests.test_run_elastic import end, train
+from tests.run_fixtures import assert_same_run, end_ranks, last_step, make_dataset, metrics, write_config
+from tests.test_run_elastic import train
 
 STEPS_PER_EPOCH, ROWS, MEMORY = 8, 16, 96
 CONQUER = 3 * STEPS_PER_EPOCH
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluation={"every": 4, "nmi": "never"},
         checkpoint={"every_steps": 4, "keep": 50},
     )
-    end(train(folder, "whole", 1))
+    end_ranks(train(folder, "whole", 1))
     assert last_step(folder / "runs" / "whole") == END
     return folder
 
@@ -45,7 +45,7 @@ def resumed(place: Path, step: int, world: int) -> Path:
     """The run that goes on from a checkpoint of ``whole`` to its end."""
     name = f"from-{step}-on-{world}"
     shutil.copytree(place / "runs" / "whole", place / "runs" / name)
-    end(train(place, name, world, "--resume", f"runs/{name}/checkpoints/step-{step:08d}"))
+    end_ranks(train(place, name, world, "--resume", f"runs/{name}/checkpoints/step-{step:08d}"))
     return place / "runs" / name
 
 

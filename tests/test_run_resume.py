@@ -180,6 +180,7 @@ def test_killed_at_any_moment(seed: int, place: Path) -> None:
     assert_ends_as_whole(place, name)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_last_checkpoints_and_the_best(place: Path) -> None:
     run = place / "runs" / "killed"
     evaluations = [line for line in metrics(run, "evaluation") if line["step"]]
