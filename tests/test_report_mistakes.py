@@ -77,6 +77,18 @@ def test_all_of_it_is_told(tmp_path: Path) -> None:
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page.replace("xlink:href", "href")) and "<script" not in page
 
 
+def test_a_diagnosis_of_another_epoch_than_the_numbers_says_so(tmp_path: Path) -> None:
+    says = "Of the network after the last epoch, 2; the numbers at the top are those of epoch 1."
+    assert says not in page_of(tmp_path, make_diagnosis())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 18, "epoch": 2, "kind": "evaluation", "recall@1": 0.7, "num_queries": 400}) + "\n")
+    assert says not in build_report(tmp_path).read_text()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"root": "/home/me/birds"}, "evaluation": {"select_on": "test"}}))
+    page = build_report(tmp_path).read_text()
+    assert says in page
+    assert '<p class="muted">birds</p>' in page
+
+
 def test_who_alone_would_have_been_right() -> None:
     alone = np.zeros((8, 4), bool)
     alone[0, [1, 3]], alone[1] = True, True

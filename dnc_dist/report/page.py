@@ -57,7 +57,9 @@ def _duration(seconds: float) -> str:
 def _header(run: RunRecord) -> Html:
     result = run.result()
     model, loss, learners = (run.setting(name) for name in ("model.backbone", "loss.name", "division.num_learners"))
-    words = [str(part) for part in (run.setting("data.root"), model, loss and f"{loss} loss", learners and f"{learners} learners") if part]
+    # Its name is enough here; the whole path is among the settings.
+    data = Path(str(run.setting("data.root") or "")).name
+    words = [str(part) for part in (data, model, loss and f"{loss} loss", learners and f"{learners} learners") if part]
     counts = [
         f"{value:,.0f} {words_}"
         for name, words_ in (
@@ -138,9 +140,21 @@ def _queries(title: str, note: str, gallery: PictureGallery, queries: np.ndarray
     return join([element("h3", title), element("p", note, cls="note"), element("div", *rows, cls="query-list")])
 
 
+def _of_the_last_epoch(run: RunRecord) -> Html:
+    """What is drawn from the last evaluation says so where the numbers at the top are those of an earlier one."""
+    epochs = [line["epoch"] for line in run.of("evaluation")]
+    if not epochs or run.result().get("epoch", epochs[-1]) == epochs[-1]:
+        return Html()
+    return element(
+        "p",
+        f"Of the network after the last epoch, {epochs[-1]}; the numbers at the top are those of epoch {run.result()['epoch']}.",
+        cls="note",
+    )
+
+
 def _mistakes(run: RunRecord) -> Html:
     if run.diagnosis is not None:
-        return join([element("h2", "Why it errs"), mistakes_html(run.diagnosis)])
+        return join([element("h2", "Why it errs"), _of_the_last_epoch(run), mistakes_html(run.diagnosis)])
     if not run.result():
         return Html()
     words = "This run has left no diagnosis of all its queries: its last evaluation is still to come, or it was made by an earlier version."
@@ -169,6 +183,7 @@ def _gallery(run: RunRecord) -> Html:
     return join(
         [
             element("h2", "Nearest neighbours"),
+            _of_the_last_epoch(run),
             element("p", *legend, cls="legend"),
             _queries("Random queries", note, gallery, sample[:NUM_QUERIES]),
             _queries("Most confident mistakes", mistakes_note, gallery, mistakes[:NUM_QUERIES]),
