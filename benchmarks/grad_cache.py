@@ -20,13 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks import record
+from benchmarks.batches import PER_CLASS, random_batch
 from dnc_dist.config import parse_tree
-from dnc_dist.data.loading import Batch
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective
 
 MB = 1e6
-PER_CLASS = 4
 # Sums over a batch in another order; a lost or doubled chunk changes 6 % of a gradient at least.
 ALLOWED = 1e-3
 
@@ -47,19 +46,7 @@ def measure(chunks: int, batch_size: int, backbone: str, image_size: int) -> dic
     }
     num_classes = batch_size // PER_CLASS
     objective = build_objective(parse_tree(tree, "benchmark"), num_classes).train()
-    rows = torch.arange(batch_size)
-    shape, numbers = (batch_size, 3, image_size, image_size), torch.Generator().manual_seed(0)
-    batch = Batch(
-        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=numbers),
-        labels=rows // PER_CLASS,
-        learner=torch.zeros_like(rows),
-        rows=rows,
-        slots=rows,
-        valid=torch.ones(batch_size, dtype=torch.bool),
-        failed=[],
-        step=0,
-        rows_of_ranks=[batch_size],
-    )
+    batch = random_batch(batch_size, image_size)
     before, started = _memory("VmRSS"), time.monotonic()
     loss, _ = objective(batch, Phase(step=0, level=1, conquer=False, backbone_frozen=False))
     loss.backward()

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import record
+from benchmarks.batches import PER_CLASS, random_batch
 from dnc_dist.base import parts
 from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.loading import Batch
@@ -34,7 +35,7 @@ from dnc_dist.engine.setup import build_engine, build_objective, parameter_group
 from dnc_dist.engine.zero import gradient_is_finite, start_deepspeed
 from dnc_dist.processes import distributed
 
-PER_CLASS, LEARNERS, DIM = 4, 4, 128
+LEARNERS, DIM = 4, 128
 LR, MARGIN, BETA, CUTOFF, FARTHEST = 1e-3, 0.2, 1.2, 0.5, 1.4
 BACKBONES = {"conv4": (128, 32), "resnet18": (80, 64)}
 """Rows of a step and pixels, by name: those of the quickstart, and those of a laptop."""
@@ -107,25 +108,6 @@ def engine_step(cfg: RunConfig, batch: Batch, *, deepspeed: bool) -> Step:
         gradient_is_finite(engine)
 
     return step
-
-
-def random_batch(rows: int, size: int) -> Batch:
-    """Rows of one learner."""
-    row = torch.arange(rows)
-    shape, numbers = (rows, size, size, 3), torch.Generator().manual_seed(0)
-    return Batch(
-        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=numbers).permute(0, 3, 1, 2),
-        labels=row // PER_CLASS,
-        learner=torch.zeros_like(row),
-        rows=row,
-        slots=row,
-        valid=torch.ones(rows, dtype=torch.bool),
-        failed=[],
-        step=0,
-        rows_of_ranks=[rows],
-        rows_of_world=[rows],
-        max_positives=PER_CLASS - 1,
-    )
 
 
 def measure(backbone: str, rows: int, size: int, rounds: int, warm_up: int = 2) -> dict[str, float]:
