@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from queue import SimpleQueue
@@ -44,7 +45,7 @@ class Best(NamedTuple):
     epoch: int
 
 
-class BackgroundTracker(Tracker):
+class BackgroundTracker(Tracker, ABC):
     """Base of trackers that show a run elsewhere, in a thread of their own: ``metrics.jsonl`` is written at once, the training waits for
     nothing else, and whatever goes wrong is one warning.
 
@@ -72,24 +73,24 @@ class BackgroundTracker(Tracker):
         self._thread = Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
 
+    @abstractmethod
     def begin(self) -> None:
         """Open whatever it is. May take long."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show_line(self, line: Line) -> None:
         """Show a line of ``metrics.jsonl``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show_panel(self, panel: Panel) -> None:
         """Show a panel, at ``self.step``, which is the last one of the run."""
-        raise NotImplementedError
 
     def show_end(self) -> None:
         """Show what is known at the end only, such as the report; called in every process that finds the run finished."""
 
+    @abstractmethod
     def end(self) -> None:
         """Write everything out."""
-        raise NotImplementedError
 
     def remember(self, name: str, step: int) -> None:
         """Called before something is shown: after a kill it may be missing there, but nothing is there twice."""
