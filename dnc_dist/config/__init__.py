@@ -1,7 +1,9 @@
-"""The configuration: ``tree`` has every key with its default and meaning, ``reading`` makes one of a file and of ``--set``."""
+"""The configuration: ``keys`` has every key with its default and meaning, ``tree`` all of them and what has to fit together, ``reading``
+makes one of a file and of ``--set``."""
 
+from dnc_dist.config.keys import Model
 from dnc_dist.config.reading import ConfigError, dump_config, load_config, parse_tree
-from dnc_dist.config.tree import Model, RunConfig, choices, chosen, sections
+from dnc_dist.config.tree import RunConfig, choices, chosen, sections
 
 __all__ = [
     "ConfigError",
