@@ -35,6 +35,30 @@ def is_recorded(run: Planned, lines: list[dict[str, Any]]) -> bool:
     return any(all(line[key] == value for key, value in run.where.items()) and line["overrides"] == run.overrides for line in lines)
 
 
+def select(runs: list[Planned], at: list[str], data: list[str] | None) -> list[Planned]:
+    """The part of a matrix that has these values on its axes (``AXIS=VALUE``; a run without the axis stays) and is of these data sets.
+
+    Raises:
+        InputError: no run is left.
+    """
+    allowed: dict[str, set[str]] = {}
+    for entry in at:
+        axis, _, value = entry.partition("=")
+        allowed.setdefault(axis, set()).add(value)
+    chosen = [
+        run
+        for run in runs
+        if (data is None or run.data in data) and all(str(value) in allowed.get(axis, {str(value)}) for axis, value in run.point.items())
+    ]
+    unknown = allowed.keys() - {axis for run in runs for axis in run.point}
+    if unknown or not chosen:
+        points = sorted({f"{axis}={value}" for run in runs for axis, value in run.point.items()})
+        raise InputError(
+            f"no run has {' '.join(at)} {data or ''}; there are {', '.join(points)}, data {sorted({run.data for run in runs})}"
+        )
+    return chosen
+
+
 def line_of(run: Planned, matrix: Matrix, trained: Trained) -> dict[str, Any]:
     """What is recorded of a run."""
     split, metric = ("test", "recall@1") if run.final else ("validation", "validation/recall@1")
@@ -90,6 +114,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="file of results, a JSON line for each run")
     parser.add_argument("--runs", type=Path, default=Path("runs/pays"), help="folder of the runs")
     parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--at", nargs="+", metavar="AXIS=VALUE", default=[], help="only runs with one of these values: batch=32 batch=64")
+    parser.add_argument("--data", nargs="+", help="only these data sets of the matrix")
     parser.add_argument("--final", action="store_true", help="the arms declared final: all training classes, measured on test classes")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--processes", type=int, default=1, help="ranks of a run, a core each")
@@ -98,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         matrix = load_matrix(args.matrix)
-        runs = plan_runs(matrix, final=args.final, arms=args.arms)
+        runs = select(plan_runs(matrix, final=args.final, arms=args.arms), args.at, args.data)
         if args.list:
             lines = recorded_lines(args.out)
             for run in runs:

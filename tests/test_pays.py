@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from benchmarks import pays_table
-from benchmarks.pays import is_recorded, run_matrix
+from benchmarks.pays import is_recorded, run_matrix, select
 from benchmarks.pays_matrix import load_matrix, plan_runs
 from benchmarks.record import recorded_lines
 from dnc_dist.base.errors import InputError
@@ -86,6 +86,19 @@ def test_the_runs_of_a_matrix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="declares"):
         plan_runs(matrix, final=True, arms=["divided"])
     assert [run.arm for run in plan_runs(matrix, arms=["divided"])] == ["divided"] * 4
+
+
+def test_a_part_of_a_matrix(tmp_path: Path) -> None:
+    runs = plan_runs(load_matrix(declare(tmp_path)))
+    # Runs without the axis stay: `one learner` is what the others are compared with.
+    assert [(run.arm, run.point) for run in select(runs, ["K=2", "batch=8"], ["small"]) if run.seed == 0] == [
+        ("one learner", {"batch": 8}),
+        ("divided", {"batch": 8, "K": 2}),
+    ]
+    assert select(runs, ["batch=8", "batch=16"], None) == runs
+    for at, data in ((["bach=8"], None), (["batch=9"], None), ([], ["large"])):
+        with pytest.raises(InputError, match="there are K=2, batch=16, batch=8, data \\['small'\\]"):
+            select(runs, at, data)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "matrices").glob("[a-e]_*.yaml")), ids=lambda path: path.stem)
