@@ -134,6 +134,7 @@ def on_ranks() -> dict[tuple[str, int], KMeansResult]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="two ranks cannot share a GPU over NCCL")
 def test_the_same_clusters_on_two_ranks() -> None:
     alone = on_ranks()

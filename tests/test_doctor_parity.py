@@ -48,6 +48,7 @@ def assert_parity(values: dict[str, Any], world: int) -> None:
     assert len(values["cases"]) == 5 * 2 * 2 * 3 + 1
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(place: Path) -> None:
     first, second = ranks("parity", "--json", folder=place)
     assert second.code == 0 and second.out == ""
@@ -81,6 +82,7 @@ def _scale_the_loss_of_rank_1() -> None:
     DncObjective.forward = scaled
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_found(place: Path) -> None:
     first, second = ranks("parity", "--json", folder=place, before=_scale_the_loss_of_rank_1)
     values = found(first, code=1)

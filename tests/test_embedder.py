@@ -26,7 +26,7 @@ from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir.checkpoints import Checkpoints
 from dnc_dist.rundir.folder import load_run_config
 from tests.engine_fixtures import silent
-from tests.run_fixtures import SIZE, dnc, make_dataset, without_report, write_config
+from tests.run_fixtures import SIZE, end_ranks, make_dataset, start_ranks, without_report, write_config
 
 PER_CLASS = 6
 """Images of a test class; each class is a shard of its own here, and so a block of the evaluation."""
@@ -42,8 +42,7 @@ def trained(folder: Path, root: Path, zero: int, *, nproc: int = 1, **sections: 
         "evaluation": {"nmi": "never"},
     }
     write_config(folder, root, f"zero{zero}", **(changes | sections))
-    command = ["train"] if nproc == 1 else ["launch", "--nproc", str(nproc)]
-    done = dnc(command[0], f"zero{zero}.yaml", *command[1:], folder=folder, before=without_report)
+    done = end_ranks(start_ranks(["train", f"zero{zero}.yaml"], folder, nproc, before=without_report))
     assert done.code == 0, done
     return folder / "runs" / f"zero{zero}"
 

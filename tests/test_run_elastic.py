@@ -141,7 +141,8 @@ def state(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("zero", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [1, 2, 0])
 def test_the_state_passes_through_any_number_of_processes_unchanged(zero: int, place: Path) -> None:
     """Each attempt is stopped in the division that it begins with, and so saves what it has loaded."""
     run = place / "runs" / f"passed-{zero}"
@@ -172,6 +173,7 @@ def test_the_state_passes_through_any_number_of_processes_unchanged(zero: int, p
         assert expected["loss weights"].shape == (1,) and expected["loss exp_avg_sq"].all()
 
 
+@pytest.mark.slow
 def test_before_the_first_step_there_is_nothing_of_adam(place: Path) -> None:
     before, at_start = partial(signalled_in, "evaluate", 0, signal.SIGTERM), ("--set", "evaluation.at_start=true")
     folder = place / "runs" / "young" / "checkpoints" / "step-00000000"

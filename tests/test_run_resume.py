@@ -81,6 +81,7 @@ def test_two_epochs_and_two_are_four(place: Path) -> None:
     assert "resumed in epoch 2, after step 12\n" in said
 
 
+@pytest.mark.slow
 def test_what_came_after_a_chosen_checkpoint_is_abandoned(place: Path) -> None:
     """From a checkpoint inside an epoch: later checkpoints must neither count among the newest nor be the best."""
     run = place / "runs" / "eight"

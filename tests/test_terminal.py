@@ -86,6 +86,7 @@ def test_a_closed_terminal_saves_and_stops(place: Path) -> None:
     assert_same_run(place / "runs" / "closed", place / "runs" / "whole")
 
 
+@pytest.mark.slow
 def test_a_launch_whose_terminal_is_closed_saves_and_stops(place: Path) -> None:
     arguments = ["launch", "run.yaml", "--nproc", "2", "--set", "run.name=launched"]
     assert on_closed_terminal(place, *arguments, nohup=False).wait().code == 75

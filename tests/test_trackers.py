@@ -84,6 +84,7 @@ def _log_a_run(tracker: Tracker, steps: range) -> None:
             tracker.log("division", step, epoch, {"sizes": [30, 10, 20], "rejoined": 0})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_real_run_in_wandb_stopped_in_mid_epoch_and_resumed(tmp_path: Path) -> None:
     """Stopped in its second epoch, resumed, and started once more when it was finished: one W&B run that has everything once."""

@@ -49,7 +49,11 @@ SIZES = [(1, 1, 1), (37, 5, 3), (64, 16, 16), (131, 24, 4), (100, 64, 32), (97, 
 
 @pytest.mark.parametrize(
     ("rows", "width", "k", "dtype"),
-    [*[(*size, dtype) for size in SIZES for dtype in (torch.float32, torch.bfloat16, torch.float16)], (70, 8, 129, torch.float32)],
+    [
+        *[(*size, dtype) for size in SIZES for dtype in (torch.float32, torch.bfloat16)],
+        *[pytest.param(*size, torch.float16, marks=pytest.mark.slow) for size in SIZES],
+        (70, 8, 129, torch.float32),
+    ],
 )
 def test_equals_the_reference(rows: int, width: int, k: int, dtype: torch.dtype) -> None:
     x, centroids = random(rows, width, seed=0, dtype=dtype), random(k, width, seed=1)
@@ -78,6 +82,7 @@ def streamed(x: Tensor, centroids: Tensor, parent: Tensor | None, rows: int, col
     return assignment, distance, *kmeans_streamed.one_hot_sums(x, assignment, len(centroids), tile)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restricted", [False, True])
 def test_all_routes_and_tiles_agree(restricted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many small chunks, too: partial sums of several programs are added up."""

@@ -347,6 +347,7 @@ def test_sliced_masks_equal_the_reference(gathered):
         assert_close(found, expected)
 
 
+@pytest.mark.slow
 def test_columns_that_no_row_uses_are_not_read():
     (embeddings, labels, learner, row_ids), masks, beta = sliced_step(18, 96, 3)
     z, inverse_norm = operators.project_op(embeddings, learner, masks)
@@ -369,6 +370,7 @@ def test_columns_that_no_row_uses_are_not_read():
 # --- tiles, repeated runs, operators ---
 
 
+@pytest.mark.slow
 def test_tile_shapes_agree_and_runs_repeat_bit_by_bit():
     (embeddings, labels, learner, _), masks, beta = step(13, 20, 2)
     z, inverse_norm = operators.project_op(embeddings, learner, masks)
@@ -393,6 +395,7 @@ def test_tile_shapes_agree_and_runs_repeat_bit_by_bit():
                 assert_close(a, b, 1e-6)
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_same_and_compiles_once(monkeypatch):
     monkeypatch.setenv("DNC_KERNELS", "triton")
 

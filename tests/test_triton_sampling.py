@@ -66,7 +66,7 @@ def assert_same(anchors: Rows, references: Rows | None = None, **options) -> Pai
 
 
 @pytest.mark.parametrize("mode", ["paper", "reference"])
-@pytest.mark.parametrize("dim", [1, 5, 17, 64, 130])
+@pytest.mark.parametrize("dim", [5, 130, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (1, 17, 64))])
 def test_square(mode, dim):
     labels, learner = torch.arange(53) % 11, torch.arange(53) // 2 % 4 - 1
     rows = Rows(unit_rows(53, dim), labels, learner, shuffled_ids(53, 2**33))
@@ -87,6 +87,7 @@ def test_rectangular(mode):
     assert torch.equal(chosen, whole.other.view(75, 18)[own])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["paper", "reference"])
 def test_draws_do_not_depend_on_the_tile(mode, monkeypatch):
     z, labels, learner = unit_rows(50, 24), torch.arange(50) % 13, (torch.arange(50) % 7 > 4).long()
