@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -293,6 +294,20 @@ def test_a_run_from_a_server(place: Path, server: Server, tmp_path: Path) -> Non
     ends = [start(["train", f"{name}.yaml"], tmp_path, env=env, before=without_report).wait() for name in ("local", "remote")]
     assert ends[1].result | {"run": ""} == ends[0].result | {"run": ""}
     assert timeless(tmp_path / "runs" / "remote") == timeless(tmp_path / "runs" / "local")
+
+    # Commands after the training read the same address; a copy on this machine is read instead of it.
+    last = json.loads(dnc("evaluate", "runs/local", "--json", folder=tmp_path, env=env).out)
+    server.fault = lambda name, times: None
+    assert json.loads(dnc("evaluate", "runs/remote", "--json", folder=tmp_path, env=env).out) | {"run": ""} == last | {"run": ""}
+    for command in (["report", "runs/remote"], ["export", "runs/remote", "--out", "exported"], ["doctor", "data", "remote.yaml"]):
+        done = dnc(*command, folder=tmp_path, env=env)
+        assert done.code == 0, done
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert server.url.removeprefix("http://").rstrip("/") in card
+    server.asked.clear()
+    copied = start(["train", "remote.yaml", "--set", "run.name=copied"], tmp_path, env=env | {"DNC_LOCAL_DATA": str(place / "data")})
+    assert copied.wait().result | {"run": ""} == ends[0].result | {"run": ""}
+    assert not [name for name, _ in server.asked if name.endswith(".tar")]
 
     server.fault = lambda name, times: 503 if name.startswith("test") else None
     again = ["train", "remote.yaml", "--set", "run.name=dies", "--set", "data.retry_seconds=1", "--set", "data.workers=1"]
