@@ -375,6 +375,7 @@ def load(folder: Path, text: str) -> Any:
         ("optim: {lr: true}", None, "optim.lr: must not be true or false (got True)"),
         ("run: {seed: false}", None, "run.seed: must not be true or false (got False)"),
         ("evaluation: {recall_at: [true, 2]}", None, "evaluation.recall_at: must not be true or false (got [True, 2])"),
+        ("run: {seed: 9223372036854775808}", None, "run.seed: must be 9223372036854775807 at most, the largest integer of 64 bits"),
         ("evaluation: {at_start: 1}", None, "evaluation.at_start: must be true or false (got 1)"),
         ("evaluation: {at_start: yes}", None, "evaluation.at_start: must be true or false (got 'yes')"),
     ],

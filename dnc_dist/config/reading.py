@@ -21,6 +21,8 @@ from dnc_dist.base.foreign import shorten
 from dnc_dist.base.yaml_text import parse_yaml, read_yaml
 from dnc_dist.config.tree import RunConfig, choices, conquer_start, sections
 
+_LARGEST = 2**63 - 1
+
 
 class ConfigError(InputError):
     """The configuration cannot be used; the message lists every problem."""
@@ -172,7 +174,7 @@ def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
     Raises:
         ConfigError: lists every problem, with the source's name.
     """
-    problems = _misplaced_bools(tree)
+    problems = _misplaced_values(tree)
     try:
         cfg = RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -187,8 +189,8 @@ def parse_tree(tree: dict[str, Any], source: str) -> RunConfig:
     return cfg
 
 
-def _misplaced_bools(tree: dict[str, Any]) -> dict[Any, str]:
-    """Dotted key -> what is wrong with it: `true` is no 1, and 1 or `yes` is no `true`."""
+def _misplaced_values(tree: dict[str, Any]) -> dict[Any, str]:
+    """Dotted key -> what is wrong with it: `true` is no 1, 1 or `yes` is no `true`, and integers have 64 bits."""
     fields = [(name, model.model_fields) for name, model in sections().items()]
     for path, choice in choices().items():
         name = _name_at(tree, path, choice)
@@ -203,6 +205,10 @@ def _misplaced_bools(tree: dict[str, Any]) -> dict[Any, str]:
             items = value if isinstance(value, list | tuple) else [value]
             if key in section and any(isinstance(item, bool) != is_bool for item in items):
                 problems[f"{path}.{key}"] = f"{path}.{key}: must {'' if is_bool else 'not '}be true or false (got {shorten(value)})"
+            elif any(isinstance(item, int) and abs(item) > _LARGEST for item in items):
+                problems[f"{path}.{key}"] = (
+                    f"{path}.{key}: must be {_LARGEST} at most, the largest integer of 64 bits (got {shorten(value)})"
+                )
     return problems
 
 
