@@ -16,14 +16,10 @@ from pydantic import ValidationError
 
 from dnc_dist.base import part_modules, parts
 from dnc_dist.base.choice import Choice
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import ConfigError, InputError
 from dnc_dist.base.foreign import shorten
 from dnc_dist.base.yaml_text import parse_yaml, read_yaml
 from dnc_dist.config.tree import RunConfig, choices, conquer_start, sections
-
-
-class ConfigError(InputError):
-    """The configuration cannot be used; the message lists every problem."""
 
 
 def _all_keys() -> list[str]:
