@@ -51,6 +51,12 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     cfg = load_config(config, overrides)
 
+    from dnc_dist.data.workers import start_server
+
+    if cfg.data.workers != 0:
+        # It imports what its workers need beside this process, which does the same now.
+        start_server()
+
     from dnc_dist.engine.trainer import train as train_run
     from dnc_dist.processes import distributed, watchdog
     from dnc_dist.processes.worker import end_process
