@@ -214,4 +214,5 @@ def described(kind: str, name: str) -> dict[str, Described]:
 def described_field(field: FieldInfo, meaning: str) -> Described:
     """A field of a class, with its meaning."""
     words = list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else []
-    return Described(field.is_required(), field.get_default(call_default_factory=True), words, meaning)
+    required = field.is_required()
+    return Described(required, None if required else field.get_default(call_default_factory=True), words, meaning)
