@@ -28,13 +28,13 @@ _END_SECONDS = 10.0
 
 
 class Work(NamedTuple):
-    """What a machine starts: ``count`` times ``command``, with variables beside torchrun's.
+    """What a machine starts: ``nproc`` times ``command``, with variables beside torchrun's.
 
     Rank 0 writes to our stdout and stderr, the other ranks to files in ``folder``; every rank finds there the file for its error.
     """
 
     command: Sequence[str]
-    count: int
+    nproc: int
     environment: Mapping[str, str]
     folder: Path
 
@@ -101,8 +101,8 @@ class Agent:
     def run(self) -> None:
         """Start the workers, and watch them until the last one has ended."""
         # Every machine has as many workers as this one, so nobody needs to be asked.
-        first = self._peers.number * self._work.count
-        for rank in range(first, first + self._work.count):
+        first = self._peers.number * self._work.nproc
+        for rank in range(first, first + self._work.nproc):
             self._workers[rank] = self._start(rank)
         if self.stopping:
             # Those that were about to start when the signal came.
@@ -123,7 +123,7 @@ class Agent:
 
     def _variables(self, rank: int) -> dict[str, str]:
         """Those of torchrun, and those of our own."""
-        machines, count = len(self._peers.machines), self._work.count
+        machines, count = len(self._peers.machines), self._work.nproc
         address, port = self._peers.store
         return {
             "RANK": str(rank),
