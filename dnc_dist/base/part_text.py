@@ -53,6 +53,7 @@ def described(module: str, name: str) -> dict[str, Described]:
     if (found := _find_options(module, name)) is None:
         return {}
     node, known = _own_options(_class(*found)), dict[str, Described]()
+    assert node is not None
     for base in node.bases:
         if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name) and _find_class(found[0], base.value.id):
             known |= described(found[0], base.value.id)
@@ -189,9 +190,9 @@ def _value(module: str, name: str) -> dict[str, Any]:
 def _documented(cls: ast.ClassDef) -> Iterator[tuple[ast.AnnAssign, str]]:
     """The fields of a class, each with its docstring."""
     for node, follows in pairwise(cls.body):
-        is_documented = isinstance(follows, ast.Expr) and isinstance(follows.value, ast.Constant)
-        if isinstance(node, ast.AnnAssign) and is_documented and "ClassVar" not in ast.unparse(node.annotation):
-            yield node, inspect.cleandoc(str(follows.value.value))
+        docstring = follows.value if isinstance(follows, ast.Expr) else None
+        if isinstance(node, ast.AnnAssign) and isinstance(docstring, ast.Constant) and "ClassVar" not in ast.unparse(node.annotation):
+            yield node, inspect.cleandoc(str(docstring.value))
 
 
 def _with_descriptions(cls: ast.ClassDef) -> ast.ClassDef:
