@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from typing import Any, Literal, get_args, get_origin
 
-from dnc_dist.base import part_modules, parts
+from dnc_dist.base import part_modules, part_text, parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import shorten
+from dnc_dist.base.part_text import Described
 from dnc_dist.config import RunConfig, choices, chosen, sections
 
 
@@ -39,15 +39,19 @@ def _blocks(cfg: RunConfig | None) -> Iterator[tuple[set[str], list[str]]]:
     for name in RunConfig.model_fields:
         if model := sections().get(name):
             lines = [f"{name}: {(model.__doc__ or '').strip()}"]
+            meanings = part_text.docstrings(model.__module__, model.__name__)
             for key, field in model.model_fields.items():
-                lines += _key(f"{name}.{key}", field, default=choice.default if (choice := choices().get(f"{name}.{key}")) else None)
+                described = parts.described_field(field, meanings[key])
+                if choice := choices().get(f"{name}.{key}"):
+                    described = described._replace(default=choice.default)
+                lines += _key(f"{name}.{key}", described)
             yield {name, *(f"{name}.{key}" for key in model.model_fields)}, lines
         for path, choice in choices().items():
             if path == name or path.startswith(f"{name}."):
                 foreign = [] if cfg is None or chosen(cfg, path).name in parts.TABLE[choice.kind] else [chosen(cfg, path).name]
                 for part in [*parts.TABLE[choice.kind], *foreign]:
                     where = f"{path}.name" if choice.section else path
-                    keys = (f"{path}.{key}" for key in parts.options_of(choice.kind, part))
+                    keys = (f"{path}.{key}" for key in parts.described(choice.kind, part))
                     yield {name, path, choice.kind, part, *keys}, [*_part(choice.kind, part, where, path)]
     for part in parts.TABLE["reader"]:
         yield {"reader", part}, [*_part("reader", part, "data prepare", "--set ")]
@@ -57,8 +61,8 @@ def _part(kind: str, name: str, where: str, prefix: str) -> Iterator[str]:
     """The lines of a part and its options."""
     summary = f": {text}" if (text := parts.summary(kind, name)) else ""
     yield f"{where}{' ' if where == 'data prepare' else ' = '}{name}{summary}"
-    for key, field in parts.options_of(kind, name).items():
-        yield from _key(f"{prefix}{key}" if prefix.endswith(" ") else f"{prefix}.{key}", field)
+    for key, described in parts.described(kind, name).items():
+        yield from _key(f"{prefix}{key}" if prefix.endswith(" ") else f"{prefix}.{key}", described)
 
 
 def _foreign(name: str) -> Iterator[str]:
@@ -78,9 +82,8 @@ def _is(kind: str, name: str) -> bool:
     return parts.is_kind(kind, part_modules.find(name))
 
 
-def _key(path: str, field: Any, default: str | None = None) -> list[str]:
+def _key(path: str, key: Described) -> list[str]:
     """A key with its default, what is allowed if it is one of a few words, and its meaning."""
-    value = default if default is not None else field.get_default(call_default_factory=True)
-    shown = "required" if field.is_required() else json.dumps(value, default=str)
-    words = f" {list(get_args(field.annotation))}" if get_origin(field.annotation) is Literal else ""
-    return [f"  {path} = {shown}{words}", *(f"      {line}" for line in (field.description or "").splitlines())]
+    shown = "required" if key.required else json.dumps(key.default, default=str)
+    words = f" {key.words}" if key.words else ""
+    return [f"  {path} = {shown}{words}", *(f"      {line}" for line in key.meaning.splitlines())]

@@ -13,6 +13,9 @@ SERVER.set_forkserver_preload(
         "dnc_dist.report",
         "matplotlib.backends.backend_agg",
         "deepspeed.runtime.zero.muon.original_muon",
+        "scipy.optimize",
+        "scipy.sparse",
+        "requests",
         "tests.run_fixtures",
     ]
 )

@@ -70,6 +70,41 @@ def test_what_only_prints_needs_no_torch(arguments: list[str]) -> None:
     assert done.stdout.endswith("set()\n")
 
 
+def test_help_needs_no_pydantic() -> None:
+    """It takes longer to import than a help should take as a whole."""
+    code = "import sys; from dnc_dist.cli import run; assert run(sys.argv[1:]) == 0; print({'pydantic', 'torch'} & set(sys.modules))"
+    for arguments in (["data", "prepare", "--help"], ["launch", "--help"], ["train", "--help"], ["evaluate", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("set()\n"), arguments
+
+
+def test_the_launcher_starts_its_workers_before_torch_is_imported(tmp_path: Path) -> None:
+    """One worker needs no store of torch; with several the launcher imports torch once they are started."""
+    seen = tmp_path / "seen"
+    code = f"""
+import subprocess, sys
+from pathlib import Path
+from dnc_dist.config import load_config
+from dnc_dist.processes.launch import launch_workers, workers, workers_here
+workers._has_driver = lambda: False  # as on a machine without GPUs
+start = subprocess.Popen
+def note(*args, **options):
+    with Path({str(seen)!r}).open("a") as file:
+        file.write(f"{{'torch' in sys.modules}} ")
+    return start(*args, **options)
+subprocess.Popen = note
+load_config("configs/quickstart.yaml")
+assert workers_here(None) == 2
+for count in (1, 2):
+    assert launch_workers([sys.executable, "-c", ""], count) == 0
+    print(count, "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "1 False\n2 True\n" and seen.read_text() == "False False False "
+
+
 def test_help_lists_every_command_with_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     text = capsys.readouterr().out

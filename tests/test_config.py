@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dnc_dist.base import parts
+from dnc_dist.base import part_text, parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.config import ConfigError, RunConfig, choices, dump_config, load_config, sections
 from dnc_dist.keys import describe_keys
@@ -302,10 +302,11 @@ def test_the_reference_has_every_key_with_a_meaning() -> None:
     assert "None" not in text
     for name, model in sections().items():
         assert model.__doc__ and f"{name}: {model.__doc__}" in text
-        for key, field in model.model_fields.items():
-            assert field.description, f"{name}.{key} has no docstring"
+        meanings = part_text.docstrings(model.__module__, model.__name__)
+        for key in model.model_fields:
+            assert meanings.get(key), f"{name}.{key} has no docstring"
             assert f"  {name}.{key} = " in text
-            assert " ".join(field.description.split()) in " ".join(text.split())
+            assert " ".join(meanings[key].split()) in " ".join(text.split())
     paths = {choice.kind: path for path, choice in choices().items()} | {"reader": "--set "}
     for kind, table in parts.TABLE.items():
         for name in table:

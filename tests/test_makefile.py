@@ -94,6 +94,7 @@ def test_quickstart_on_every_machine(
         return 0
 
     monkeypatch.setattr(launch, "launch_workers", launch_workers)
+    monkeypatch.setattr(launch.workers, "_has_driver", lambda: usable > 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
     monkeypatch.chdir(ROOT)

@@ -80,6 +80,13 @@ def test_options_read_from_text_are_those_of_the_class(kind: str, name: str) -> 
     assert parts.name_of(kind, imported) == name
 
 
+@pytest.mark.parametrize(("kind", "name"), ROWS)
+def test_what_is_told_of_options_is_what_the_class_has(kind: str, name: str) -> None:
+    fields = parts.load(kind, name).Options.model_fields
+    expected = {key: parts.described_field(field, " ".join(field.description.split())) for key, field in fields.items() if key != "name"}
+    assert parts.described(kind, name) == expected
+
+
 @pytest.mark.parametrize("kind", parts.TABLE)
 def test_a_name_that_nobody_has(kind: str) -> None:
     if kind in parts.OTHER_NAMES:

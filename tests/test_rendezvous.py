@@ -122,7 +122,8 @@ def test_ranks_of_one_machine_listen_on_the_loopback_only(world: int) -> None:
 
 def test_the_launcher_of_one_machine_holds_its_store_on_the_loopback() -> None:
     before = set(_listening())
-    alone = Alone()
+    alone = Alone(2)
+    alone.open_store()
     assert alone.store[0] == "127.0.0.1" and set(_listening()) - before <= {"127.0.0.1"} and "127.0.0.1" in _listening()
 
 

@@ -21,6 +21,10 @@ class InputError(ValueError):
     """Something the user gave cannot be used: says what is wrong, what is allowed, and which key or file to change."""
 
 
+class ConfigError(InputError):
+    """The configuration cannot be used; the message lists every problem."""
+
+
 class RunError(RuntimeError):
     """The run cannot go on, and the message says all about it: it is shown once and without a traceback; exit code 1."""
 

@@ -1,7 +1,8 @@
 """The options of dnc-dist's own parts, read from the text of their files: these import torch, which takes seconds.
 
 Of a file only the class ``Options`` of a part is executed, and what it stands on: imports of the modules in ``_LIGHT``, assignments of
-the module (a type, a number), and the options of a base class, which are read in the same way.
+the module (a type, a number), and the options of a base class, which are read in the same way. ``described`` and ``summary`` execute
+nothing, and do without pydantic.
 """
 
 from __future__ import annotations
@@ -9,16 +10,28 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import inspect
+from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
-
-import pydantic
+from typing import Annotated, Any, NamedTuple
 
 import dnc_dist
 
 _LIGHT = {"typing", "collections.abc", "pathlib", "math", "re", "pydantic", "dnc_dist.base.parts", "dnc_dist.base.errors"}
+# What an executed class is given beside its own. Its validator would never be used: the class of a chosen part derives from it.
+_QUIET = ast.parse("model_config = {'use_attribute_docstrings': False, 'defer_build': True}").body
+
+
+class Described(NamedTuple):
+    """An option or a key, for people: its default, the words that are allowed if it is one of a few, and its meaning."""
+
+    required: bool
+    default: Any
+    words: list[Any]
+    meaning: str
 
 
 def options(module: str, name: str) -> Any:
@@ -27,16 +40,60 @@ def options(module: str, name: str) -> Any:
     Raises:
         ImportError: it stands on something that is not read in this way.
     """
-    return _options(module, name) or importlib.import_module("dnc_dist.base.parts").Options
+    found = _find_options(module, name)
+    return importlib.import_module("dnc_dist.base.parts").Options if found is None else _made(*found)
 
 
-def docstring(module: str, name: str) -> str | None:
-    """The docstring of a class's own ``Options``, else that of the class."""
-    found = _find_class(module, name)
-    if found is None:
-        return None
-    own = next((node for node in found[1].body if isinstance(node, ast.ClassDef) and node.name == "Options"), None)
-    return (ast.get_docstring(own) if own else None) or ast.get_docstring(found[1])
+def described(module: str, name: str) -> dict[str, Described]:
+    """The options of a class, also those that its ``Options`` inherit.
+
+    Raises:
+        ValueError: a default is no plain value.
+    """
+    if (found := _find_options(module, name)) is None:
+        return {}
+    node, known = _own_options(_class(*found)), dict[str, Described]()
+    assert node is not None
+    for base in node.bases:
+        if isinstance(base, ast.Attribute) and isinstance(base.value, ast.Name) and _find_class(found[0], base.value.id):
+            known |= described(found[0], base.value.id)
+    for field, docstring in _documented(node):
+        value: Any = field.value
+        if isinstance(value, ast.Call):  # Field(default, ge=...)
+            value = value.args[0]
+        of = field.annotation
+        words = ast.literal_eval(of.slice) if isinstance(of, ast.Subscript) and ast.unparse(of.value) == "Literal" else ()
+        default = None if value is None else ast.literal_eval(value)
+        known[_name(field)] = Described(value is None, default, [words] if isinstance(words, str) else list(words), _one_line(docstring))
+    return known
+
+
+def docstrings(module: str, name: str) -> dict[str, str]:
+    """The docstrings of the fields of a class."""
+    return {_name(field): docstring for field, docstring in _documented(_class(module, name))}
+
+
+def summary(module: str, name: str) -> str:
+    """The first paragraph, in one line, of the docstring of a class's own ``Options``, else of that of the class."""
+    if (found := _find_class(module, name)) is None:
+        return ""
+    own = _own_options(found[1])
+    text = (ast.get_docstring(own) if own else None) or ast.get_docstring(found[1])
+    return one_paragraph(text)
+
+
+def one_paragraph(text: str | None) -> str:
+    """The beginning of a docstring, in one line."""
+    return _one_line((text or "").split("\n\n")[0])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _name(field: ast.AnnAssign) -> str:
+    assert isinstance(field.target, ast.Name)
+    return field.target.id
 
 
 @cache
@@ -66,21 +123,37 @@ def _find_class(module: str, name: str) -> tuple[str, ast.ClassDef] | None:
     return _find_class(origin, original) if origin.startswith("dnc_dist.") and original else None
 
 
-@cache
-def _options(module: str, name: str) -> Any:
-    found = _find_class(module, name)
-    if found is None:
+def _class(module: str, name: str) -> ast.ClassDef:
+    return next(node for node in _tree(module).body if isinstance(node, ast.ClassDef) and node.name == name)
+
+
+def _own_options(cls: ast.ClassDef) -> ast.ClassDef | None:
+    return next((node for node in cls.body if isinstance(node, ast.ClassDef) and node.name == "Options"), None)
+
+
+def _find_options(module: str, name: str) -> tuple[str, str] | None:
+    """Module and name of the class whose ``Options`` a class has: its own, or those of a base."""
+    if (found := _find_class(module, name)) is None:
         return None
     module, cls = found
-    own = next((node for node in cls.body if isinstance(node, ast.ClassDef) and node.name == "Options"), None)
-    if own is not None:
-        return _run(module, f"{name}.Options", own)["Options"]
-    bases = (_options(module, base.id) for base in cls.bases if isinstance(base, ast.Name))
+    if _own_options(cls):
+        return module, cls.name
+    bases = (_find_options(module, base.id) for base in cls.bases if isinstance(base, ast.Name))
     return next((found for found in bases if found is not None), None)
+
+
+@cache
+def _made(module: str, name: str) -> Any:
+    """The class ``Options`` in a class, executed."""
+    own = _own_options(_class(module, name))
+    assert own is not None
+    return _run(module, f"{name}.Options", own)["Options"]
 
 
 def _run(module: str, qualname: str, node: ast.stmt) -> dict[str, Any]:
     """The namespace after a statement of a module, with everything in it that the statement uses."""
+    import pydantic
+
     if isinstance(node, ast.ClassDef):
         node = _with_descriptions(node)
     namespace: dict[str, Any] = {"__name__": module, "_Annotated": Annotated, "_Field": pydantic.Field}
@@ -114,20 +187,22 @@ def _value(module: str, name: str) -> dict[str, Any]:
     return {}
 
 
+def _documented(cls: ast.ClassDef) -> Iterator[tuple[ast.AnnAssign, str]]:
+    """The fields of a class, each with its docstring."""
+    for node, follows in pairwise(cls.body):
+        docstring = follows.value if isinstance(follows, ast.Expr) else None
+        if isinstance(node, ast.AnnAssign) and isinstance(docstring, ast.Constant) and "ClassVar" not in ast.unparse(node.annotation):
+            yield node, inspect.cleandoc(str(docstring.value))
+
+
 def _with_descriptions(cls: ast.ClassDef) -> ast.ClassDef:
     """The class with the docstring of each field in its annotation: pydantic looks for them in a file that it cannot find from here."""
     body = list(cls.body)
-    for number, node in enumerate(body[:-1]):
-        follows = body[number + 1]
-        if isinstance(node, ast.AnnAssign) and isinstance(follows, ast.Expr) and isinstance(follows.value, ast.Constant):
-            if "ClassVar" in ast.unparse(node.annotation):
-                continue
-            text = ast.Constant(" ".join(str(follows.value.value).split()))
-            field = ast.Call(ast.Name("_Field", ast.Load()), [], [ast.keyword("description", text)])
-            pair = ast.Tuple([node.annotation, field], ast.Load())
-            annotation = ast.Subscript(ast.Name("_Annotated", ast.Load()), pair, ast.Load())
-            body[number] = ast.AnnAssign(node.target, annotation, node.value, node.simple)
-    quiet = ast.parse("model_config = {'use_attribute_docstrings': False}").body
+    for node, text in _documented(cls):
+        field = ast.Call(ast.Name("_Field", ast.Load()), [], [ast.keyword("description", ast.Constant(_one_line(text)))])
+        pair = ast.Tuple([node.annotation, field], ast.Load())
+        annotation = ast.Subscript(ast.Name("_Annotated", ast.Load()), pair, ast.Load())
+        body[body.index(node)] = ast.AnnAssign(node.target, annotation, node.value, node.simple)
     new = copy.copy(cls)
-    new.body = [*body, *quiet]
+    new.body = [*body, *_QUIET]
     return ast.fix_missing_locations(new)

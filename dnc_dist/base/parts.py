@@ -1,6 +1,6 @@
 """Parts: whatever a configuration chooses by name. A part is one class in one file, with its options as a class inside it.
 
-Names stand in ``TABLE`` alone; ``package.module:Class`` takes anybody's class. The options of our own parts are read from the text of
+Names stand in ``part_table`` alone; ``package.module:Class`` takes anybody's class. The options of our own parts are read from the text of
 their files (``part_text.py``), without importing these: most import torch, and ``--help`` and ``config`` have to answer at once.
 """
 
@@ -10,15 +10,18 @@ import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from dnc_dist.base import part_text
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import shorten
 from dnc_dist.base.part_modules import find
+from dnc_dist.base.part_table import BASES, OTHER_NAMES, TABLE
+from dnc_dist.base.part_text import Described
 
 
 class Options(BaseModel):
@@ -41,75 +44,6 @@ class Named(Options):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (*self.part, self.model_dump())
-
-
-TABLE: dict[str, dict[str, str]] = {
-    "loss": {
-        "margin": "dnc_dist.loss.margin:MarginLoss",
-        "proxy_anchor": "dnc_dist.loss.proxy_anchor:ProxyAnchorLoss",
-        "triplet": "dnc_dist.loss.triplet:TripletLoss",
-        "contrastive": "dnc_dist.loss.contrastive:ContrastiveLoss",
-        "n_pairs": "dnc_dist.loss.n_pairs:NPairsLoss",
-        "multi_similarity": "dnc_dist.loss.multi_similarity:MultiSimilarityLoss",
-        "supcon": "dnc_dist.loss.supcon:SupConLoss",
-        "circle": "dnc_dist.loss.circle:CircleLoss",
-        "smooth_ap": "dnc_dist.loss.smooth_ap:SmoothAPLoss",
-        "arcface": "dnc_dist.loss.arcface:ArcFaceLoss",
-        "soft_triple": "dnc_dist.loss.soft_triple:SoftTripleLoss",
-        "pml": "dnc_dist.loss.pml:PmlLoss",
-    },
-    "reader": {
-        "glyphs": "dnc_dist.data.readers.glyphs:GlyphsReader",
-        "folder": "dnc_dist.data.readers.folder:FolderReader",
-        "csv": "dnc_dist.data.readers.csv:CsvReader",
-        "cub200": "dnc_dist.data.readers.cub200:Cub200Reader",
-        "cars196": "dnc_dist.data.readers.cars196:Cars196Reader",
-        "sop": "dnc_dist.data.readers.sop:SopReader",
-        "inshop": "dnc_dist.data.readers.inshop:InshopReader",
-        "vehicleid": "dnc_dist.data.readers.vehicleid:VehicleIdReader",
-    },
-    "protocol": {
-        "auto": "dnc_dist.retrieval.protocols.auto:Auto",
-        "leave-one-out": "dnc_dist.retrieval.protocols.leave_one_out:LeaveOneOut",
-        "query-gallery": "dnc_dist.retrieval.protocols.query_gallery:QueryGallery",
-        "vehicleid-loo": "dnc_dist.retrieval.protocols.vehicleid_loo:VehicleIdLeaveOneOut",
-        "vehicleid-random10": "dnc_dist.retrieval.protocols.vehicleid_random10:VehicleIdRandom10",
-    },
-    "backbone": {
-        "conv4": "dnc_dist.model.backbone.conv4:Conv4",
-    },
-    "mask": {
-        "learned": "dnc_dist.model.masks.learned:LearnedMasks",
-        "fixed": "dnc_dist.model.masks.fixed:FixedMasks",
-        "sliced": "dnc_dist.model.masks.sliced:SlicedMasks",
-    },
-    "augmentation": {
-        "none": "dnc_dist.data.augmentations.none:NoAugmentation",
-        "light": "dnc_dist.data.augmentations.light:Light",
-        "standard": "dnc_dist.data.augmentations.standard:Standard",
-        "color": "dnc_dist.data.augmentations.color:Color",
-        "geom": "dnc_dist.data.augmentations.geom:Geom",
-        "geom_color": "dnc_dist.data.augmentations.geom_color:GeomColor",
-    },
-    "tracker": {
-        "wandb": "dnc_dist.trackers.wandb:WandbTracker",
-        "tensorboard": "dnc_dist.trackers.tensorboard:TensorBoardTracker",
-        "jsonl": "dnc_dist.rundir.tracker:JsonlTracker",
-    },
-}
-"""Kind of part -> short name -> ``module:Class``."""
-BASES = {
-    "loss": "dnc_dist.loss.base:Loss",
-    "reader": "dnc_dist.data.readers:Reader",
-    "protocol": "dnc_dist.retrieval.protocols.base:Protocol",
-    "backbone": "dnc_dist.model.backbone.base:Backbone",
-    "mask": "dnc_dist.model.masks.base:SubspaceMasks",
-    "augmentation": "dnc_dist.data.augmentations.base:Augmentation",
-    "tracker": "dnc_dist.rundir.tracker:Tracker",
-}
-"""Kind of part -> the class that every part of the kind derives from."""
-OTHER_NAMES = {"backbone": "dnc_dist.model.backbone.timm:TimmBackbone"}
-"""Kind of part -> what takes every name that is not in the table: a backbone of any other name is a model of timm."""
 
 
 def is_own(kind: str, name: str) -> bool:
@@ -203,12 +137,10 @@ def _unpickled(kind: str, name: str, imported: bool, values: dict[str, Any]) -> 
 def summary(kind: str, name: str) -> str:
     """What a part is, in one paragraph: the docstring of its own ``Options``, else the beginning of its class's."""
     if is_own(kind, name):
-        text = part_text.docstring(*_address(kind, name).split(":"))
-    else:
-        cls = load(kind, name)
-        # Not what it inherits: a base says how to derive from it.
-        text = getattr(vars(cls).get("Options"), "__doc__", None) or cls.__doc__
-    return " ".join((text or "").split("\n\n")[0].split())
+        return part_text.summary(*_address(kind, name).split(":"))
+    cls = load(kind, name)
+    # Not what it inherits: a base says how to derive from it.
+    return part_text.one_paragraph(getattr(vars(cls).get("Options"), "__doc__", None) or cls.__doc__)
 
 
 def name_of(kind: str, cls: type[Any]) -> str:
@@ -270,3 +202,17 @@ def _unknown_option(kind: str, name: str, key: str, prefix: str) -> str:
 def options_of(kind: str, name: str) -> dict[str, Any]:
     """The options of a part by name, without the name itself: pydantic's FieldInfo."""
     return {key: field for key, field in options_class(kind, name).model_fields.items() if key != "name"}
+
+
+def described(kind: str, name: str) -> dict[str, Described]:
+    """The options of a part, without the name itself, for people."""
+    if is_own(kind, name):
+        return part_text.described(*_address(kind, name).split(":"))
+    return {key: described_field(field, field.description or "") for key, field in options_of(kind, name).items()}
+
+
+def described_field(field: FieldInfo, meaning: str) -> Described:
+    """A field of a class, with its meaning."""
+    words = list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else []
+    required = field.is_required()
+    return Described(required, None if required else field.get_default(call_default_factory=True), words, meaning)

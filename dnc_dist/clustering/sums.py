@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from dnc_dist.base.exact import squared_distance
 
@@ -68,6 +67,9 @@ class GroupSums:
 
     def move(self, before: np.ndarray, now: np.ndarray) -> int:
         """Rows go from the groups (n,) ``before`` to ``now``; -1 is none. Returns how many moved."""
+        # Here, as it takes a tenth of a second to import: a run without clusters, or on a GPU, does without.
+        from scipy.sparse import csr_matrix
+
         moved = np.flatnonzero(before != now)
         for block in blocks(len(moved), self._x.shape[1], MOVED_ELEMENTS):
             rows = moved[block]

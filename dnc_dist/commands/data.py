@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import click
 
-from dnc_dist.base import parts
+from dnc_dist.base import part_text
+from dnc_dist.base.part_table import TABLE
 
 
 @click.group()
@@ -21,9 +22,9 @@ def data() -> None:
 def _options_of_readers(function: Callable[..., Any]) -> Callable[..., Any]:
     """A flag for each option of each reader; what it may be, the reader says."""
     helps: dict[str, dict[str, list[str]]] = {}  # option -> what is said of it -> readers
-    for name in parts.TABLE["reader"]:
-        for key, field in parts.options_of("reader", name).items():
-            text = f"{field.description} [default: {'none' if field.default is None else field.default}]"
+    for name, address in TABLE["reader"].items():
+        for key, option in part_text.described(*address.split(":")).items():
+            text = f"{option.meaning} [default: {'none' if option.default is None else option.default}]"
             helps.setdefault(key, {}).setdefault(text, []).append(name)
     for key, texts in reversed(helps.items()):
         told = " ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
@@ -35,7 +36,7 @@ class _Prepare(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write what each reader reads, in its own words."""
         with formatter.section("Readers (NAME); my_module:MyReader takes one of your own"):
-            formatter.write_dl([(name, parts.summary("reader", name)) for name in parts.TABLE["reader"]])
+            formatter.write_dl([(name, part_text.summary(*address.split(":"))) for name, address in TABLE["reader"].items()])
 
 
 @data.command(cls=_Prepare)

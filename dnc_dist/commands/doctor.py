@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dnc_dist.base.errors import RunError
 from dnc_dist.commands.train import overrides_option
-from dnc_dist.config import RunConfig, load_config, parse_tree
-from dnc_dist.processes.worker import is_worker, run_worker
+
+if TYPE_CHECKING:
+    from dnc_dist.config import RunConfig
 
 CHECKS = ("env", "data", "network", "parity")
 
@@ -39,6 +41,8 @@ def doctor(words: tuple[str, ...], nproc: int | None, decode: str, losses: str, 
     names, config = _parse(words, overrides, losses)
     # Before torch is imported: its store warns about every address that no name belongs to.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from dnc_dist.processes.worker import is_worker, run_worker
+
     if is_worker():
         if nproc:
             raise click.UsageError("--nproc starts workers, but srun or torchrun has already started this one; leave it out")
@@ -90,4 +94,6 @@ def _parse(words: tuple[str, ...], overrides: tuple[str, ...], losses: str) -> t
 
 
 def _load(config: Path | None, overrides: tuple[str, ...]) -> RunConfig:
+    from dnc_dist.config import load_config, parse_tree
+
     return load_config(config, overrides) if config is not None else parse_tree({"data": {"root": "."}}, "doctor")

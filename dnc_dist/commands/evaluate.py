@@ -10,8 +10,7 @@ from typing import Any
 
 import click
 
-from dnc_dist.base.parts import TABLE
-from dnc_dist.processes.worker import end_process, is_worker, run_worker
+from dnc_dist.base.part_table import TABLE
 
 
 @click.command(short_help="Measure retrieval of a trained run.")
@@ -37,6 +36,8 @@ def evaluate(
     The digits do not depend on --nproc. Started by srun or torchrun, the command is one of their processes.
     """
 
+    from dnc_dist.processes.worker import is_worker, run_worker
+
     def work() -> None:
         _work(run, data, protocol, checkpoint, per_query, as_json)
 
@@ -59,6 +60,7 @@ def evaluate(
 def _work(run: Path, data: Path | None, protocol: str | None, checkpoint: str, per_query: Path | None, as_json: bool) -> None:
     from dnc_dist.engine.evaluate import evaluate_run
     from dnc_dist.processes import distributed, watchdog
+    from dnc_dist.processes.worker import end_process, is_worker
 
     if is_worker():
         from dnc_dist.rundir.folder import load_run_config

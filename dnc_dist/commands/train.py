@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from dnc_dist.base.errors import RunError, Stopped
-from dnc_dist.processes.worker import end_process, run_worker
 
 
 def overrides_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,6 +41,8 @@ def train(config: Path, overrides: tuple[str, ...], resume: str) -> int:
     Its rank comes from the environment that launch, torchrun or srun sets; without any it is the only worker. The last
     line on stdout is `RESULT {...}`.
     """
+    from dnc_dist.processes.worker import run_worker
+
     return run_worker(lambda: _train(config, overrides, resume))
 
 
@@ -50,8 +51,15 @@ def _train(config: Path, overrides: tuple[str, ...], resume: str) -> None:
 
     cfg = load_config(config, overrides)
 
+    from dnc_dist.data.workers import start_server
+
+    if cfg.data.workers != 0:
+        # It imports what its workers need beside this process, which does the same now.
+        start_server()
+
     from dnc_dist.engine.trainer import train as train_run
     from dnc_dist.processes import distributed, watchdog
+    from dnc_dist.processes.worker import end_process
 
     distributed.init(cfg.engine.timeout)
     watchdog.start(cfg.engine.timeout, cfg.engine.stall_timeout, end_process)

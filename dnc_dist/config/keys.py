@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
 
 from dnc_dist.base.choice import Choice
 from dnc_dist.base.parts import Named, Options
@@ -20,6 +20,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class Section(Options):
     """Base of all sections."""
+
+    # Only the reference of all keys shows them, and reads them then (``part_text.docstrings``): a start of a run needs none.
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
 
 def _path_or_url(value: Any) -> Any:

@@ -16,16 +16,12 @@ from pydantic import ValidationError
 
 from dnc_dist.base import part_modules, parts
 from dnc_dist.base.choice import Choice
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import ConfigError, InputError
 from dnc_dist.base.foreign import shorten
 from dnc_dist.base.yaml_text import parse_yaml, read_yaml
 from dnc_dist.config.tree import RunConfig, choices, conquer_start, sections
 
 _LARGEST = 2**63 - 1
-
-
-class ConfigError(InputError):
-    """The configuration cannot be used; the message lists every problem."""
 
 
 def _all_keys() -> list[str]:

@@ -32,17 +32,17 @@ from dnc_dist.config.keys import (
 class RunConfig(Section):
     """The whole configuration of a run."""
 
-    run: Run = Run()
+    run: Run = Field(default_factory=Run)
     data: Data
-    model: Model = Model()
+    model: Model = Field(default_factory=Model)
     loss: Annotated[Named, Choice("loss", "margin", section=True)] = Field("margin", validate_default=True)
-    division: DivisionConfig = DivisionConfig()
-    schedule: Schedule = Schedule()
-    optim: Optim = Optim()
-    engine: Engine = Engine()
-    evaluation: Evaluation = Evaluation()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    tracker: TrackerConfig = TrackerConfig()
+    division: DivisionConfig = Field(default_factory=DivisionConfig)
+    schedule: Schedule = Field(default_factory=Schedule)
+    optim: Optim = Field(default_factory=Optim)
+    engine: Engine = Field(default_factory=Engine)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracker: TrackerConfig = Field(default_factory=TrackerConfig)
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> RunConfig:

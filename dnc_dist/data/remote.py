@@ -9,13 +9,12 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
-
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
+from typing import TYPE_CHECKING, BinaryIO
 
 from dnc_dist.base.errors import InputError, RunError
+
+if TYPE_CHECKING:  # imported where a server is asked: most runs ask none
+    import requests
 
 _log = logging.getLogger(__name__)
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 30.0  # without any answer; then it is tried again
@@ -46,6 +45,9 @@ AS_USUAL = Web()
 @cache
 def _session(process: int) -> requests.Session:
     """The connections of a process; proxies and passwords (~/.netrc) are those of the environment."""
+    import requests
+    from requests.adapters import HTTPAdapter
+
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(pool_maxsize=_MOST_CONNECTIONS))
@@ -115,6 +117,9 @@ class Download(io.RawIOBase):
 
     def _read(self, count: int) -> bytes:
         """Up to so many bytes; none at the end of a file whose size nobody knows."""
+        import requests
+        import urllib3
+
         try:
             if self._response is None:
                 self._response = self._connect()

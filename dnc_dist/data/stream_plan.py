@@ -13,7 +13,6 @@ from random import Random
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import numpy_generator, seed_for
@@ -126,6 +125,8 @@ def _next_turn(pools: Pools, runs: list[Limits], count: int) -> list[int] | None
 
     A learner comes first that can fill its share by S rows of a class, then one that can by more of a class, then one with half of it.
     """
+    from scipy.optimize import linear_sum_assignment  # here, as it takes long to import and most runs read by offset
+
     waiting, ready = (np.stack([limits.within(rows) for limits in runs]) for rows in (pools.waiting, pools.ready))
     classes = np.stack([pools.classes[limits.run.start : limits.run.stop].sum(0) for limits in runs])
     grade = np.where(ready >= count, 3, np.where(waiting >= count, 2, np.where(waiting >= max(count // 2, 2), 1, 0)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import dnc_dist.data.stream  # noqa: F401
 from dnc_dist.data.workers import leave_signals
 
+# First: the imports take seconds, in which signals come, too.
 leave_signals()
+
+import dnc_dist.data.stream  # noqa: E402, F401

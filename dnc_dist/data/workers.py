@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.util import Finalize
 
@@ -21,10 +22,21 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 
 
 def worker_context(workers: int) -> BaseContext | None:
-    """The multiprocessing context of a loader with so many workers; None without any. The server starts with the first worker."""
+    """The multiprocessing context of a loader with so many workers; None without any. The first worker starts the server, if
+    ``start_server`` has not."""
     if not workers:
         return None
     _end_with_this_process()
+    return _context()
+
+
+def start_server() -> None:
+    """Start the server now, long before the first worker; its own imports take seconds."""
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dnc_dist.data.worker_server"])
     return context

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from dnc_dist.processes import distributed
-
 MOST_LOADERS = 16
 """Of a rank, unless somebody asks for more: each keeps batches ready, and memory for them."""
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -36,6 +34,8 @@ def loader_processes(wanted: int | Literal["auto"]) -> int:
         wanted: a number, or auto: with GPUs, the cores of a rank on the machine that has fewest of them, less one for the training
             process; without, one, as there the network keeps the cores busy. At least 1, at most ``MOST_LOADERS``.
     """
+    from dnc_dist.processes import distributed  # not for the launcher, which only counts cores: this brings torch
+
     found = distributed.gather_objects((socket.gethostname(), usable_cores(), quota()))
     return wanted if wanted != "auto" else loaders_of(cores_per_rank(found), on_gpu=distributed.device().type == "cuda")
 

@@ -12,12 +12,13 @@ import threading
 import time
 from concurrent.futures import Future
 from datetime import timedelta
-from typing import NamedTuple
-
-from torch.distributed import DistError, Store, TCPStore
+from typing import TYPE_CHECKING, NamedTuple
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import environment_int, shorten
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, TCPStore
 
 LOOPBACK = "127.0.0.1"
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -132,18 +133,21 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def open_store(host: str, port: int = 0, timeout_seconds: float = 1800.0) -> TCPStore:
-    """The store of torch, held by this process, at this address alone (see ``listen``); port 0: a free one.
+def open_store(listener: socket.socket, host: str, timeout_seconds: float = 1800.0) -> TCPStore:
+    """The store of torch, held by this process, at a listening socket that becomes its own.
 
-    Raises:
-        OSError: as ``listen``.
+    Args:
+        listener: from ``listen``.
+        host: to which name it listens.
+        timeout_seconds: of the store's operations.
     """
-    listener = listen(host, port)
-    taken = listener.getsockname()[1]
+    from torch.distributed import TCPStore
+
+    port = listener.getsockname()[1]
     # It has no lock of any kind: who can connect to it can read, write and end it. The address is its only protection.
     return TCPStore(
         host,
-        taken,
+        port,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_seconds),
@@ -198,11 +202,13 @@ def _wait_for_listener(start: Start, deadline: float) -> None:
 
 def _connect(start: Start, timeout_seconds: float, deadline: float, found: Future[Store]) -> None:
     """Make the store and wait in it for the other ranks; for a thread of its own."""
+    from torch.distributed import DistError, TCPStore
+
     try:
         if start.rank > 0 or start.launcher_holds_store:
             store = TCPStore(start.address, start.port, is_master=False, timeout=timedelta(seconds=timeout_seconds))
         else:
-            store = open_store(start.address, start.port, timeout_seconds)
+            store = open_store(listen(start.address, start.port), start.address, timeout_seconds)
         keys = [f"here/{rank}" for rank in range(start.world)]
         store.set(keys[start.rank], "")
         try:

@@ -15,11 +15,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
+from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, ConfigError, InputError, RunError, Stopped, exit_code, explain
 from dnc_dist.base.files import write_text
 from dnc_dist.base.foreign import environment_int
 from dnc_dist.base.output import end_quietly, unheard
-from dnc_dist.config import ConfigError
 
 # Set by the launcher for each worker: where its error goes, and whom to follow.
 ERROR_FILE = "DNC_ERROR_FILE"

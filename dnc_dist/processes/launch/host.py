@@ -16,8 +16,7 @@ import time
 from asyncio import IncompleteReadError, StreamReader, StreamWriter
 from collections import Counter
 from dataclasses import dataclass
-
-from torch.distributed import TCPStore
+from typing import TYPE_CHECKING
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.processes.launch.channel import (
@@ -38,7 +37,10 @@ from dnc_dist.processes.launch.network import plain
 from dnc_dist.processes.launch.peers import Alarm
 from dnc_dist.processes.launch.secret import Secret
 from dnc_dist.processes.launch.verdict import LaunchReport
-from dnc_dist.processes.rendezvous import open_store
+from dnc_dist.processes.rendezvous import listen, open_store
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 30.0
@@ -219,7 +221,7 @@ class Host:
 
     def _start(self) -> None:
         try:
-            self._store = open_store(self._own_address)
+            self._store = open_store(listen(self._own_address, 0), self._own_address)
         except OSError as error:
             self._end(1, f"{self._card.host} cannot open the store of the workers on {self._own_address} ({error.strerror})")
             return

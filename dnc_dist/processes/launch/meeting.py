@@ -31,16 +31,12 @@ from dnc_dist.processes.launch.channel import (
 from dnc_dist.processes.launch.console import say
 from dnc_dist.processes.launch.host import ORPHAN_SECONDS, SILENCE_SECONDS, Host, why_lost
 from dnc_dist.processes.launch.network import is_here, parse_endpoint, plain
-from dnc_dist.processes.launch.peers import Alarm
+from dnc_dist.processes.launch.peers import Alarm, MeetingError
 from dnc_dist.processes.launch.secret import NoSecretError, Secret
 from dnc_dist.processes.launch.verdict import LaunchReport
 from dnc_dist.processes.rendezvous import listen
 
 _HELLO_SECONDS = 10.0
-
-
-class MeetingError(Exception):
-    """The machines did not meet; the message says who came, and where."""
 
 
 class _Line:
@@ -104,6 +100,9 @@ class Meeting:
         self._verdict: LaunchReport | None = None
         self._lost: dict[str, str] = {}
         threading.Thread(target=self._read, daemon=True).start()
+
+    def open_store(self) -> None:
+        """The host has opened it before the start."""
 
     def raise_alarm(self, alarm: Alarm) -> None:
         """Tell the other machines."""

@@ -7,8 +7,6 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import psutil
-
 from dnc_dist.base.errors import InputError
 
 # How to tell each library which interface to use; without, gloo takes the one of the machine's own host name, often the loopback.
@@ -59,6 +57,8 @@ def plain(address: str) -> str:
 
 
 def _interfaces_of(address: str) -> Iterator[str]:
+    import psutil  # only several machines need it
+
     for name, addresses in psutil.net_if_addrs().items():
         if address in (entry.address.partition("%")[0] for entry in addresses):
             yield name

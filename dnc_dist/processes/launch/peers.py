@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from dnc_dist.processes.launch.verdict import LaunchReport
-from dnc_dist.processes.rendezvous import LOOPBACK, open_store
+from dnc_dist.processes.rendezvous import LOOPBACK, listen, open_store
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+
+class MeetingError(Exception):
+    """The machines did not meet; the message says who came, and where."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,9 @@ class Peers(Protocol):
     address: str
     store: tuple[str, int]
 
+    def open_store(self) -> None:
+        """Called once the workers are started: the store that they look for answers from now on at the latest."""
+
     def raise_alarm(self, alarm: Alarm) -> None:
         """Tell the other machines."""
 
@@ -57,16 +67,23 @@ class Peers(Protocol):
 
 
 class Alone:
-    """The only machine of a launch."""
+    """The only machine of a launch, with ``count`` workers; a single one needs no store."""
 
     machines = ["this machine"]
     number = 0
     address = LOOPBACK
 
-    def __init__(self) -> None:
-        self._store = open_store(LOOPBACK)
-        self.store = (LOOPBACK, self._store.port)
+    def __init__(self, count: int) -> None:
+        # Workers may connect from now on, and wait for an answer.
+        self._listener = listen(LOOPBACK, 0) if count > 1 else None
+        self._store: TCPStore | None = None
+        self.store = (LOOPBACK, 0 if self._listener is None else self._listener.getsockname()[1])
         self._report: LaunchReport | None = None
+
+    def open_store(self) -> None:
+        """Only now torch is imported, beside the workers that do so, too."""
+        if self._listener is not None:
+            self._store = open_store(self._listener, LOOPBACK)
 
     def raise_alarm(self, alarm: Alarm) -> None:
         """Nobody listens."""

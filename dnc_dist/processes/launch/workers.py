@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import os
 import platform
 import signal
@@ -15,19 +15,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.multiprocessing import SignalException
-
 from dnc_dist import __version__
 from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
 from dnc_dist.base.foreign import read_json
 from dnc_dist.processes.cores import quota, usable_cores
-from dnc_dist.processes.launch.agent import STOP_SIGNALS, Agent, Known, WorkerOutput
+from dnc_dist.processes.launch.agent import STOP_SIGNALS, Agent, Work
 from dnc_dist.processes.launch.console import say
-from dnc_dist.processes.launch.meeting import MeetingError, meet
 from dnc_dist.processes.launch.network import interface_settings
-from dnc_dist.processes.launch.peers import Alone, Peers
+from dnc_dist.processes.launch.peers import Alone, MeetingError, Peers
 from dnc_dist.processes.launch.secret import Secret
 from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
 from dnc_dist.processes.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
@@ -48,14 +43,34 @@ def workers_here(nproc: int | None) -> int:
     Raises:
         InputError: there are GPUs, but fewer than workers wanted.
     """
-    # The count alone knows the GPUs of a driver that is too old for this torch, too; the workers of such a machine use the CPU.
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = _gpus()
     if nproc and 0 < gpus < nproc:
         raise InputError(
             f"--nproc {nproc}, but torch sees {gpus} GPU(s) here, and every worker needs one of its own; use at most {gpus}, "
             "or set CUDA_VISIBLE_DEVICES to nothing for a run on the CPU"
         )
     return nproc or gpus or WORKERS_WITHOUT_GPU
+
+
+def _gpus() -> int:
+    """GPUs of this machine that torch can use. Without a driver there is none: then torch, which takes seconds to import, is not asked."""
+    if not _has_driver():
+        return 0
+    import torch
+
+    # The count alone knows the GPUs of a driver that is too old for this torch, too; the workers of such a machine use the CPU.
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _has_driver() -> bool:
+    """Whether there is a driver of AMD's GPUs or, as CUDA looks for it, of NVIDIA's."""
+    if Path("/dev/kfd").exists():
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def launch_workers(
@@ -90,10 +105,6 @@ def launch_workers(
     Raises:
         InputError: the machines cannot meet at that address, or do not start the same.
     """
-    # The agent reports every worker's end in its own words; ours follow, once.
-    elastic = logging.getLogger("torch.distributed.elastic")
-    elastic.addHandler(logging.NullHandler())
-    elastic.propagate = False
     cores = len(usable_cores()) if (limit := quota()) is None else min(len(usable_cores()), limit)
     environment = {
         LAUNCHER_PID: str(os.getpid()),
@@ -101,11 +112,11 @@ def launch_workers(
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    same = {"--nnodes": nnodes, "--nproc": nproc, **_versions(), **(terms or {})}
     shared = Secret(secret_file) if nnodes > 1 else nullcontext()
     with tempfile.TemporaryDirectory(prefix="dnc-dist-launch-") as name, _handling_signals() as ignored, shared as secret:
         try:
-            peers: Peers = Alone() if secret is None else meet(rendezvous, nnodes, same, wait, secret)
+            same = {"--nnodes": nnodes, "--nproc": nproc, **(terms or {})}
+            peers: Peers = Alone(nproc) if secret is None else _meet(rendezvous, nnodes, same, wait, secret)
         except Stopped as error:
             say(f"stopped: {error}")
             return EXIT_STOPPED
@@ -116,25 +127,14 @@ def launch_workers(
             interfaces = interface_settings(peers.address)
             environment |= interfaces
             say(_place(peers, nproc, interfaces))
-        spec = WorkerSpec(
-            role="worker",
-            local_world_size=nproc,
-            entrypoint=command[0],
-            args=tuple(command[1:]),
-            rdzv_handler=Known(peers),
-            max_restarts=0,
-            monitor_interval=0.1,
-        )
-        agent = Agent(spec, WorkerOutput(Path(name), environment), peers, ignored, stop_timeout, failure_grace)
+        work = Work(command, nproc, environment, Path(name))
+        agent = Agent(work, peers, ignored, stop_timeout, failure_grace)
         for number in STOP_SIGNALS:
             signal.signal(number, agent.on_signal)
         try:
             agent.run()
-        except SignalException as error:
-            say(f"stopped: {error}")
-            return EXIT_STOPPED
         finally:
-            agent.kill_leftovers()
+            agent.end()
         whole = _conclude(agent, peers, _report(agent.codes, Path(name)))
         peers.close()
     hosts = {rank: machine for number, machine in enumerate(peers.machines) for rank in range(number * nproc, (number + 1) * nproc)}
@@ -144,8 +144,15 @@ def launch_workers(
     return code
 
 
-def _versions() -> dict[str, str]:
-    return {"dnc-dist": __version__, "Python": platform.python_version(), "torch": torch.__version__}
+def _meet(rendezvous: str, nnodes: int, terms: Mapping[str, Any], wait: float, secret: Secret) -> Peers:
+    """The other machines, once all have come; what each starts, and with which versions, is the same."""
+    # Only now: a machine alone starts its workers without either.
+    import torch
+
+    from dnc_dist.processes.launch.meeting import meet
+
+    versions = {"dnc-dist": __version__, "Python": platform.python_version(), "torch": torch.__version__}
+    return meet(rendezvous, nnodes, versions | dict(terms), wait, secret)
 
 
 def _place(peers: Peers, nproc: int, interfaces: Mapping[str, str]) -> str:
