@@ -94,6 +94,15 @@ def _cases() -> dict[str, Case]:
             f"{label}; 2 of 4 learners, undecodable images": Case({"loss": options, "division": _together(2)}, frozen=True, data="damaged"),
             f"{label}; conquer, 10 rows": Case({"loss": options, "schedule": uneven}, conquer=True),
         }
+    taught = {"division": {"distill": 50.0, "conquer_from": 3}, "schedule": {"epochs": 4}}
+    for loss in ("margin", "proxy anchor"):
+        options, split = LOSSES[loss], {"masks": {"name": "learned", "split_scale": 0.3}}
+        cases |= {
+            f"{loss}; conquer, taught": Case({**taught, "loss": options}, conquer=True),
+            f"{loss}; conquer, taught, masks that part at splits": Case({**taught, "loss": options, "model": split}, conquer=True),
+            f"{loss}; conquer, taught, undecodable images": Case({**taught, "loss": options}, conquer=True, data="damaged"),
+            f"{loss}; masks that part at splits": Case({"loss": options, "model": split, "division": _together(2)}, level=2),
+        }
     sliced = {"model": {"masks": "sliced"}, "division": {"mode": "flat"}}
     return cases | {
         "margin; sliced masks": Case(sliced),
