@@ -105,6 +105,10 @@ def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
             "use 2, 4, 8 ..., or model.masks.split_scale=1",
         ),
         (
+            ["division.distill_teacher=frozen"],
+            "division.distill_teacher=frozen has no effect with division.distill=0; set a weight, for example 50",
+        ),
+        (
             ["division.distill=1", "optim.mask_lr_mult=0"],
             "division.distill=1 has no effect: with model.masks.split_scale=1 and optim.mask_lr_mult=0 every learner's subspace is the "
             "whole embedding; lower the one, raise the other, or set division.distill=0",
