@@ -103,7 +103,7 @@ def _cases() -> dict[str, Case]:
             f"{loss}; conquer, taught by a frozen copy": Case(
                 {**taught, "loss": options, "division": frozen, "model": split}, conquer=True
             ),
-            f"{loss}; conquer, taught, undecodable images": Case({**taught, "loss": options}, conquer=True, data="damaged"),
+            f"{loss}; conquer, taught, undecodable images": Case({**taught, "loss": options}, conquer=True, data="damaged", level=1),
             f"{loss}; masks that part at splits": Case({"loss": options, "model": split, "division": _together(2)}, level=2),
         }
     sliced = {"model": {"masks": "sliced"}, "division": {"mode": "flat"}}
