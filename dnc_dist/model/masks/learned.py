@@ -20,8 +20,7 @@ class LearnedMasks(SubspaceMasks):
 
     class Options(parts.Options):
         split_scale: float = Field(1.0, ge=0, le=1)
-        """Factor on one half of the coordinates of a child at its split, and on the other half of its sibling's. 1: children begin equal
-        (published), and hardly move apart; below: they differ from their birth on; 0: for good (docs/subspaces.md)."""
+        """Factor on half of a child's coordinates at its split, on the other half of its sibling's; 1: children begin equal (published)."""
 
         def conflicts(self, cfg: Any) -> Iterator[str]:
             learners = cfg.division.num_learners
