@@ -89,7 +89,9 @@ class Embedder:
         """A number of the weights and of all that decides what they make of an image; equal for a run and its export."""
         data, model = self.cfg.data, self.cfg.model
         found = hashlib.blake2b(digest_size=16)
-        settings = (data.image_size, data.crop, data.mean, data.std, model.backbone.model_dump(), model.pooling, model.masks.model_dump())
+        # An option that is new, and at its default, leaves the number as it was.
+        masks = model.masks.model_dump(exclude_defaults=True)
+        settings = (data.image_size, data.crop, data.mean, data.std, model.backbone.model_dump(), model.pooling, masks)
         found.update(repr(settings).encode())
         for name, value in sorted(self.network.state_dict().items()):
             found.update(repr((name, str(value.dtype), tuple(value.shape))).encode())

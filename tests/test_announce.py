@@ -22,6 +22,12 @@ from tests.engine_fixtures import config
             "the whole embedding from epoch 6 on, with batches from clusters",
         ),
         (
+            {"every": 2, "distill": 50.0},
+            12,
+            "12 epoch(s): 1 learner, twice as many every 2 epoch(s), all 4 from epoch 4 on; "
+            "the whole embedding from epoch 6 on, with batches from clusters, taught by the learners (weight 50)",
+        ),
+        (
             {"mode": "flat", "conquer_batches": "whole"},
             9,
             "9 epoch(s): 4 learners from the start, divided anew every 1 epoch(s); "

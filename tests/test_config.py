@@ -58,7 +58,7 @@ def test_all_problems_at_once_with_their_paths(tmp_path: Path) -> None:
         ("lr: 0.1", "lr: unknown key; did you mean 'optim.lr'?"),
         ("schedule: {batch: 8}", "schedule.batch: unknown key; did you mean 'schedule.batch_size'?"),
         ("loss: {name: proxy_anchor, scal: 9}", "loss.scal: unknown key; did you mean 'loss.scale'? proxy_anchor has margin, scale"),
-        ("model: {masks: {name: learned, x: 1}}", "model.masks.x: unknown key; learned has no options"),
+        ("model: {masks: {name: learned, x: 1}}", "model.masks.x: unknown key; learned has split_scale"),
         ("zzzzzz: 1", "zzzzzz: unknown key; `dnc-dist config --keys` lists all keys"),
         ("run: {name: ..}", r"run.name: String should match pattern '^(\.*[\w+-][\w.+-]*)?$' (got '..')"),
         ("schedule: {batch_size: [8]}", "schedule.batch_size: Input should be a valid integer (got [8])"),
@@ -98,6 +98,41 @@ def test_a_missing_key_says_how_to_set_it(tmp_path: Path) -> None:
         (
             ["model.masks=fixed", "model.embedding_dim=126"],
             "model.embedding_dim=126 cannot be halved down to division.num_learners=4 fixed masks; use a multiple of 4",
+        ),
+        (
+            ["model.masks.split_scale=0.5", "division.mode=flat", "division.num_learners=3"],
+            "model.masks.split_scale=0.5 halves the coordinates at every split, so division.num_learners=3 must be a power of two; "
+            "use 2, 4, 8 ..., or model.masks.split_scale=1",
+        ),
+        (
+            ["division.distill_teacher=frozen"],
+            "division.distill_teacher=frozen has no effect with division.distill=0; set a weight, for example 50",
+        ),
+        (
+            ["division.distill=1", "optim.mask_lr_mult=0"],
+            "division.distill=1 has no effect: with model.masks.split_scale=1 and optim.mask_lr_mult=0 every learner's subspace is the "
+            "whole embedding; lower the one, raise the other, or set division.distill=0",
+        ),
+        (
+            ["division.distill=1", "division.num_learners=1"],
+            "division.distill=1 lets the learners teach the whole embedding, but there is one learner, which is the whole embedding; "
+            "set division.num_learners to 2 or more, or distill=0",
+        ),
+        (
+            ["division.distill=1", "division.conquer_from=null"],
+            "division.distill=1 lets the learners teach the whole embedding while it is trained together, but with "
+            "division.conquer_from=null and schedule.epochs=180 it never is; set conquer_from to an epoch after 4 and "
+            "schedule.epochs above it, or distill=0",
+        ),
+        (
+            ["division.distill=1", "division.conquer_batches=whole"],
+            "division.distill=1 lets the learners teach the whole embedding, each in its own cluster, but division.conquer_batches=whole "
+            "gives batches of all clusters; use division.conquer_batches=clustered, or distill=0",
+        ),
+        (
+            ["division.distill=1", "division.hard_from=90"],
+            "division.distill=1 lets the learners teach the whole embedding, each in its own cluster, but division.hard_share=1 and "
+            "hard_from=90 bring batches of the whole set after epoch 80, where that begins; use 1 and at most 80, or distill=0",
         ),
         (
             ["division.learners_per_step=5"],

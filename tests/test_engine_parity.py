@@ -94,6 +94,18 @@ def _cases() -> dict[str, Case]:
             f"{label}; 2 of 4 learners, undecodable images": Case({"loss": options, "division": _together(2)}, frozen=True, data="damaged"),
             f"{label}; conquer, 10 rows": Case({"loss": options, "schedule": uneven}, conquer=True),
         }
+    taught: dict[str, dict[str, Any]] = {"division": {"distill": 50.0, "conquer_from": 3}, "schedule": {"epochs": 4}}
+    frozen = taught["division"] | {"distill_teacher": "frozen"}
+    for loss in ("margin", "proxy anchor"):
+        options, split = LOSSES[loss], {"masks": {"name": "learned", "split_scale": 0.3}}
+        cases |= {
+            f"{loss}; conquer, taught": Case({**taught, "loss": options}, conquer=True),
+            f"{loss}; conquer, taught by a frozen copy": Case(
+                {**taught, "loss": options, "division": frozen, "model": split}, conquer=True
+            ),
+            f"{loss}; conquer, taught, undecodable images": Case({**taught, "loss": options}, conquer=True, data="damaged", level=1),
+            f"{loss}; masks that part at splits": Case({"loss": options, "model": split, "division": _together(2)}, level=2),
+        }
     sliced = {"model": {"masks": "sliced"}, "division": {"mode": "flat"}}
     return cases | {
         "margin; sliced masks": Case(sliced),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ import torch
 from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.model.masks import SubspaceMasks
+from tests.rounding import EXACT
 
 GOLDEN = Path(__file__).parent / "golden" / "reference_values.npz"
 
 
-def make(kind: str, num_learners: int, embedding_dim: int) -> SubspaceMasks:
+def make(kind: str | dict[str, Any], num_learners: int, embedding_dim: int) -> SubspaceMasks:
     masks: SubspaceMasks = parts.build("mask", kind, num_learners=num_learners, embedding_dim=embedding_dim)
     return masks
 
@@ -96,6 +99,68 @@ def test_penalty_is_finite_where_masks_vanish_and_zero_for_one() -> None:
     alone = torch.randn(1, 4, requires_grad=True)
     assert SubspaceMasks.penalty(alone).item() == 0
     assert float(SubspaceMasks.sparsity(masks)) == 5 / 8
+
+
+def test_the_penalty_does_not_separate_equal_masks() -> None:
+    """It is at its maximum there, so its gradient is 0; beside it, as far as the masks are apart, and small: see docs/subspaces.md."""
+    numbers = torch.Generator().manual_seed(0)
+    learners, width = 4, 32
+    equal = (1 + torch.rand(width, dtype=torch.float64, generator=numbers)).repeat(learners, 1).requires_grad_()
+    value = SubspaceMasks.penalty(equal)
+    (gradient,) = torch.autograd.grad(value, equal)
+    assert value.item() == pytest.approx(1, rel=EXACT) and gradient.abs().max() < EXACT
+    # Masks that differ by a little, at right angles to what they have in common.
+    mean = equal.detach()[0]
+    apart = torch.randn(learners, width, dtype=torch.float64, generator=numbers)
+    apart -= apart.mean(0)
+    apart -= (apart @ mean)[:, None] * mean / (mean @ mean)
+    for small in (1e-2, 1e-3):
+        masks = (mean + small * apart).requires_grad_()
+        (gradient,) = torch.autograd.grad(SubspaceMasks.penalty(masks), masks)
+        expected = -2 * small * apart / ((learners - 1) * (mean @ mean))
+        # The next term of the series is smaller by another factor of what they are apart, relative to their length of about 8.
+        assert (gradient - expected).norm() < 4 * small * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.25, 0.5])
+@pytest.mark.parametrize("learners", [2, 8])
+def test_children_differ_from_their_birth(scale: float, learners: int) -> None:
+    masks = make({"name": "learned", "split_scale": scale}, learners, 24)
+    assert masks.state_dict().keys() == {"masks"} and torch.equal(masks.masks.detach(), torch.ones(learners, 24))
+    assert torch.equal(masks.level_masks(1), torch.ones(1, 24))
+    level = 2
+    while level <= learners:
+        parents, children = masks.level_masks(level // 2).detach(), masks.level_masks(level).detach()
+        # Each child has its parent's mask on one half of the coordinates, its sibling on the other.
+        kept = children.view(-1, 2, 24) == parents[:, None]
+        if scale:
+            assert torch.equal(kept[:, 0], ~kept[:, 1])
+            assert torch.equal(kept.sum(2), torch.full((level // 2, 2), 12))
+        unit = torch.nn.functional.normalize(children, dim=1)
+        once = 2 * scale / (1 + scale**2)
+        for a, b in itertools.combinations(range(level), 2):
+            # 1e-6: a sum of 24 products in fp32.
+            assert float(unit[a] @ unit[b]) == pytest.approx(once ** (a ^ b).bit_count(), abs=1e-6)
+        level *= 2
+    if scale == 0:
+        assert torch.equal(children.sum(0), torch.ones(24)) and float(SubspaceMasks.penalty(children)) == 0
+
+
+def test_after_a_split_the_penalty_drives_children_apart_and_leaves_stay_equal() -> None:
+    torch.manual_seed(0)
+    found = {}
+    for scale in (1.0, 0.5):
+        masks = make({"name": "learned", "split_scale": scale}, 4, 16).double()
+        optimizer = torch.optim.SGD(masks.parameters(), lr=1.0)
+        for _ in range(100):
+            optimizer.zero_grad()
+            SubspaceMasks.penalty(masks.level_masks(2)).backward()
+            optimizer.step()
+        leaves = masks.masks.detach().view(2, 2, 16)
+        assert torch.equal(leaves[:, 0], leaves[:, 1])
+        found[scale] = float(SubspaceMasks.penalty(masks.level_masks(2).detach()))
+    assert found[1.0] == pytest.approx(1, rel=EXACT)
+    assert found[0.5] < 0.1  # it began at 0.8
 
 
 def test_penalty_stays_fp32_under_autocast() -> None:

@@ -138,6 +138,14 @@ class DivisionConfig(Section):
     """Weight of the mean cosine between learned masks (orthogonality)."""
     conquer_batches: Literal["clustered", "whole"] = "clustered"
     """After conquer_from: batches from clusters with further divisions (published), or from the whole training set."""
+    distill: float = Field(0.0, ge=0)
+    """After conquer_from: weight of a loss that gives the whole embedding, as soft targets, the similarities of a batch in the subspace of
+    its learner (self-distillation; S2SD takes 50); 0: none (published). It needs batches from clusters (docs/subspaces.md)."""
+    distill_temperature: float = Field(1.0, gt=0)
+    """Temperature of these similarities: the smaller, the more the nearest images of a batch count, and the less the far ones."""
+    distill_teacher: Literal["present", "frozen"] = "present"
+    """Whose similarities: the learner's as it is now, which moves with the network; or as it was when conquering began (`frozen`): a copy
+    of the network, also in checkpoints, and one forward pass more in each of these steps."""
     batches: Literal["learner", "groups", "neighbours"] = "learner"
     """Which classes share a batch, whichever learner trains on it: `learner`: classes of the learner at random (published); `groups`: those
     of one group of close classes (balanced k-means of class means); `neighbours`: a class with its nearest ones. With the last two learners

@@ -103,6 +103,7 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
             "use a smaller epoch, auto, or null for no conquer phase"
         )
     yield from _conflicts_of_batches(cfg)
+    yield from _conflicts_of_distillation(cfg)
     if is_url(cfg.data.root) and cfg.data.retry_seconds >= cfg.engine.stall_timeout:
         yield (
             f"data.retry_seconds={cfg.data.retry_seconds:g} must be less than engine.stall_timeout={cfg.engine.stall_timeout:g}, or a run "
@@ -152,10 +153,49 @@ def _conflicts_of_batches(cfg: RunConfig) -> Iterator[str]:
             f"division.hard_share={div.hard_share:g} and hard_from={div.hard_from} bring batches of the whole set, which can give two "
             f"learners of a step the same image; use division.learners_per_step=1 instead of {div.learners_per_step}, or 1 and 0"
         )
-    conquer = conquer_start(cfg) if div.conquer_from == "auto" else div.conquer_from
+    conquer = _conquer_epoch(cfg)
     end = max(conquer if div.conquer_batches == "whole" and conquer is not None else cfg.schedule.epochs, 1)
     if div.hard_from >= end:
         yield f"division.hard_from={div.hard_from} is after the last such batch; use less than {end}, or division.hard_share=0 for none"
+
+
+def _conflicts_of_distillation(cfg: RunConfig) -> Iterator[str]:
+    """Problems of learners that are to teach the whole embedding."""
+    div, conquer = cfg.division, _conquer_epoch(cfg)
+    if div.distill == 0:
+        for key, is_set in (("distill_temperature", div.distill_temperature != 1), ("distill_teacher", div.distill_teacher != "present")):
+            if is_set:
+                yield f"division.{key}={getattr(div, key)} has no effect with division.distill=0; set a weight, for example 50"
+        return
+    weight = f"division.distill={div.distill:g} lets the learners teach the whole embedding"
+    if div.num_learners == 1:
+        yield f"{weight}, but there is one learner, which is the whole embedding; set division.num_learners to 2 or more, or distill=0"
+    elif conquer is None:
+        yield (
+            f"{weight} while it is trained together, but with division.conquer_from={_word(div.conquer_from)} and "
+            f"schedule.epochs={cfg.schedule.epochs} it never is; set conquer_from to an epoch after {div.divided_until} and "
+            "schedule.epochs above it, or distill=0"
+        )
+    elif div.conquer_batches == "whole":
+        yield (
+            f"{weight}, each in its own cluster, but division.conquer_batches=whole gives batches of all clusters; "
+            "use division.conquer_batches=clustered, or distill=0"
+        )
+    elif div.hard_share < 1 or div.hard_from > conquer:
+        yield (
+            f"{weight}, each in its own cluster, but division.hard_share={div.hard_share:g} and hard_from={div.hard_from} bring batches of "
+            f"the whole set after epoch {conquer}, where that begins; use 1 and at most {conquer}, or distill=0"
+        )
+
+
+def _conquer_epoch(cfg: RunConfig) -> int | None:
+    """The epoch from which the whole embedding is trained together, also of a configuration that is not resolved yet; None: never."""
+    return conquer_start(cfg) if cfg.division.conquer_from == "auto" else cfg.division.conquer_from
+
+
+def _word(value: Any) -> str:
+    """A value as YAML writes it."""
+    return "null" if value is None else str(value)
 
 
 def conquer_start(cfg: RunConfig) -> int | None:

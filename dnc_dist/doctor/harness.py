@@ -76,7 +76,8 @@ def smooth(module: nn.Module) -> nn.Module:
 
 def in_double(objective: DncObjective) -> DncObjective:
     """The objective, changed in place: it computes in float64 from the same fp32 parameters and pixels."""
-    objective.double().backbone.register_forward_pre_hook(lambda module, images: tuple(pixels.double() for pixels in images))
+    for network in filter(None, (objective.double(), objective.teacher)):
+        network.backbone.register_forward_pre_hook(lambda module, images: tuple(pixels.double() for pixels in images))
     return objective
 
 

@@ -48,7 +48,7 @@ def plan_of_config(cfg: RunConfig) -> Plan:
     shared, every = cfg.division.learners_per_step, cfg.division.num_learners
     if every > 4:  # more would only make the check longer
         every = max(4, shared)
-        if cfg.division.mode == "hierarchical":
+        if not cfg.division.num_learners & (cfg.division.num_learners - 1):  # where halves may be split, they are here, too
             every = 1 << (every - 1).bit_length()
     loss = cfg.loss.model_dump(mode="json")
     options = {key: value for key, value in cfg.loss.model_dump(mode="json", exclude_defaults=True).items() if key != "name"}

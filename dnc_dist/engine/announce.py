@@ -71,7 +71,9 @@ def phases(cfg: RunConfig) -> str:
         grow = f"1 learner, twice as many every {div.every} epoch(s), all {div.num_learners} from epoch {div.divided_until} on"
     if div.conquer_epoch is not None:
         batches = "clusters" if div.conquer_batches == "clustered" else "the whole training set"
-        return f"{epochs} epoch(s): {grow}; the whole embedding from epoch {div.conquer_epoch} on, with batches from {batches}"
+        then = " as they were then" if div.distill_teacher == "frozen" else ""
+        taught = f", taught by the learners{then} (weight {div.distill:g})" if div.distill else ""
+        return f"{epochs} epoch(s): {grow}; the whole embedding from epoch {div.conquer_epoch} on, with batches from {batches}{taught}"
     few = f": {epochs} epoch(s) are too few, {div.divided_until + 2} are the least" if epochs < div.divided_until + 2 else ""
     return f"{epochs} epoch(s): {grow}; the whole embedding is never trained together{few} (division.conquer_from)"
 

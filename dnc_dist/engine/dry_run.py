@@ -130,13 +130,14 @@ def _model(objective: DncObjective, cfg: RunConfig, world: int) -> Iterator[str]
             ("loss", objective.loss),
         )
     }
-    total = sum(count.values())
+    total, copied = sum(count.values()), sum(value.numel() for value in objective.teacher.parameters()) if objective.teacher else 0
     yield f"parameters: {', '.join(f'{name} {number:,}' for name, number in count.items() if number)}"
     sharded = world if cfg.engine.zero >= 1 else 1
-    held = 4 * total * (2 + 2 / sharded)
+    held = 4 * (total * (2 + 2 / sharded) + copied)
+    copy = ", with a copy that teaches" if copied else ""
     yield (
-        f"weights, gradients and moments in fp32, ZeRO {cfg.engine.zero}: {held / MB:,.0f} MB in each of {world} process(es); "
-        f"a checkpoint takes {4 * 3 * total / MB:,.0f} MB, of which {cfg.checkpoint.keep} are kept"
+        f"weights{copy}, gradients and moments in fp32, ZeRO {cfg.engine.zero}: {held / MB:,.0f} MB in each of {world} process(es); "
+        f"a checkpoint takes {4 * (3 * total + copied) / MB:,.0f} MB, of which {cfg.checkpoint.keep} are kept"
     )
 
 

@@ -5,7 +5,7 @@ Scaling, in one place. DeepSpeed averages gradients over the W ranks, and the lo
 with s the sums over active pairs and n their counts. So rank r returns W/m * sum_a s[r,a] / max(1, N_a): the factor W undoes
 the averaging (in ``loss.pairwise``). The mask penalty is the same on every rank and carries no factor. A whole-batch loss is
 computed by every rank on the gathered rows; there the gather gives own rows the factor (see ``distributed.gather_rows``), loss
-parameters need none.
+parameters need none. So is the distillation from learners while conquering.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from dnc_dist.data.transforms import Augment
 from dnc_dist.engine.grad_cache import in_chunks
 from dnc_dist.engine.network import EmbeddingNetwork
 from dnc_dist.engine.plan import Phase
+from dnc_dist.engine.teacher import FrozenTeacher
 from dnc_dist.loss.base import Loss, StepRows
+from dnc_dist.loss.distillation import distillation
 from dnc_dist.model.batch_norm import set_valid_rows
 from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32
 from dnc_dist.model.masks import SubspaceMasks
@@ -38,12 +40,17 @@ class DncObjective(EmbeddingNetwork):
         *,
         seed: int,
         mask_penalty: float,
+        distill: float = 0.0,
+        distill_temperature: float = 1.0,
+        frozen_teacher: bool = False,
         autocast: torch.dtype | None,
         grad_cache_chunks: int = 1,
     ) -> None:
         super().__init__(backbone, head, masks, augment, autocast=autocast)
         self.loss = loss
         self.seed, self.mask_penalty = seed, mask_penalty
+        self.distill, self.distill_temperature = distill, distill_temperature
+        self.teacher = FrozenTeacher(backbone, head) if frozen_teacher else None
         self.grad_cache_chunks = grad_cache_chunks
 
     def forward(self, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
@@ -71,20 +78,48 @@ class DncObjective(EmbeddingNetwork):
     def loss_of(self, embeddings: Tensor, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective. What ``forward`` returns, from the raw embeddings (b, D) of the batch."""
         masks = None if phase.conquer else self.masks.level_masks(phase.level)
-        loss, stats = self.loss.of_step(self._rows(embeddings, masks, batch, phase))
+        rows = self._rows(embeddings, masks, batch, phase)
+        loss, stats = self.loss.of_step(rows)
         penalty = embeddings.new_zeros(())
         if masks is not None and self.masks.learned:
             penalty = self.masks.penalty(masks)
             loss = loss + self.mask_penalty * penalty
         if masks is not None:
             stats |= {"mask_orthogonality": penalty.detach(), "mask_sparsity": self.masks.sparsity(masks)}
+        elif self.distill:
+            # The batch is of one cluster, whose learner knows it best. Masks rest, and are the same for both.
+            subspaces = self._rows(self._teaching(embeddings, batch, phase), self.masks.level_masks(phase.level).detach(), batch, phase)
+            divergence = distillation(rows, subspaces, self.distill_temperature)
+            loss = loss + self.distill * divergence
+            stats |= {"distillation": divergence.detach()}
         return loss, stats
+
+    def change_subspaces(self, *, conquer: bool) -> None:
+        """From the next step on embeddings lie in other subspaces; ``conquer``: in none, and what learners know now is what they teach."""
+        self.loss.forget()
+        if conquer and self.teacher is not None:
+            self.teacher.take(self.backbone, self.head)
+
+    def _teaching(self, embeddings: Tensor, batch: Batch, phase: Phase) -> Tensor:
+        """(b, D) raw embeddings whose subspaces teach, without gradient: those of now, or of the frozen copy."""
+        if self.teacher is None:
+            return embeddings.detach()
+        numbers, parts = self._numbers(batch, phase), min(self.grad_cache_chunks, len(batch.images))
+        images = batch.images.tensor_split(parts)
+        uniforms = [None] * parts if numbers is None else numbers.tensor_split(parts)
+        with torch.no_grad(), self._autocast(batch.images.device):
+            raw = torch.cat([self.teacher(self._pixels(*part)) for part in zip(images, uniforms, strict=True)])
+        return at_least_fp32(raw)
+
+    def _numbers(self, batch: Batch, phase: Phase) -> Tensor | None:
+        """(b, U) what the augmentation of each row depends on; None if it does on nothing."""
+        if not self.augment.uses_uniforms:
+            return None
+        return uniform((self.seed, "augment", phase.step), batch.slots.cpu(), self.augment.num_uniforms)
 
     def _training_features(self, batch: Batch, phase: Phase) -> Tensor:
         """Collective with global BatchNorm. (b, F) augmented and through the backbone, without gradient where that waits."""
-        numbers = None
-        if self.augment.uses_uniforms:
-            numbers = uniform((self.seed, "augment", phase.step), batch.slots.cpu(), self.augment.num_uniforms)
+        numbers = self._numbers(batch, phase)
 
         def compute(images: Tensor, numbers: Tensor | None) -> Tensor:
             with self._autocast(images.device):

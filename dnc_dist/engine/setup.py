@@ -58,6 +58,9 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
         network.augment,
         seed=seed_for(cfg.run.seed, "step"),
         mask_penalty=cfg.division.mask_penalty,
+        distill=cfg.division.distill,
+        distill_temperature=cfg.division.distill_temperature,
+        frozen_teacher=cfg.division.distill_teacher == "frozen",
         autocast=network.autocast,
         grad_cache_chunks=cfg.engine.grad_cache_chunks,
     ).to(distributed.device())

@@ -168,7 +168,7 @@ class Trainer:
         batches = TimedBatches(self.data.train_batches(schedule, first_step=first_step, skip=state.batches_done, group=group))
         self.objective.train()
         if plan.subspaces_change(cfg, state):
-            self.objective.loss.forget()
+            self.objective.change_subspaces(conquer=conquer)
         stopping: Tensor | None = None
         with self.progress.phase(f"epoch {state.epoch}", len(schedule), "steps") as phase:
             phase.update(state.batches_done)

@@ -237,6 +237,7 @@ def all_curves(run: RunRecord) -> list[Chart]:
         learner_losses(run),
         curves(run, "Pairs", "Per step; anchors without negatives should stay near 0.", "train", pairs, zero=True, smooth=True),
         curves(run, "Masks", "Learners become specialists as the cosine falls.", "train", masks, zero=True),
+        curves(run, "Distillation", "What learners still teach the whole embedding.", "train", {"distillation": "divergence"}, zero=True),
         curves(run, "Learning rates", "0 while a group waits.", "train", rates, zero=True),
         curves(
             run, "Images per second", "Training steps, all processes.", "train", {"images_per_second": "images/s"}, zero=True, smooth=True
