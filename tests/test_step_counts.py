@@ -78,6 +78,16 @@ def test_images_that_cannot_be_decoded_are_not_waited_for(root: Path, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+def test_only_to_count_the_positives_in_a_memory_a_step_waits(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DNC_KERNELS", "reference")
+    monkeypatch.setitem(CASES, "memory", (4, "reference", {"loss": {"name": "margin", "memory": 48}}))
+    with Device() as simulated:
+        found, _ = run(root, tmp_path, "memory", simulated)
+    waits = [(what, where.partition(":")[0]) for part, what, where in found.waits if part != "log"]
+    assert waits == [(what, "dnc_dist/loss/drawn.py") for what in ("index by a mask", "_unique2", "_local_scalar_dense")]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 def test_a_line_of_the_log_waits_a_few_times_however_much_it_shows(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DNC_KERNELS", "reference")
     with Device() as simulated:
