@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.index import DatasetIndex
 from dnc_dist.data.transforms import Geometry
+from dnc_dist.processes.transfer import to_device
 
 
 class Batch(NamedTuple):
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
     failed to decode; ``failed`` the keys of the latter; ``step`` the global step; ``rows_of_ranks`` b on each of the ranks that share the
     step's learners; ``group`` those ranks, None: all; ``rows_of_world`` b on every rank; ``max_positives`` an upper bound of the positives
     that a row has in the step's global batch, equal on all ranks. The last two are None where nobody has counted.
+    ``learner_on_host`` is ``learner`` on the CPU, once that lies on a device. A row that is not valid has learner -1.
     """
 
     images: Tensor
@@ -37,11 +39,18 @@ class Batch(NamedTuple):
     group: ProcessGroup | None = None
     max_positives: int | None = None
     rows_of_world: list[int] | None = None
+    learner_on_host: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on another device."""
-        images, labels, learner, rows, slots, valid = (tensor.to(device, non_blocking=True) for tensor in self[:6])
-        return self._replace(images=images, labels=labels, learner=learner, rows=rows, slots=slots, valid=valid)
+        """The batch on a device, which nobody waits for.
+
+        ``slots`` and ``valid`` stay on the CPU: what is drawn for a slot is drawn there, and what depends on failures is decided there.
+        """
+        if (device := torch.device(device)).type == "cpu":
+            return self
+        labels, learner, rows = to_device(torch.stack([self.labels, self.learner, self.rows]), device).unbind()
+        images = to_device(self.images, device)
+        return self._replace(images=images, labels=labels, learner=learner, rows=rows, learner_on_host=self.learner)
 
 
 class DecodedBlock(NamedTuple):

@@ -25,6 +25,7 @@ from dnc_dist.loss.distillation import distillation
 from dnc_dist.model.batch_norm import set_valid_rows
 from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32
 from dnc_dist.model.masks import SubspaceMasks
+from dnc_dist.processes.transfer import to_device
 
 
 class DncObjective(EmbeddingNetwork):
@@ -71,7 +72,7 @@ class DncObjective(EmbeddingNetwork):
         features = self._training_features(batch, phase)
         dropped = None
         if self.head.dropout > 0:
-            dropped = uniform((self.seed, "dropout", phase.step), batch.slots.cpu(), features.shape[1]).to(features.device)
+            dropped = to_device(uniform((self.seed, "dropout", phase.step), batch.slots, features.shape[1]), features.device)
         with self._autocast(features.device):
             return at_least_fp32(self.head(features, dropped))
 
@@ -115,7 +116,8 @@ class DncObjective(EmbeddingNetwork):
         """(b, U) what the augmentation of each row depends on; None if it does on nothing."""
         if not self.augment.uses_uniforms:
             return None
-        return uniform((self.seed, "augment", phase.step), batch.slots.cpu(), self.augment.num_uniforms)
+        numbers = uniform((self.seed, "augment", phase.step), batch.slots, self.augment.num_uniforms)
+        return to_device(numbers, batch.images.device)
 
     def _training_features(self, batch: Batch, phase: Phase) -> Tensor:
         """Collective with global BatchNorm. (b, F) augmented and through the backbone, without gradient where that waits."""
@@ -136,13 +138,16 @@ class DncObjective(EmbeddingNetwork):
 
     def _rows(self, embeddings: Tensor, masks: Tensor | None, batch: Batch, phase: Phase) -> StepRows:
         """The batch in the subspaces of its learners; without masks (conquer) in the whole embedding, as one learner."""
+        learner = batch.learner
+        on_host = learner if batch.learner_on_host is None else batch.learner_on_host
         if masks is None:
             embeddings = self.masks.whole(embeddings)
+            learner, on_host = learner.clamp(max=0), on_host.clamp(max=0)
         return StepRows(
             embeddings,
             masks,
             labels=batch.labels,
-            learner=torch.where(batch.valid, 0 if masks is None else batch.learner, -1),
+            learner=learner,
             row_ids=batch.rows,
             num_learners=1 if masks is None else phase.level,
             seed=self.seed,
@@ -151,4 +156,5 @@ class DncObjective(EmbeddingNetwork):
             group=batch.group,
             rows_of_world=batch.rows_of_world,
             max_positives=batch.max_positives,
+            learner_on_host=on_host,
         )

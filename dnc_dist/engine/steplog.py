@@ -14,6 +14,7 @@ from torch import Tensor
 from dnc_dist.data.stream import Batch
 from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.processes import distributed, watchdog
+from dnc_dist.processes.transfer import to_host
 from dnc_dist.rundir.tracker import Tracker
 
 _SUMS = {"positive_distance": ("positive_distance_sum", "positive_pairs"), "negative_distance": ("negative_distance_sum", "negative_pairs")}
@@ -55,27 +56,34 @@ class StepLog:
         """
         if not self._stats:
             return
+        logged = _on_host(self._stats)
         seconds = max(time.monotonic() - self._since, 1e-9)
-        names = sorted({name for stats in self._stats for name in stats} - {"learner_loss"})
+        names = sorted({name for stats in logged for name in stats} - {"learner_loss"})
         values: dict[str, Any] = {
-            name: float(torch.stack([stats[name].double() for stats in self._stats if name in stats]).mean()) for name in names
+            name: float(torch.stack([stats[name].double() for stats in logged if name in stats]).mean()) for name in names
         }
         for name, (total, count) in _SUMS.items():
             if total in values:
                 values[name] = values.pop(total) / max(values[count], 1e-9)
-        per_learner = torch.stack([stats["learner_loss"] for stats in self._stats]).nanmean(0)
+        per_learner = torch.stack([stats["learner_loss"] for stats in logged]).nanmean(0)
         values |= {f"learner_loss/{a}": float(value) for a, value in enumerate(per_learner) if not torch.isnan(value)}
         values |= {f"lr/{name}": rate for name, rate in self._rates.items()} | {"lr": self._rates["embedding"]}
         values |= {"images_per_second": self._rows / seconds, "share_data": (self._waited - self._waited_before) / seconds}
         traffic = distributed.traffic()
         for kind, before in self._traffic_before.items():
-            values[f"bytes/{kind}"] = (traffic[kind] - before) / len(self._stats)
+            values[f"bytes/{kind}"] = (traffic[kind] - before) / len(logged)
         self._traffic_before = traffic
         self.tracker.log("train", step, epoch, values)
-        self.guard.check(self._stats, step, epoch)
+        self.guard.check(logged, step, epoch)
         self.note = f"loss {values['loss']:.4f}"
         self._stats, self._rows = [], 0
         self._since, self._waited_before = time.monotonic(), self._waited
+
+
+def _on_host(stats: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The stats of steps, read from the device together."""
+    values = iter(to_host([value for step in stats for value in step.values()]))
+    return [{name: next(values) for name in step} for step in stats]
 
 
 class TimedBatches:

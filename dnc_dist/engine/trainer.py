@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.base.progress import Progress
@@ -30,6 +29,7 @@ from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
 from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
+from dnc_dist.processes.transfer import Later
 from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.checkpoints import Checkpoints, tag_of
 from dnc_dist.rundir.folder import RunDirectory, write_config
@@ -169,7 +169,7 @@ class Trainer:
         self.objective.train()
         if plan.subspaces_change(cfg, state):
             self.objective.change_subspaces(conquer=conquer)
-        stopping: Tensor | None = None
+        stopping: Later | None = None
         with self.progress.phase(f"epoch {state.epoch}", len(schedule), "steps") as phase:
             phase.update(state.batches_done)
             for batch in batches:
@@ -177,7 +177,7 @@ class Trainer:
                 set_learning_rates(self.engine, rates)
                 seed_libraries(cfg.run.seed, state.step)
                 loss, stats = self.engine(batch.to(distributed.device()), plan.phase(cfg, state))
-                asked = distributed.count_ranks(self.stop.requested)
+                asked = Later(distributed.count_ranks(self.stop.requested))
                 self.engine.backward(loss)
                 self.engine.step()
                 rows = int(rows_in_step[state.batches_done])
@@ -185,8 +185,8 @@ class Trainer:
                 self.failed.update(batch.failed)
                 log.step(state.step, state.epoch, stats, rates, rows, batches.waited)
                 phase.update(1, log.note)
-                # Read one step late, so that a device is never waited for.
-                if stopping is not None and bool(stopping):
+                # Read one step late: that one is done while the device is busy with this one.
+                if stopping is not None and bool(stopping.read()):
                     log.flush(state.step, state.epoch)
                     raise Stopped(f"in epoch {state.epoch} after step {state.step}")
                 stopping = asked

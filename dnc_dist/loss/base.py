@@ -42,6 +42,8 @@ class StepRows:
     """b on every rank; None: nobody has counted them."""
     max_positives: int | None = None
     """An upper bound of the positives of a row among the rows of all these ranks; None: nobody has counted them."""
+    learner_on_host: Tensor | None = None
+    """``learner`` on the CPU; None: nobody has kept it."""
 
     @cached_property
     def z(self) -> Tensor:

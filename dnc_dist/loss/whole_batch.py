@@ -13,6 +13,7 @@ import dnc_kernels
 from dnc_dist.base.rng import seed_for
 from dnc_dist.loss.base import Loss, StepRows
 from dnc_dist.processes import distributed
+from dnc_dist.processes.transfer import to_device
 
 
 class BatchLoss(Loss):
@@ -41,12 +42,11 @@ class BatchLoss(Loss):
         learners, masks = rows.num_learners, rows.masks
         z = rows.gather(rows.z, "own")
         labels, learner = rows.gather(torch.stack([rows.labels, rows.learner], 1)).unbind(1)
-        present = [a for a in range(learners) if bool((learner == a).any())]
         losses = {}
         with torch.autocast(z.device.type, enabled=False):
-            for a in present:
+            for a, places in _places_of_learners(rows, learner).items():
                 with _seeded(seed_for(rows.seed, "loss", rows.step, a), z.device):
-                    losses[a] = self(z[learner == a], labels[learner == a], None if masks is None else masks[a])
+                    losses[a] = self(z.index_select(0, places), labels.index_select(0, places), None if masks is None else masks[a])
         share = 1.0 / distributed.group_size(rows.group)
         values = torch.zeros(2 * learners, dtype=torch.float64, device=z.device)
         for a, value in losses.items():
@@ -59,6 +59,20 @@ class BatchLoss(Loss):
         nothing = 0 * sum((parameter.sum() for parameter in self.parameters()), z.sum())
         scale = (distributed.world_size() * share / in_step).to(z.dtype)
         return nothing + scale * torch.stack(list(losses.values()) or [nothing]).sum(), stats
+
+
+def _places_of_learners(rows: StepRows, learner: Tensor) -> dict[int, Tensor]:
+    """Learner -> places (n,) of its rows among the gathered ones; only learners that have some.
+
+    With several ranks the host waits for the device: only its own rank knows which of its images could not be decoded.
+    """
+    known = rows.learner_on_host if rows.alone and rows.learner_on_host is not None else learner.cpu()
+    found = {a: (known == a).nonzero().flatten() for a in range(rows.num_learners)}
+    found = {a: places for a, places in found.items() if len(places)}
+    if not found:
+        return {}
+    together = to_device(torch.cat(list(found.values())), learner.device)
+    return dict(zip(found, together.split([len(places) for places in found.values()]), strict=True))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.processes import distributed
+from dnc_dist.processes.transfer import to_device
 
 BatchNormKind = Literal["frozen", "global"]
 
@@ -161,9 +162,11 @@ def set_valid_rows(module: nn.Module, valid: Tensor | None) -> None:
     """Tell every global BatchNorm inside which rows of the coming batches count; None: all.
 
     Args:
-        valid: (B,) bool; best on the CPU, where looking at it costs no device synchronisation.
+        valid: (B,) bool, on the CPU, where nobody waits for a device to look at it.
     """
-    rows = None if valid is None or bool(valid.all()) else valid.nonzero().flatten()
-    for child in module.modules():
-        if isinstance(child, GlobalBatchNorm2d):
-            child.valid_rows = None if rows is None else rows.to(child.weight.device)
+    layers = [layer for layer in module.modules() if isinstance(layer, GlobalBatchNorm2d)]
+    rows = None
+    if layers and valid is not None and not bool(valid.all()):
+        rows = to_device(valid.nonzero().flatten(), layers[0].weight.device)
+    for layer in layers:
+        layer.valid_rows = rows

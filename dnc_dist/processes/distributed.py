@@ -239,8 +239,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def count_ranks(flag: bool) -> Tensor:
-    """Collective. On how many ranks the flag is set, () int64; nothing waits for the device before it is read."""
-    return all_reduce_sum(torch.full((), int(flag), device=device()))
+    """Collective. On how many ranks the flag is set, () int64; nothing waits for the device before it is read. On the CPU for one rank."""
+    return all_reduce_sum(torch.full((), int(flag), device=device() if group_size() > 1 else "cpu"))
 
 
 def any_rank(flag: bool) -> bool:
