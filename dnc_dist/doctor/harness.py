@@ -76,8 +76,10 @@ def smooth(module: nn.Module) -> nn.Module:
 
 def in_double(objective: DncObjective) -> DncObjective:
     """The objective, changed in place: it computes in float64 from the same fp32 parameters and pixels."""
-    for network in filter(None, (objective.double(), objective.teacher)):
-        network.backbone.register_forward_pre_hook(lambda module, images: tuple(pixels.double() for pixels in images))
+    objective.double()
+    backbones = [objective.backbone] if objective.teacher is None else [objective.backbone, objective.teacher.backbone]
+    for backbone in backbones:
+        backbone.register_forward_pre_hook(lambda module, images: tuple(pixels.double() for pixels in images))
     return objective
 
 
