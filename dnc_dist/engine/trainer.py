@@ -205,7 +205,7 @@ class Trainer:
         cfg, state, trained = self.cfg, self.state, self.state.step > 0
         metrics, cards = dict[str, Any](), dict[str, Any]()
         # The untrained network stands before epoch 0, the others after their epoch.
-        epochs = state.epoch + 1 if trained else 0
+        epochs, tag = (state.epoch + 1, tag_of(state.step)) if trained else (0, None)
         for prefix, view in (("", self.data.test), ("validation/", self.data.validation)):
             if view is None:
                 continue
@@ -216,8 +216,7 @@ class Trainer:
             self.failed.update(found.failed)
             metrics |= {prefix + name: value for name, value in found.metrics.items()}
             if distributed.is_main():
-                card = found.card(epoch=epochs, checkpoint=tag_of(state.step) if trained else None, selected_on=self.selected_on)
-                cards[prefix + CARD] = card.plain()
+                cards[prefix + CARD] = found.card(epoch=epochs, checkpoint=tag, selected_on=self.selected_on).plain()
             mapped = None if prefix else keep_map(view, found, self.run_dir, state.step)
             if mapped is not None and trained and state.epoch + 1 == cfg.schedule.epochs:
                 save_neighbours(self.data, view, found, cfg.run.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,18 @@ def save_map(run_dir: Path, step: int, found: EmbeddingMap) -> Path:
     return path
 
 
-def load_maps(run_dir: Path, steps: Iterable[int], most: int) -> tuple[dict[int, EmbeddingMap], list[str]]:
-    """Maps of some of the evaluations at ``steps``, spread over those that have one; and the files among them that are damaged.
+def load_maps(run_dir: Path, steps: Iterable[int], most: int, *, before: int) -> tuple[dict[int, EmbeddingMap], list[str]]:
+    """Some maps by step, about equally far from each other, and what is wrong with those among them that are damaged.
 
     Args:
         run_dir: the run directory.
-        steps: of the evaluations that may be read.
+        steps: of the evaluations whose maps may be read.
         most: maps that are read.
+        before: the step of a map that follows all of them.
     """
     kept = _files(run_dir)
     found, damaged = dict[int, EmbeddingMap](), list[str]()
-    for step in spread(sorted(kept.keys() & set(steps)), most):
+    for step in spread(sorted(kept.keys() & set(steps)), most, before=before):
         try:
             found[step] = _read(kept[step])
         except InputError as error:
@@ -72,13 +73,14 @@ def load_maps(run_dir: Path, steps: Iterable[int], most: int) -> tuple[dict[int,
     return found, damaged
 
 
-def spread(steps: Sequence[int], most: int) -> list[int]:
-    """At most so many of the ascending ``steps``, about equally far from each other; the first and the last are among them."""
+def spread(steps: list[int], most: int, *, before: int) -> list[int]:
+    """At most so many of the ascending ``steps``, which divide the way from the first of them to ``before`` about equally."""
     if len(steps) <= most:
-        return list(steps)
+        return steps
     every = np.array(steps)
-    wanted = np.linspace(every[0], every[-1], most)
-    return np.unique(every[np.abs(every[:, None] - wanted).argmin(0)]).tolist()
+    wanted = np.linspace(every[0], before, most + 1)[:-1]
+    chosen: list[int] = np.unique(every[np.abs(every[:, None] - wanted).argmin(0)]).tolist()
+    return chosen
 
 
 def _files(run_dir: Path) -> dict[int, Path]:
@@ -97,6 +99,6 @@ def _read(path: Path) -> EmbeddingMap:
     found = EmbeddingMap(**read_arrays(path, _ARRAYS, most=_MOST_BYTES))
     count = len(found.rows)
     fit = count <= MOST_POINTS and found.points.shape == (count, 2) and found.variance.shape == (2,)
-    if not fit or (np.diff(found.rows) <= 0).any() or not all((np.abs(a) <= _LARGEST).all() for a in (found.points, found.variance)):
+    if not fit or (np.diff(found.rows) <= 0).any() or not all((np.abs(of) <= _LARGEST).all() for of in (found.points, found.variance)):
         raise InputError(f"{path} is damaged: its arrays do not fit together")
     return found
