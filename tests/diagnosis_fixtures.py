@@ -69,5 +69,7 @@ def make_diagnosis(*, learners: int = LEARNERS, side: int = 16, **changes: Any) 
         map_right=coin(POINTS),
         map_images=image(POINTS, 8),
         map_variance=np.array([0.3, 0.1], np.float32),
+        map_rows=2000 + np.arange(POINTS),
+        map_step=np.array([9]),
     )
     return replace(found, **changes)

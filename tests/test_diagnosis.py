@@ -17,6 +17,7 @@ from dnc_dist.engine.clusters import last_division
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.diagnose import diagnose
 from dnc_dist.engine.evaluate import Evaluation, evaluate_view
+from dnc_dist.engine.maps import embedding_map
 from dnc_dist.engine.network import build_network
 from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
@@ -48,7 +49,8 @@ def diagnosed(
         found = replace(found, retrieval=replace(found.retrieval, queries=None))
     stop.requested = stopped
     state = TrainState(epoch=3, division=division_by_hand(data.train.labels, learners))
-    diagnose(network, data, data.test, found, out, state, stop=stop, progress=progress)
+    mapped = embedding_map(data.test, found)
+    diagnose(network, data, data.test, found, mapped, out, state, stop=stop, progress=progress)
     return found
 
 

@@ -22,6 +22,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.clustering.division import Division, whole
 from dnc_dist.rundir.diagnosis import save_diagnosis
 from dnc_dist.rundir.gallery import PictureGallery, save_gallery
+from dnc_dist.rundir.maps import EmbeddingMap, save_map
 from tests.diagnosis_fixtures import make_diagnosis
 from tests.test_card import CARD
 
@@ -102,6 +103,7 @@ def make_run(folder: Path) -> Path:
     pictures = np.zeros((2, 3, 8, 8, 3), np.uint8)
     save_gallery(run, PictureGallery(rows[:, 0], rows, labels[:, 0], labels, rows.astype(np.float32), {0: "a"}, pictures[:, 0], pictures))
     save_diagnosis(run, make_diagnosis())
+    save_map(run, 8, EmbeddingMap(2000 + np.arange(25), np.zeros((25, 2), np.float32), np.zeros(2, np.float32)))
     whole(np.zeros(8, np.int64)).save(run / "division.npz")
     (run / "checkpoints" / "latest").write_text("step-00000008\n")
     (run / "checkpoints" / "step-00000008" / "files.json").write_text('{"mp_rank_00_model_states.pt": [4, 1716781343]}')
@@ -132,6 +134,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], int]]] = {
     "metrics of a report": ("metrics.jsonl", command("report")),
     "configuration of a report": ("config.yaml", command("report")),
     "gallery of a report": ("gallery.npz", command("report")),
+    "map of a report": ("maps/step-00000008.npz", lambda path: cli.run(["report", str(path.parent.parent)])),
     "diagnosis of a report": ("diagnosis.npz", command("report")),
     "metrics of a comparison": ("metrics.jsonl", command("compare")),
     "configuration of a comparison": ("config.yaml", command("compare")),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dnc_dist.engine import subspaces
-from dnc_dist.engine.diagnose import principal_plane
+from dnc_dist.engine.maps import principal_plane
 from dnc_dist.engine.mistakes import (
     CANDIDATES,
     SAMPLED,

@@ -14,10 +14,12 @@ import yaml
 
 from dnc_dist.cli import run as run_cli
 from dnc_dist.report import build_report, names
+from dnc_dist.report.course import course_of
 from dnc_dist.report.map import map_html
 from dnc_dist.report.mistakes import mistakes_html
 from dnc_dist.report.subspaces import masks_chart, overlap, own_recall, subspaces_html
 from dnc_dist.rundir.diagnosis import MOST, Diagnosis, load_diagnosis, save_diagnosis
+from dnc_dist.rundir.record import RunRecord
 from tests.diagnosis_fixtures import make_diagnosis
 
 HOSTILE = "<script>alert(1)</script>\"' onload='x'&\\"
@@ -32,6 +34,11 @@ def write_lines(run_dir: Path) -> None:
     ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run_dir / "config.yaml").write_text(yaml.safe_dump({"data": {"root": "data"}}))
+
+
+def single_map(found: Diagnosis) -> str:
+    """The map of a run that has kept no others."""
+    return map_html(found, course_of(RunRecord(Path()), found), [])
 
 
 def page_of(run_dir: Path, found: Diagnosis | None) -> str:
@@ -176,7 +183,7 @@ def test_a_damaged_diagnosis_is_named(tmp_path: Path, name: str, capsys: pytest.
 def test_odd_numbers_cost_no_traceback(tmp_path: Path, change: dict[str, Any]) -> None:
     save_diagnosis(tmp_path, make_diagnosis(**change))
     found = load_diagnosis(tmp_path)
-    assert found is not None and mistakes_html(found) and subspaces_html(found) and map_html(found)
+    assert found is not None and mistakes_html(found) and subspaces_html(found) and single_map(found)
 
 
 def test_overlap_of_masks() -> None:
@@ -199,14 +206,15 @@ def test_a_wide_embedding_is_drawn_in_few_columns() -> None:
 
 
 def test_the_map_names_every_point_and_loads_nothing() -> None:
-    markup = map_html(make_diagnosis())
+    markup = single_map(make_diagnosis())
     assert markup.count("<i style=") == 25 and len(re.findall('class="[^"]*off', markup)) == int(
         make_diagnosis().map_right.size - make_diagnosis().map_right.sum()
     )
-    places = [float(value) for value in re.findall(r"left:([\d.]+)%", markup)]
+    places = [float(value) for value in re.findall(r"--l:([\d.]+)%", markup)]
     assert all(0 < place < 100 for place in places) and "url(data:image/" in markup
-    assert map_html(make_diagnosis(map_points=np.zeros((0, 2), np.float32), map_labels=np.zeros(0, int), map_right=np.zeros(0, bool),
-        map_names=np.zeros(0, "U1"), map_images=np.zeros((0, 8, 8, 3), np.uint8))) == ""  # fmt: skip
+    assert len(places) == 25 and 'type="radio"' not in markup
+    assert single_map(make_diagnosis(map_points=np.zeros((0, 2), np.float32), map_labels=np.zeros(0, int), map_right=np.zeros(0, bool),
+        map_rows=np.zeros(0, int), map_names=np.zeros(0, "U1"), map_images=np.zeros((0, 8, 8, 3), np.uint8))) == ""  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dnc_dist.data.index import RowView, text
 from dnc_dist.engine.clusters import Clusters, clusters_now, last_division
 from dnc_dist.engine.dataset import Passes, RunData
 from dnc_dist.engine.evaluate import THUMBNAIL_SIDE, Evaluation
-from dnc_dist.engine.mistakes import EXAMPLES, SAMPLED, SHOWN, TWIN, Mistakes, distances_in_bars, drawn, find_mistakes, ranks_in_groups
+from dnc_dist.engine.mistakes import EXAMPLES, SHOWN, TWIN, Mistakes, distances_in_bars, find_mistakes, ranks_in_groups
 from dnc_dist.engine.network import EmbeddingNetwork
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.subspaces import Asking, gather_queries, nearest, nearest_of_class, right_alone
@@ -23,6 +23,7 @@ from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.retrieval.protocols import Queries
 from dnc_dist.rundir.diagnosis import MOST, Diagnosis, save_diagnosis
+from dnc_dist.rundir.maps import EmbeddingMap
 
 AGREEING = 5
 """Nearest rows of a query that all belong to one other class: its label is suspect."""
@@ -46,6 +47,7 @@ def diagnose(
     data: RunData,
     view: RowView,
     found: Evaluation,
+    mapped: EmbeddingMap,
     run_dir: Path,
     state: TrainState,
     *,
@@ -59,6 +61,7 @@ def diagnose(
         data: of the run.
         view: that it was evaluated on.
         found: by the evaluation.
+        mapped: of the evaluation.
         run_dir: where to write.
         state: of the training; its division may be that of the conquer phase.
         stop: asked between searches.
@@ -85,10 +88,8 @@ def diagnose(
 
         watchdog.phase(name)
         # Of a protocol whose queries have no one answer only the map is left.
-        on_map = queries.rows[mistakes.sampled] if len(queries.rows) else drawn("map", np.flatnonzero(found.held.gallery), SAMPLED)
         shown = mistakes.shown()
-        asking = gather_queries(found.held, np.union1d(on_map, queries.rows[np.union1d(shown, mistakes.missed)]))
-        on_map = on_map[np.isin(on_map, asking.rows)]  # an image that could not be decoded has no embedding
+        asking = gather_queries(found.held, queries.rows[np.unique(np.concatenate([mistakes.sampled, shown, mistakes.missed]))])
         few = asking.of(queries.rows[shown])
         near = nearest(found.held, few, AGREEING).ids.numpy()
         own, own_distance = nearest_of_class(found.held, few, labels)
@@ -100,7 +101,7 @@ def diagnose(
                 alone = right_alone(found.held, asking, clusters.masks, labels, done)
         if distributed.is_main():
             looked = _Looked(asking, alone, shown, near, own, own_distance)
-            save_diagnosis(run_dir, _diagnosis(data, view, queries, mistakes, looked, clusters, on_map))
+            save_diagnosis(run_dir, _diagnosis(data, view, queries, mistakes, looked, clusters, mapped, state.step))
         done()
 
 
@@ -135,7 +136,14 @@ def _padded(lists: list[np.ndarray], width: int) -> np.ndarray:
 
 
 def _diagnosis(
-    data: Passes, view: RowView, queries: Queries, mistakes: Mistakes, looked: _Looked, clusters: Clusters | None, on_map: np.ndarray
+    data: Passes,
+    view: RowView,
+    queries: Queries,
+    mistakes: Mistakes,
+    looked: _Looked,
+    clusters: Clusters | None,
+    mapped: EmbeddingMap,
+    step: int,
 ) -> Diagnosis:
     """What is kept, with its pictures. Rank 0 only."""
     labels, index, pictures = view.labels, data.index, _Pictures()
@@ -164,8 +172,6 @@ def _diagnosis(
     embeddings = looked.asking.of(sampled).embeddings.numpy()
     learners = 0 if clusters is None else len(clusters.masks)
     dimension = looked.asking.embeddings.shape[1]
-    points, variance = principal_plane(looked.asking.of(on_map).embeddings.numpy())
-    map_rows = view.rows[on_map]
     shown_queries, shown_nearest, shown_own = (
         pictures(in_index(places)) for places in (queries.rows[table], queries.nearest[table], looked.own[at])
     )
@@ -212,25 +218,12 @@ def _diagnosis(
         masks=clusters.masks.numpy() if clusters is not None else np.zeros((0, dimension), np.float32),
         clusters=clusters.facts if clusters is not None else np.zeros((0, 4), np.float32),
         montage=montage,
-        map_points=points,
-        map_labels=np.asarray(index.columns["label"][map_rows], np.int64),
-        map_names=names(map_rows),
-        map_right=right[mistakes.sampled] if len(queries.rows) else np.ones(len(map_rows), bool),
-        map_images=data.thumbnails(map_rows, MAP_SIDE),
-        map_variance=variance,
+        map_rows=mapped.rows,
+        map_points=mapped.points,
+        map_labels=np.asarray(index.columns["label"][mapped.rows], np.int64),
+        map_names=names(mapped.rows),
+        map_right=np.isin(mapped.rows, view.rows[queries.rows[right]]) if len(queries.rows) else np.ones(len(mapped.rows), bool),
+        map_images=data.thumbnails(mapped.rows, MAP_SIDE),
+        map_variance=mapped.variance,
+        map_step=np.array([step]),
     )
-
-
-def principal_plane(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 2) float32 coordinates along the two directions in which embeddings (n, D) differ most, and the share (2,) of all variance.
-
-    A direction has two signs; here its largest coordinate is positive.
-    """
-    centred = embeddings.astype(np.float64) - embeddings.mean(0, dtype=np.float64)
-    _, values, axes = np.linalg.svd(centred, full_matrices=False)
-    axes = axes[:2]
-    axes *= np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(1)])[:, None]
-    points, share = np.zeros((len(embeddings), 2), np.float32), np.zeros(2, np.float32)
-    points[:, : len(axes)] = centred @ axes.T
-    share[: len(axes)] = values[:2] ** 2 / max(float((values**2).sum()), np.finfo(float).tiny)
-    return points, share

@@ -22,6 +22,7 @@ from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.diagnose import diagnose
 from dnc_dist.engine.evaluate import evaluate_view, save_neighbours
 from dnc_dist.engine.finite import FiniteGuard
+from dnc_dist.engine.maps import keep_map
 from dnc_dist.engine.next_division import check_divisible, next_division
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
 from dnc_dist.engine.state import Best, TrainState
@@ -204,7 +205,7 @@ class Trainer:
         cfg, state, trained = self.cfg, self.state, self.state.step > 0
         metrics, cards = dict[str, Any](), dict[str, Any]()
         # The untrained network stands before epoch 0, the others after their epoch.
-        epochs = state.epoch + 1 if trained else 0
+        epochs, tag = (state.epoch + 1, tag_of(state.step)) if trained else (0, None)
         for prefix, view in (("", self.data.test), ("validation/", self.data.validation)):
             if view is None:
                 continue
@@ -215,11 +216,11 @@ class Trainer:
             self.failed.update(found.failed)
             metrics |= {prefix + name: value for name, value in found.metrics.items()}
             if distributed.is_main():
-                card = found.card(epoch=epochs, checkpoint=tag_of(state.step) if trained else None, selected_on=self.selected_on)
-                cards[prefix + CARD] = card.plain()
-            if not prefix and trained and state.epoch + 1 == cfg.schedule.epochs:
+                cards[prefix + CARD] = found.card(epoch=epochs, checkpoint=tag, selected_on=self.selected_on).plain()
+            mapped = None if prefix else keep_map(view, found, self.run_dir, state.step)
+            if mapped is not None and trained and state.epoch + 1 == cfg.schedule.epochs:
                 save_neighbours(self.data, view, found, cfg.run.path)
-                diagnose(self.objective, self.data, view, found, cfg.run.path, state, stop=self.stop, progress=self.progress)
+                diagnose(self.objective, self.data, view, found, mapped, cfg.run.path, state, stop=self.stop, progress=self.progress)
             del found  # the embeddings of a view are not kept while those of the next are made
         self.tracker.log("evaluation", state.step, epochs, metrics | cards)
         if metrics:

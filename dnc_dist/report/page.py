@@ -11,6 +11,7 @@ import numpy as np
 from dnc_dist import __version__
 from dnc_dist.base.files import write_text
 from dnc_dist.report.charts import Chart, all_curves
+from dnc_dist.report.course import course_of
 from dnc_dist.report.divisions import division_chart, division_table
 from dnc_dist.report.gallery import confident_mistakes, query_html
 from dnc_dist.report.map import map_html
@@ -130,7 +131,7 @@ def _divisions(run: RunRecord) -> Html:
 
 
 def _map(run: RunRecord) -> Html:
-    return Html() if run.diagnosis is None else map_html(run.diagnosis)
+    return Html() if run.diagnosis is None else map_html(run.diagnosis, course_of(run, run.diagnosis), run.damaged_maps)
 
 
 def _queries(title: str, note: str, gallery: PictureGallery, queries: np.ndarray) -> Html:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-CSS = """
+from dnc_dist.rundir.record import MOST_MAPS
+
+_STYLES = """
 :root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --axes: #cbd2d9; --card: #fff; --page: #f5f7fa;
-  --blue: #2563eb; --right: #16a34a; --wrong: #dc2626; --conquer: #fef3c7; --stamp: #e0e7ff; --stamp-ink: #3730a3; --warning: #fef2f2; }
+  --blue: #2563eb; --right: #16a34a; --wrong: #dc2626; --conquer: #fef3c7; --stamp: #e0e7ff; --stamp-ink: #3730a3; --warning: #fef2f2;
+  --followed: #9333ea; }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --muted: #9fb0c3; --line: #33404f; --axes: #52606d;
   --card: #1c2530; --page: #12181f; --blue: #7aa7ff; --right: #4ade80; --wrong: #f87171; --conquer: #423a1d; --stamp: #2b3566;
-  --stamp-ink: #c7d2fe; --warning: #3b1d1d; } }
+  --stamp-ink: #c7d2fe; --warning: #3b1d1d; --followed: #c084fc; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -82,13 +85,34 @@ h2 ~ h3 { margin-top: 26px; }
 .clusters img { border-radius: 6px; display: block; }
 .map { position: relative; height: min(60vw, 620px); background: var(--card); border: 1px solid var(--line); border-radius: 12px;
   margin-top: 12px; overflow: hidden; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-.map i { position: absolute; width: 7px; height: 7px; margin: -3px 0 0 -3px; border-radius: 50%; background: var(--blue); opacity: .75; }
-.map i.off { background: var(--wrong); }
-.map i.big, .map i:hover { width: var(--side); height: var(--side); margin: calc(var(--side) / -2) 0 0 calc(var(--side) / -2);
-  border-radius: 5px; background: var(--sheet) var(--x) var(--y); outline: 2px solid var(--blue); opacity: 1; }
-.map i.off.big, .map i.off:hover { outline-color: var(--wrong); }
-.map i.big { z-index: 1; }
-.map i:hover { z-index: 2; transform: scale(2); }
+.map label { display: contents; }
+.map input { display: none; }
+.map i { position: absolute; left: var(--l); top: var(--t); width: 7px; height: 7px; margin: -3px 0 0 -3px; border-radius: 50%;
+  background: var(--dot); --dot: var(--blue); --big: var(--b, 0); z-index: var(--big); cursor: pointer; }
+.map i.off { --dot: var(--wrong); }
+.map i::before { content: ""; position: absolute; left: calc(3.5px - var(--side) / 2); top: calc(3.5px - var(--side) / 2);
+  width: var(--side); height: var(--side); border-radius: 5px; background: var(--sheet) var(--x) var(--y);
+  outline: 2px solid var(--dot); transform: scale(var(--big)); }
+.map label:hover i, .map input:checked ~ i { --dot: var(--followed); z-index: 2; }
+.map label:hover i::before, .map input:checked ~ i::before { transform: scale(1); }
+.map label i:hover { z-index: 3; }
+.map label i:hover::before { transform: scale(2); }
+.course > input { position: absolute; opacity: 0; pointer-events: none; }
+.course { position: relative; }
+.stops { display: flex; margin-top: 14px; font-size: 13px; line-height: 1.35; }
+.stops label { flex: 1 1 0; min-width: 0; position: relative; padding: 24px 2px 0; text-align: center; cursor: pointer;
+  color: var(--muted); }
+.stops label::before { content: ""; position: absolute; top: 8px; left: 0; right: 0; height: 3px; background: var(--axes); }
+.stops label:first-child::before { left: 50%; }
+.stops label:last-child::before { right: 50%; }
+.stops label::after { content: ""; position: absolute; top: 2px; left: calc(50% - 8px); width: 15px; height: 15px; border-radius: 50%;
+  background: var(--card); border: 3px solid var(--axes); }
+.stops label:hover::after { border-color: var(--blue); }
+.stops b { font-weight: 600; }
+.stops small { font-size: 12px; }
+.stops em { font-style: normal; }
+.stops span { display: block; }
+@media (prefers-reduced-motion: no-preference) { .map i { transition: left .6s, top .6s; } .map i::before { transition: transform .3s; } }
 table { border-collapse: collapse; width: 100%; font-size: 13px; }
 td, th { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 500; border-top: 0; }
@@ -122,10 +146,33 @@ footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
   .scroll, .query-row { overflow: hidden; }
   .chart.wide svg { min-width: 0; }
   .map { height: 95mm; }
+  .stops { display: none; }
 }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } h1 { font-size: 21px; } .cards { grid-template-columns: 1fr 1fr; }
   .query-row { flex-wrap: wrap; }
-  .map i.big:not(:hover) { width: 7px; height: 7px; margin: -3px 0 0 -3px; border-radius: 50%; background: var(--blue); outline: 0; }
-  .map i.off.big:not(:hover) { background: var(--wrong); }
+  .map label:not(:hover) input:not(:checked) ~ i::before { transform: scale(0); }
+  .stops em, .stops small { display: none; }
   .map { height: 90vw; } }
 """
+
+
+def _choice_of_map() -> str:
+    """Styles that show the chosen map on a screen; on paper, and where there is no choice, what they do not touch: the last map."""
+    rules = []
+    for n in range(1, MOST_MAPS + 1):
+        chosen = f".course > input:nth-of-type({n})"
+        label = f"~ .stops label:nth-of-type({n})"
+        rules.append(
+            f"""@media screen {{ {chosen}:not(:last-of-type):checked ~ .map i {{
+  left: var(--l{n}, -99%); top: var(--t{n}, 0); --big: var(--b{n}, 0); }} }}
+{chosen}:checked {label} {{ color: var(--ink); }}
+{chosen}:checked {label}::after {{ background: var(--blue); border-color: var(--blue); }}
+{chosen}:focus-visible {label} {{ outline: 2px solid var(--blue); border-radius: 8px; }}
+@media (max-width: 600px) {{ {chosen}:checked {label} {{ flex: 0 0 112px; }}
+  {chosen}:checked {label} :is(em, small) {{ display: revert; font-style: normal; }} }}
+"""
+        )
+    return "".join(rules)
+
+
+CSS = _STYLES + _choice_of_map()

@@ -77,7 +77,11 @@ _COLUMNS = {
     "map_right": _Column("b", "n"),
     "map_images": _Column("u", "n j j 3"),
     "map_variance": _Column("f", "2"),
+    "map_rows": _Column("i", "n", least=-1),
+    "map_step": _Column("i", "1", least=-1),
 }
+_LATER = ("map_rows", "map_step")
+"""Arrays that files of earlier versions do not have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +138,8 @@ class Diagnosis:
     map_right: np.ndarray  # (n,) bool: its nearest image is of its class
     map_images: np.ndarray  # (n, side, side, 3) uint8
     map_variance: np.ndarray  # (2,) float32: the share of all variance along each axis
+    map_rows: np.ndarray  # (n,) int64 of the index of the data set; -1: unknown, the file is of an earlier version
+    map_step: np.ndarray  # (1,) int64: of the evaluation; -1: unknown
 
     @property
     def num_learners(self) -> int:
@@ -159,8 +165,10 @@ def load_diagnosis(run_dir: Path) -> Diagnosis | None:
     path = run_dir / DIAGNOSIS_FILE
     if not path.exists():
         return None
-    kinds = {name: Array(column.kinds, len(column.dims.split())) for name, column in _COLUMNS.items()}
+    kinds = {name: Array(column.kinds, len(column.dims.split()), name not in _LATER) for name, column in _COLUMNS.items()}
     arrays = read_arrays(path, kinds, _CURE, most=_MOST_BYTES)
+    arrays.setdefault("map_rows", np.full(len(arrays["map_points"]), -1))
+    arrays.setdefault("map_step", np.array([-1]))
     for name, problem in _problems(arrays):
         raise InputError(f"{path} is damaged: {name} {problem}; {_CURE}")
     return Diagnosis(**arrays)

@@ -15,9 +15,11 @@ from dnc_dist.rundir import CONFIG_FILE, METRICS_FILE
 from dnc_dist.rundir.card import CARD, Card
 from dnc_dist.rundir.diagnosis import Diagnosis, load_diagnosis
 from dnc_dist.rundir.gallery import PictureGallery, load_gallery
+from dnc_dist.rundir.maps import EmbeddingMap, load_maps
 from dnc_dist.rundir.tracker import metric_lines
 
 Line = dict[str, Any]
+MOST_MAPS = 8
 POINTS = 2048
 """A curve has between so many points and twice as many, or as many as were logged if those are fewer."""
 _KINDS = ("train", "division", "evaluation", "epoch")
@@ -87,6 +89,9 @@ class RunRecord:
     config: dict[str, Any] = field(default_factory=dict)
     gallery: PictureGallery | None = None
     diagnosis: Diagnosis | None = None
+    maps: dict[int, EmbeddingMap] = field(default_factory=dict)
+    """By step: those of up to seven evaluations before that of the diagnosis."""
+    damaged_maps: list[str] = field(default_factory=list)
     lines: dict[str, list[Line]] = field(default_factory=lambda: {kind: [] for kind in _KINDS})
     """Those about epochs, by kind; of training steps only the curves are kept."""
     curves: dict[str, dict[str, Thinned]] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
@@ -223,4 +228,9 @@ def read_run(run_dir: Path, *, with_gallery: bool = True) -> RunRecord:
         run.config = config if isinstance(config, dict) else {}
     if with_gallery:
         run.gallery, run.diagnosis = load_gallery(run_dir), load_diagnosis(run_dir)
+        if run.diagnosis is not None:
+            # A map whose evaluation is not in the log is of a past that the run went back behind.
+            last = int(run.diagnosis.map_step[0])
+            steps = [line["step"] for line in run.of("evaluation") if line["step"] < last]
+            run.maps, run.damaged_maps = load_maps(run_dir, steps, MOST_MAPS - 1, before=last)
     return run
