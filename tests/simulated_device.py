@@ -136,6 +136,8 @@ class Device(TorchDispatchMode):
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"]),
             (Tensor, "is_pinned", lambda values: values.untyped_storage().data_ptr() in self._pinned),
             (Tensor, "pin_memory", lambda values: self._pin(values)),
+            # Below Python it would make a tensor of the device without memory, unseen.
+            (Tensor, "new_tensor", lambda like, data: torch.tensor(data, dtype=like.dtype, device=like.device)),
         ]
         for owner, name, value in replaced:
             self._restore.enter_context(mock.patch.object(owner, name, value))
