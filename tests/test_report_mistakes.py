@@ -19,6 +19,7 @@ from dnc_dist.report.map import map_html
 from dnc_dist.report.mistakes import mistakes_html
 from dnc_dist.report.subspaces import masks_chart, overlap, own_recall, subspaces_html
 from dnc_dist.rundir.diagnosis import MOST, Diagnosis, load_diagnosis, save_diagnosis
+from dnc_dist.rundir.maps import EmbeddingMap, save_map
 from dnc_dist.rundir.record import RunRecord
 from tests.diagnosis_fixtures import make_diagnosis
 
@@ -260,6 +261,17 @@ def test_the_largest_page_stays_below_five_megabytes(tmp_path: Path) -> None:
         montage=generator.integers(0, pictures, (4, 12)),
         map_points=generator.normal(size=(points, 2)).astype(np.float32),
         **{name: np.resize(getattr(found, name), points) for name in ("map_labels", "map_names", "map_right")},
+        map_rows=np.arange(points),
+        map_step=np.array([90]),
         map_images=photographs(points, 32),
     )
-    assert len(page_of(tmp_path, found)) < 4_000_000
+    write_lines(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        for step in range(20, 91, 10):
+            file.write(json.dumps({"step": step, "epoch": step // 10, "kind": "evaluation", "recall@1": 0.75, "num_queries": 400}) + "\n")
+    for step in range(20, 90, 10):
+        where = generator.normal(size=(points, 2)).astype(np.float32)
+        save_map(tmp_path, step, EmbeddingMap(np.arange(points), where - where.mean(0), np.array([0.5, 0.2], np.float32)))
+    save_diagnosis(tmp_path, found)
+    page = build_report(tmp_path).read_text()
+    assert page.count('type="radio"') == 8 and len(page) < 4_000_000
