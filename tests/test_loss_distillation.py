@@ -27,6 +27,7 @@ from dnc_dist.rundir import METRICS_FILE
 from dnc_dist.rundir.tracker import read_metrics
 from tests.engine_fixtures import config, division_by_hand, make_dataset
 from tests.rounding import EXACT
+from tests.spawn import spawn
 
 LEARNERS, STEP = 4, 5
 # Four learners from epoch 2 on, the whole embedding from epoch 3 on.
@@ -139,20 +140,31 @@ def test_before_conquering_nothing_is_taught(root: Path) -> None:
     assert "distillation" not in objective(batch, Phase(STEP, LEARNERS, conquer=False, backbone_frozen=False))[1]
 
 
-@pytest.mark.parametrize("teacher", ["present", "frozen"])
-def test_a_run_that_is_resumed_while_it_is_taught_ends_as_an_undisturbed_one(root: Path, tmp_path: Path, teacher: str) -> None:
-    """From the middle of a conquering epoch, with masks that part at splits."""
+def trained(root: Path, run: Path, teacher: str, resume: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Collective. The weights and the lines of a run whose masks part at splits; on several ranks with DeepSpeed's ZeRO 1."""
     changes = TAUGHT | {"model": {"masks": {"name": "learned", "split_scale": 0.25}}, "optim": {"lr": 1e-3, "mask_lr_mult": 1.0}}
-    changes |= {"division": TAUGHT["division"] | {"distill_teacher": teacher}}
+    changes |= {"division": TAUGHT["division"] | {"distill_teacher": teacher}, "engine": {"zero": 1}}
     changes |= {"schedule": {"epochs": 4, "batch_size": 12}, "checkpoint": {"every_steps": 4, "keep": 50}, "evaluation": {"nmi": "never"}}
+    cfg = config(root, run, **changes)
+    trainer = Trainer(cfg, resume, StopRequest())
+    trainer.fit()
+    trainer.close()
+    lines = [line for line in read_metrics(cfg.run.path / METRICS_FILE) if line["kind"] == "train"]
+    return {key: value.clone() for key, value in trainer.objective.state_dict().items()}, lines
+
+
+@pytest.mark.parametrize(
+    ("world", "teacher"), [(1, "present"), (1, "frozen"), pytest.param(2, "present", marks=pytest.mark.slow), (2, "frozen")]
+)
+def test_a_run_that_is_resumed_while_it_is_taught_ends_as_an_undisturbed_one(root: Path, tmp_path: Path, world: int, teacher: str) -> None:
+    """From the middle of a conquering epoch."""
 
     def train(name: str, resume: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        cfg = config(root, tmp_path / name, **changes)
-        trainer = Trainer(cfg, resume, StopRequest())
-        trainer.fit()
-        trainer.close()
-        lines = [line for line in read_metrics(cfg.run.path / METRICS_FILE) if line["kind"] == "train"]
-        return {key: value.clone() for key, value in trainer.objective.state_dict().items()}, lines
+        if world == 1:
+            return trained(root, tmp_path / name, teacher, resume)
+        ends = spawn(trained, world, root, tmp_path / name, teacher, resume)
+        assert all(torch.equal(value, ends[1][0][key]) for key, value in ends[0][0].items())
+        return ends[0]
 
     whole, lines = train("whole", "never")
     # Steps 19 to 24 conquer; every one of them is taught, none before.
