@@ -124,9 +124,9 @@ class GlobalBatchNorm2d(_ConvertedBatchNorm):
             return self.act(self.drop(y))
         if distributed.world_size() == 1 and self.valid_rows is None and x.numel() > x.shape[1]:
             # The whole batch is here: torch's own kernels take the same statistics in fewer passes over x. They need two values a channel.
-            arguments = (self.weight, self.bias, self.running_mean, self.running_var, True, 0.1, self.eps, torch.backends.cudnn.enabled)
             self.num_batches_tracked += 1
-            return self.act(self.drop(torch.batch_norm(x, *arguments)))
+            y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1, self.eps)
+            return self.act(self.drop(y))
         y, mean, variance, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.valid_rows, self.eps)
         with torch.no_grad():
             # A step without a valid row anywhere has no statistics: it must not move the running ones.
