@@ -46,7 +46,7 @@ def minimal(tmp_path: Path) -> Path:
         ),
         (
             ["division.distill_teacher=frozen"],
-            "division.distill_teacher=frozen has no effect with division.distill=0; set a weight, for example 50",
+            "division.distill_teacher=frozen has no effect with division.distill=0; set a weight, for example 1",
         ),
         (
             ["division.distill=1", "optim.mask_lr_mult=0"],

@@ -99,6 +99,13 @@ def test_conquering_is_asked_for_where_it_is_missing(tmp_path: Path) -> None:
     assert "From epoch 3 on the whole embedding was trained together" in told(tmp_path, lines, conquer_from=3)
 
 
+@pytest.mark.parametrize(("recalls", "fell"), [((0.1, 0.3, 0.5, 0.4), "10.0 points"), ((0.1, 0.3, 0.5, 0.55), ""), ((0.1, 0.3, 0.5), "")])
+def test_a_fall_while_conquering_is_said(tmp_path: Path, recalls: tuple[float, ...], fell: str) -> None:
+    lines = [division(0, [100]), division(1, [50, 50]), *(training(epoch) for epoch in range(3)), *evaluations(*recalls)]
+    story = told(tmp_path, lines, conquer_from=2)
+    assert (f"recall@1 fell by {fell} while the whole embedding" in story) if fell else ("fell by" not in story)
+
+
 def test_a_fall_is_no_loss_where_the_best_epoch_was_chosen(tmp_path: Path) -> None:
     told(tmp_path, evaluations(0.1, 0.5, 0.6, 0.6, 0.5))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"evaluation": {"select_on": "validation"}}))

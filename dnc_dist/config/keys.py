@@ -140,7 +140,7 @@ class DivisionConfig(Section):
     """After conquer_from: batches from clusters with further divisions (published), or from the whole training set."""
     distill: float = Field(0.0, ge=0)
     """After conquer_from: weight of a loss that gives the whole embedding, as soft targets, the similarities of a batch in the subspace of
-    its learner (self-distillation; S2SD takes 50); 0: none (published). It needs batches from clusters (docs/subspaces.md)."""
+    its learner (self-distillation); begin with 1 or less; 0: none (published). It needs batches from clusters (docs/subspaces.md)."""
     distill_temperature: float = Field(1.0, gt=0)
     """Temperature of these similarities: the smaller, the more the nearest images of a batch count, and the less the far ones."""
     distill_teacher: Literal["present", "frozen"] = "present"

@@ -165,7 +165,7 @@ def _conflicts_of_distillation(cfg: RunConfig) -> Iterator[str]:
     if div.distill == 0:
         for key, is_set in (("distill_temperature", div.distill_temperature != 1), ("distill_teacher", div.distill_teacher != "present")):
             if is_set:
-                yield f"division.{key}={getattr(div, key)} has no effect with division.distill=0; set a weight, for example 50"
+                yield f"division.{key}={getattr(div, key)} has no effect with division.distill=0; set a weight, for example 1"
         return
     weight = f"division.distill={div.distill:g} lets the learners teach the whole embedding"
     if div.num_learners == 1:

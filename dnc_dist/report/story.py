@@ -136,12 +136,24 @@ def _division(run: RunRecord) -> Iterator[Finding]:
     if run.conquer_from is not None:
         says += f" From epoch {run.conquer_from:.0f} on the whole embedding was trained together."
         yield Finding(says)
+        yield from _conquered(run, run.conquer_from)
     else:
         yield Finding(
             f"{says} The whole embedding was never trained together.",
             "Search compares whole embeddings: let training end with some epochs of it (division.conquer_from).",
         )
     yield from _left_out(last)
+
+
+def _conquered(run: RunRecord, conquer_from: float) -> Iterator[Finding]:
+    """Whether recall fell since the whole embedding is trained together; an evaluation counts the epochs that were done."""
+    trained = [recall for recall in _recalls(run) if recall.epoch > 0]
+    before, last = [recall for recall in trained if recall.epoch <= conquer_from], trained[-1:]
+    if before and last[0].epoch > conquer_from and (lost := before[-1].points_over(last[0])) > 0:
+        yield Finding(
+            f"recall@1 fell by {lost:.1f} points while the whole embedding was trained together.",
+            "Lower division.distill if it is set; else try division.conquer_batches: whole, or more epochs of it (schedule.epochs).",
+        )
 
 
 def _left_out(division: Line) -> Iterator[Finding]:
