@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,9 +33,10 @@ def start_deepspeed(module: nn.Module, optimizer: WaitingAdamW, cfg: RunConfig) 
     from dnc_dist.engine.zero.files import PlainFiles
 
     _avoid_cpu_extension()
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=_config(cfg, distributed.world_size()), dist_init_required=False
-    )
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=_config(cfg, distributed.world_size()), dist_init_required=False
+        )
     engine.checkpoint_engine = PlainFiles()
     return engine
 
@@ -75,6 +78,20 @@ def _config(cfg: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Keep DeepSpeed from importing torch's compiler, which takes a second or two of every process.
+
+    With ZeRO it looks whether an optimizer is its Muon. The functions of that one ask to be compiled as soon as they are imported.
+    """
+    compiled = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiled
 
 
 def _avoid_cpu_extension() -> None:
