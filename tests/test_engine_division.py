@@ -16,20 +16,26 @@ from dnc_dist.data.index import open_index
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.evaluate import evaluate_view
 from dnc_dist.engine.extract import extract
-from dnc_dist.engine.next_division import next_division
+from dnc_dist.engine.next_division import next_division, places_to_look_at
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_objective
 from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
 from dnc_dist.processes.signals import StopRequest
-from tests.engine_fixtures import PER_CLASS, config, damage, division_by_hand, make_dataset, silent
+from tests.engine_fixtures import CLASSES, PER_CLASS, config, damage, division_by_hand, make_dataset, silent
 from tests.spawn import spawn
 
 AUGMENTS = ("none", "light", "standard", "color", "geom", "geom_color")
 # Whole blocks per shard, or blocks of 4 of a shard's 6 rows; with 4 processes and 3 test shards of one block, one process has none.
 BLOCKS = (128, 4)
-WAYS = (("hierarchical", "features", "groups"), ("hierarchical", "features", "learner"), ("flat", "embeddings", "learner"))
+WAYS: tuple[tuple[str, str, str, int | None], ...] = (
+    ("hierarchical", "features", "groups", None),
+    ("hierarchical", "features", "groups", 2),
+    ("hierarchical", "features", "learner", None),
+    ("flat", "embeddings", "learner", None),
+)
+TIMES = 4
 BROKEN_TRAIN, BROKEN_TEST = (0, 7, 8, 50), (2,)
 
 
@@ -75,17 +81,17 @@ def _everything(roots: dict[str, str], place: str) -> Result:
     divisions, metrics, failed = {}, {}, {}
     for name, root in roots.items():
         for block in BLOCKS:
-            for mode, on, batches in WAYS if block == BLOCKS[1] else WAYS[1:]:
+            for mode, on, batches, looked_at in WAYS if block == BLOCKS[1] else WAYS[2:]:
                 start = "previous" if block == BLOCKS[0] else "k-means++"
                 changes: dict[str, dict[str, Any]] = {
-                    "division": {"mode": mode, "cluster_on": on, "start": start, "batches": batches},
+                    "division": {"mode": mode, "cluster_on": on, "start": start, "batches": batches, "images_per_class": looked_at},
                     "evaluation": {"batch_size": block},
                 }
                 cfg = config(Path(root), run, **changes)
                 data = RunData(cfg)
                 objective = build_objective(cfg, data.train.num_classes)
-                division, broken = _divide(objective, data, cfg, times=4)
-                divisions[f"{name}, blocks of {block}, {mode}, {batches}"] = division.state_dict()
+                division, broken = _divide(objective, data, cfg, times=TIMES)
+                divisions[f"{name}, blocks of {block}, {mode}, {batches}, {looked_at}"] = division.state_dict()
             assert data.test is not None
             found = evaluate_view(objective, data, data.test, cfg, with_nmi=True, stop=StopRequest(), progress=silent(), epoch=0)
             sample = {"queries": found.retrieval.sample_queries, "neighbours": found.retrieval.sample_neighbours}
@@ -135,15 +141,35 @@ def test_same_division(results: dict[int, list[Result]], world: int) -> None:
             assert not differ, (name, differ)
 
 
-def test_division_is_one_to_be_compared(results: dict[int, list[Result]]) -> None:
+def left_out_by_hand(name: str, roots: dict[str, str]) -> list[int]:
+    """Places of the broken images that the pass of the last division met; in order."""
+    if "broken" not in name:
+        return []
+    cfg = config(Path(roots["broken"]), Path("run"), division={"batches": "groups", "images_per_class": 2 if name.endswith("2") else None})
+    met = places_to_look_at(np.repeat(np.arange(CLASSES), PER_CLASS), cfg, epoch=TIMES - 1)
+    return [place for place in BROKEN_TRAIN if place in met]
+
+
+def test_division_is_one_to_be_compared(roots: dict[str, str], results: dict[int, list[Result]]) -> None:
     for name, state in results[1][0].divisions.items():
         division = Division.from_state(state)
         assert division.num_learners == 4 and division.sizes.min() >= 4, name
         assert division.centroids.shape == (4, 256 if "hierarchical" in name else 16)
         assert set(division.learner_of[division.learner_of >= 0]) == {0, 1, 2, 3}
         if "groups" in name:
-            broken = len(BROKEN_TRAIN) if "broken" in name else 0
-            assert division.left_out == broken and division.groups.size
+            assert np.flatnonzero(division.learner_of < 0).tolist() == left_out_by_hand(name, roots) and division.groups.size
+
+
+def test_some_images_of_each_class_are_looked_at_others_each_time() -> None:
+    labels = np.repeat(np.arange(40), np.arange(1, 41))
+    cfg = config(Path("data"), Path("run"), division={"batches": "groups", "images_per_class": 3})
+    passes = [places_to_look_at(labels, cfg, epoch=epoch) for epoch in (0, 2, 2)]
+    for places in passes:
+        assert (np.diff(places) > 0).all()
+        assert (np.bincount(labels[places]) == np.minimum(np.arange(1, 41), 3)).all()
+    assert not np.array_equal(passes[0], passes[1]) and np.array_equal(passes[1], passes[2])
+    everything = config(Path("data"), Path("run"), division={"batches": "groups"})
+    assert np.array_equal(places_to_look_at(labels, everything, epoch=0), np.arange(len(labels)))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -166,7 +192,7 @@ def test_broken_images_are_left_out_and_named_once(roots: dict[str, str], result
         if "broken" in name:
             learner_of = state["learner_of"].numpy()
             assert len(learner_of) == 72
-            assert (learner_of[list(BROKEN_TRAIN)] == -1).all()
-            assert np.count_nonzero(learner_of < 0) == state["left_out"] >= len(BROKEN_TRAIN)
+            assert (learner_of[left_out_by_hand(name, roots)] == -1).all()
+            assert np.count_nonzero(learner_of < 0) == state["left_out"]
     metrics = results[world][0].metrics["broken, blocks of 128"]
     assert metrics["num_queries"] == metrics["num_gallery"] == 3 * PER_CLASS - 1

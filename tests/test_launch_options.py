@@ -48,12 +48,13 @@ def test_it_says_what_the_run_then_does(folder: Path) -> None:
 
 def test_it_says_which_classes_share_a_batch(folder: Path) -> None:
     division = {"num_learners": 1, "batches": "neighbours", "skip_nearest": 2, "hard_share": 0.25, "hard_from": 2, "conquer_from": None}
+    division["images_per_class"] = 1
     write_config(folder, Path("data"), "hard", division=division)
     said = dnc("launch", "hard.yaml", "--dry-run", folder=folder)
     assert said.code == 0, said.err
     assert (
         "batches of 4 classes: one with its 3 nearest behind the first 2; from epoch 2 on; 25% of all; the others of the whole training "
-        "set; no image is left out but those without a second one of their class\n"
+        "set; no image is left out but those without a second one of their class; classes are compared by the mean of 1 image(s) each\n"
     ) in said.out
     columns = [re.split("  +", line) for line in said.out.split("\n\n")[1].splitlines()[1:]]
     assert [line[:3] for line in columns] == [["0-1", "1", "the whole set"], ["2-3", "1", "neighbours 25%"]]

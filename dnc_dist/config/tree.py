@@ -139,7 +139,12 @@ def _conflicts_of_batches(cfg: RunConfig) -> Iterator[str]:
     """Problems of which classes share a batch."""
     div = cfg.division
     if div.batches == "learner":
-        for key, is_set in (("group_classes", div.group_classes != "auto"), ("skip_nearest", div.skip_nearest > 0)):
+        set_keys = {
+            "group_classes": div.group_classes != "auto",
+            "skip_nearest": div.skip_nearest > 0,
+            "images_per_class": div.images_per_class is not None,
+        }
+        for key, is_set in set_keys.items():
             if is_set:
                 yield f"division.{key}={getattr(div, key)} is of groups, and division.batches=learner makes none; use groups or neighbours"
     whole_too = div.hard_share < 1 or div.hard_from > 0

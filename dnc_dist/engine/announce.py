@@ -57,6 +57,8 @@ def batches_note(cfg: RunConfig) -> str:
     if div.batches != "learner":
         whole = "learners take whole classes, " if div.num_learners > 1 else ""
         parts.append(f"{whole}no image is left out but those without a second one of their class")
+        if div.images_per_class is not None:
+            parts.append(f"classes are compared by the mean of {div.images_per_class} image(s) each")
     return "; ".join(parts)
 
 

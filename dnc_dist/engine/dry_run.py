@@ -20,7 +20,7 @@ from dnc_dist.data.batching import num_steps
 from dnc_dist.engine import plan
 from dnc_dist.engine.announce import batches_note, phases
 from dnc_dist.engine.dataset import RunData
-from dnc_dist.engine.next_division import check_divisible
+from dnc_dist.engine.next_division import check_divisible, places_to_look_at
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.setup import kernels_note, libraries_note, objective_of_run, parameter_groups, seed_libraries
@@ -153,7 +153,8 @@ def _costs(cfg: RunConfig, data: RunData, costs: _Costs, world: int) -> Iterator
     evaluations = sum(plan.evaluation_due(cfg, epoch) for epoch in epochs) + cfg.evaluation.at_start
     measured = sum(len(view) for view in (data.test, data.validation) if view is not None)
     training = steps * costs.step
-    passes = (divisions * len(data.train) + evaluations * measured) * costs.image / world
+    looked_at = len(places_to_look_at(data.train.labels, cfg, epoch=0))
+    passes = (divisions * looked_at + evaluations * measured) * costs.image / world
     yield (
         f"{steps} steps of {cfg.schedule.batch_size} images about {format_seconds(training)}; {divisions} division(s) and {evaluations} "
         f"evaluation(s) about {format_seconds(passes)} for their passes over the images; k-means, search and the waiting of "

@@ -1,16 +1,20 @@
-"""The next division of the training set: features of all its rows, and who of them cannot be decoded."""
+"""The next division of the training set: features of its rows, or of some of each class, and who of them cannot be decoded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from dnc_dist.base.errors import Stopped
 from dnc_dist.base.progress import Progress
+from dnc_dist.base.rng import numpy_generator
 from dnc_dist.clustering import (
     Division,
     DivisionRules,
+    Features,
     GroupRules,
     KMeansOptions,
     check_groups,
@@ -44,30 +48,44 @@ def check_divisible(cfg: RunConfig, labels: np.ndarray) -> None:
         check_groups(labels, rules)
 
 
+def places_to_look_at(labels: np.ndarray, cfg: RunConfig, *, epoch: int) -> np.ndarray:
+    """(n,) int64 ascending places of the rows, of labels (N,), whose features the division of an epoch needs.
+
+    These are all, or ``division.images_per_class`` of each class, drawn anew for each epoch.
+    """
+    most = cfg.division.images_per_class
+    if most is None:
+        return np.arange(len(labels))
+    drawn = numpy_generator(cfg.run.seed, "division", epoch).permutation(len(labels))
+    # Stable, so rows of a class stay in the order in which they were drawn.
+    by_class = drawn[np.argsort(labels[drawn], kind="stable")]
+    sorted_labels = labels[by_class]
+    rank_in_class = np.arange(len(labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return np.sort(by_class[rank_in_class < most])
+
+
 def next_division(
     objective: DncObjective, data: RunData, cfg: RunConfig, state: TrainState, *, stop: StopRequest, progress: Progress
 ) -> tuple[Division, list[str]]:
     """Collective. The division that follows the state's, and the keys of this rank's images that cannot be decoded.
 
-    Those images have no features and are left out.
+    Those images have no features and are left out; so are classes of which no image that was looked at can be decoded.
 
     Raises:
         Stopped: a rank was asked to stop.
     """
-    div, view = cfg.division, data.train
+    div, labels = cfg.division, data.train.labels
+    places = places_to_look_at(labels, cfg, epoch=state.epoch)
     found = extract(
         objective,
         objective.features if div.cluster_on == "features" else objective.embeddings,
-        data.sequential(view),
+        data.sequential(data.train.at(places)),
         name=f"epoch {state.epoch}: features",
-        num_rows=len(view),
+        num_rows=len(places),
         stop=stop,
         progress=progress,
     )
-    valid = distributed.gather_rows(found.valid.to(distributed.device())).cpu().numpy()
-    previous = state.division
-    if previous is not None:
-        previous = replace(previous, learner_of=previous.learner_of[valid])
+    decoded = distributed.gather_rows(found.valid.to(distributed.device())).cpu().numpy()
 
     def vote() -> None:
         if distributed.any_rank(stop.requested):
@@ -82,8 +100,23 @@ def next_division(
         kmeans=KMeansOptions(div.kmeans_iterations, div.kmeans_backend, div.kmeans_tolerance),
         groups=group_rules(cfg),
     )
-    features = spread_features(found.values[found.valid], int(valid[: found.start].sum()), int(valid.sum()), vote=vote)
-    division = divide(features, view.labels[valid], rules, epoch=state.epoch, previous=previous)
-    learner_of = np.full(len(view), -1, np.int16)
+    features = spread_features(found.values[found.valid], int(decoded[: found.start].sum()), int(decoded.sum()), vote=vote)
+    valid = np.ones(len(labels), bool)
+    valid[places[~decoded]] = False
+    if len(places) < len(labels):
+        known = labels[places[decoded]]
+        valid &= np.isin(labels, known)
+        features = _of_classes(features.means(known, data.train.num_classes), labels[valid], vote)
+    previous = state.division
+    if previous is not None:
+        previous = replace(previous, learner_of=previous.learner_of[valid])
+    division = divide(features, labels[valid], rules, epoch=state.epoch, previous=previous)
+    learner_of = np.full(len(labels), -1, np.int16)
     learner_of[valid] = division.learner_of
     return replace(division, learner_of=learner_of, left_out=int((learner_of < 0).sum())), found.failed
+
+
+def _of_classes(means: np.ndarray, labels: np.ndarray, vote: Callable[[], None]) -> Features:
+    """Collective. For each row of labels (N,) the mean (of C, F) of its class."""
+    start, stop = distributed.local_range(len(labels))
+    return spread_features(torch.from_numpy(means[labels[start:stop]].astype(np.float32)), start, len(labels), vote=vote)
