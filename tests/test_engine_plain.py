@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import textwrap
@@ -252,3 +253,30 @@ def test_one_process_starts_without_deepspeed_and_without_torchs_compiler() -> N
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_deepspeed_starts_without_torchs_compiler(zero: int) -> None:
+    """With ZeRO it would import that for an optimizer of its own, which asks to be compiled, at the start and in the first backward pass."""
+    code = f"""
+        import sys
+        import torch
+        import dnc_dist.engine.trainer
+        from dnc_dist.config import parse_tree
+        from dnc_dist.engine.optimizer import WaitingAdamW
+        from dnc_dist.engine.zero import start_deepspeed
+        from dnc_dist.processes import distributed
+
+        distributed.init(timeout_seconds=60)
+        compiled = torch.compile
+        module = torch.nn.Linear(5, 3)
+        optimizer = WaitingAdamW([{{"name": "all", "params": list(module.parameters())}}], lr=0.1)
+        engine = start_deepspeed(module, optimizer, parse_tree({{"data": {{"root": "none"}}, "engine": {{"zero": {zero}}}}}, "test"))
+        engine.backward(engine(torch.randn(4, 5)).sum())
+        engine.step()
+        print(type(engine).__name__, "torch._dynamo" in sys.modules, torch.compile is compiled)
+    """
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "DeepSpeedEngine False True"
