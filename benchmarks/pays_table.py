@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,33 +96,48 @@ def tables(lines: list[Line]) -> str:
 
 
 def plot(lines: list[Line], along: str, path: Path) -> None:
-    """The difference to the first arm against an axis: a panel for each data set, a line for each arm, bars of one standard deviation.
+    """The difference to the first arm against an axis, or of each arm (``along`` is "arm"): a panel for each data set.
+
+    Bars are one standard deviation long on either side; small marks are single seeds.
 
     Raises:
         InputError: no arm was run along that axis.
     """
     from matplotlib.figure import Figure
 
-    parts = {key: [row for row in rows_of(part) if along in row.point and row.gains] for key, part in _parts(lines).items()}
+    def value(row: Row) -> Any:
+        return row.arm if along == "arm" else row.point[along]
+
+    def name(row: Row) -> str:
+        rest = ", ".join(f"{axis} {value}" for axis, value in row.point.items() if axis != along)
+        return rest if along == "arm" else f"{row.arm}{f' ({rest})' if rest else ''}"
+
+    parts = {key: [row for row in rows_of(part) if along in {"arm", *row.point} and row.gains] for key, part in _parts(lines).items()}
     parts = {key: rows for key, rows in parts.items() if rows}
     if not parts:
         raise InputError(f"no recorded arm that has a difference varies along {along!r}")
     figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")
     panels = figure.subplots(1, len(parts), squeeze=False)[0]
     for panel, ((matrix, data, split), rows) in zip(panels, parts.items(), strict=True):
-        curves: dict[str, list[tuple[Any, list[float]]]] = defaultdict(list)
-        for row in rows:
-            rest = ", ".join(f"{axis} {value}" for axis, value in row.point.items() if axis != along)
-            curves[f"{row.arm}{f' ({rest})' if rest else ''}"].append((row.point[along], list(row.gains.values())))
-        values = sorted({value for points in curves.values() for value, _ in points}, key=lambda value: (isinstance(value, str), value))
-        for name, points in curves.items():
-            places = [values.index(value) for value, _ in points]
+        values = list(dict.fromkeys(value(row) for row in rows))
+        if along != "arm":
+            values.sort(key=lambda value: (isinstance(value, str), value))
+        for label in dict.fromkeys(name(row) for row in rows):
+            points = [(values.index(value(row)), list(row.gains.values())) for row in rows if name(row) == label]
             spread = [statistics.stdev(gains) if len(gains) > 1 else 0.0 for _, gains in points]
-            panel.errorbar(places, [statistics.mean(gains) for _, gains in points], spread, label=name, marker="o", capsize=3)
+            means = [statistics.mean(gains) for _, gains in points]
+            line = "none" if along == "arm" else "-"
+            curve = panel.errorbar([place for place, _ in points], means, spread, label=label, marker="o", capsize=3, linestyle=line)
+            seeds = [(place, gain) for place, gains in points for gain in gains]
+            panel.plot(*zip(*seeds, strict=True), linestyle="none", marker="_", color=curve.lines[0].get_color(), alpha=0.6)
         panel.axhline(0, color="grey", linewidth=1)
-        panel.set_xticks(range(len(values)), [str(value) for value in values])
-        panel.set(xlabel=along, ylabel="recall@1, points over the first arm", title=f"{matrix}, {data}, {split}")
-        panel.legend(fontsize="small")
+        panel.set_xticks(range(len(values)), [textwrap.fill(str(value), 14) for value in values])
+        panel.set(ylabel="recall@1, points over the first arm", title=f"{matrix}, {data}, {split}")
+        if along == "arm":
+            panel.margins(x=0.3)
+        else:
+            panel.set_xlabel(along)
+            panel.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -132,7 +148,7 @@ def main(arguments: list[str], results: Path) -> None:
     parser.add_argument("--out", type=Path, default=results, help="file of results")
     parser.add_argument("--matrix", help="only this one")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png or .svg of the differences")
-    parser.add_argument("--along", default="batch", help="the axis of the plot")
+    parser.add_argument("--along", default="batch", help="the axis of the plot, or the word arm")
     args = parser.parse_args(arguments)
     lines = [line for line in recorded_lines(args.out) if args.matrix in (None, line["matrix"])]
     if not lines:

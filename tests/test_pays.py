@@ -144,7 +144,7 @@ def test_differences_are_taken_with_the_same_seed_and_point(tmp_path: Path) -> N
     text = pays_table.tables(lines)
     # 41 and 44: mean 42.5, deviation 3/√2; differences 1 and 3: mean 2, deviation √2.
     assert "| many | 32 | 4 | 2 | 42.50 ± 2.12 | +2.00 ± 1.41 | 2 of 2 | 60 |" in text
-    for along in ("batch", "K"):
+    for along in ("batch", "K", "arm"):
         pays_table.plot(lines, along, tmp_path / f"{along}.svg")
         assert "<svg" in (tmp_path / f"{along}.svg").read_text()
     with pytest.raises(InputError, match="varies along 'share'"):
