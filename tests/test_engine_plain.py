@@ -257,7 +257,7 @@ def test_one_process_starts_without_deepspeed_and_without_torchs_compiler() -> N
 
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_deepspeed_starts_without_torchs_compiler(zero: int) -> None:
-    """With ZeRO it would import that for an optimizer of its own, which asks to be compiled, at the start and in the first backward pass."""
+    """With ZeRO it would import that, at its start and in a backward pass, for an optimizer that asks to be compiled."""
     code = f"""
         import sys
         import torch
