@@ -97,9 +97,10 @@ def _without_compiler() -> Iterator[None]:
 def _avoid_cpu_extension() -> None:
     """Keep DeepSpeed from building a C++ extension at start on the CPU.
 
-    Its shared-memory collectives want a compiler and ninja and take 40 s to build; gloo does the same work without them.
+    Its shared-memory collectives want a compiler and ninja and take 40 s to build; gloo does the same work without them. Whoever asks for
+    the table of its extensions first has it made, for which it calls the compiler to see what can be built.
     """
     import deepspeed.ops
 
     if distributed.device().type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
