@@ -117,7 +117,7 @@ def plot(lines: list[Line], along: str, path: Path) -> None:
     if not parts:
         raise InputError(f"no recorded arm that has a difference varies along {along!r}")
     figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")
-    panels = figure.subplots(1, len(parts), squeeze=False)[0]
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
     for panel, ((matrix, data, split), rows) in zip(panels, parts.items(), strict=True):
         values = list(dict.fromkeys(value(row) for row in rows))
         if along != "arm":
@@ -147,10 +147,15 @@ def main(arguments: list[str], results: Path) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pays table", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=results, help="file of results")
     parser.add_argument("--matrix", help="only this one")
+    parser.add_argument("--arms", nargs="+", help="only these arms; the first of the matrix has to be among them")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png or .svg of the differences")
     parser.add_argument("--along", default="batch", help="the axis of the plot, or the word arm")
     args = parser.parse_args(arguments)
-    lines = [line for line in recorded_lines(args.out) if args.matrix in (None, line["matrix"])]
+    lines = [
+        line
+        for line in recorded_lines(args.out)
+        if args.matrix in (None, line["matrix"]) and (args.arms is None or line["arm"] in args.arms)
+    ]
     if not lines:
         raise SystemExit(f"{args.out} has no run{f' of {args.matrix}' if args.matrix else ''}")
     try:
