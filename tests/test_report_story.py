@@ -56,6 +56,8 @@ def told(folder: Path, lines: list[dict[str, Any]], **division_keys: Any) -> str
         pytest.param(evaluations(0.1, 0.5, 0.6, 0.6, 0.5), "10.0 points higher at epoch 2", "still rose", id="ended late"),
         pytest.param(evaluations(0.1, 0.5, 0.5, 0.501, 0.5), "50.0%", "higher at", id="noise is no fall"),
         pytest.param([division(0, [100])], "was not divided", "learners", id="one learner"),
+        pytest.param([division(0, [9], groups=0), division(2, [9], groups=7)], "close classes: 7 groups", "learners", id="groups"),
+        pytest.param([division(0, [9], groups=0)], "was not divided", "close classes", id="no groups"),
         pytest.param([division(0, [100]), division(1, [50, 48], left_out=2)], "among 2 learners", "left out", id="divided"),
         pytest.param([division(1, [50, 30], left_out=20)], "left out 20% of the images", "not divided", id="left out"),
         pytest.param([division(1, [5, 5]), training(1, mask_orthogonality=0.99)], "hardly differ (mean cosine 0.99)", "part", id="alike"),

@@ -60,7 +60,11 @@ def _header(run: RunRecord) -> Html:
     model, loss, learners = (run.setting(name) for name in ("model.backbone", "loss.name", "division.num_learners"))
     # Its name is enough here; the whole path is among the settings.
     data = Path(str(run.setting("data.root") or "")).name
-    words = [str(part) for part in (data, model, loss and f"{loss} loss", learners and f"{learners} learners") if part]
+    words = [
+        str(part)
+        for part in (data, model, loss and f"{loss} loss", learners and f"{learners} learner{'s' if learners != 1 else ''}")
+        if part
+    ]
     counts = [
         f"{value:,.0f} {words_}"
         for name, words_ in (

@@ -46,7 +46,7 @@ class _Recall(NamedTuple):
 
 def findings(run: RunRecord) -> list[Finding]:
     """What there is to say, the most important first; empty where nothing has been measured."""
-    return list(chain(_result(run), _course(run), _misses(run), _division(run), _masks(run), _batches(run), _time(run)))
+    return list(chain(_result(run), _course(run), _misses(run), _division(run), _groups(run), _masks(run), _batches(run), _time(run)))
 
 
 def story_html(run: RunRecord) -> Html:
@@ -143,6 +143,13 @@ def _division(run: RunRecord) -> Iterator[Finding]:
             "Search compares whole embeddings: let training end with some epochs of it (division.conquer_from).",
         )
     yield from _left_out(last)
+
+
+def _groups(run: RunRecord) -> Iterator[Finding]:
+    """Whether batches were made of close classes."""
+    groups = [groups for line in run.of("division") if (groups := number(line.get("groups")))]
+    if groups:
+        yield Finding(f"Batches were made of close classes: {groups[-1]:.0f} groups at the last division.")
 
 
 def _conquered(run: RunRecord, conquer_from: float) -> Iterator[Finding]:
