@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,6 @@ class RowView:
     def num_classes(self) -> int:
         """Number of classes in this view."""
         return len(self.class_names)
-
-    def at(self, places: NDArray[np.int64]) -> RowView:
-        """The rows at ascending places, with the labels that they have here; of classes some may have no row then."""
-        columns = {name: getattr(self, name)[places] for name in ("rows", "labels", "query", "gallery", "shards")}
-        return replace(self, **columns, lists={name: chosen[places] for name, chosen in self.lists.items()})
 
 
 @dataclass(frozen=True)

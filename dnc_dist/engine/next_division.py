@@ -79,7 +79,7 @@ def next_division(
     found = extract(
         objective,
         objective.features if div.cluster_on == "features" else objective.embeddings,
-        data.sequential(data.train.at(places)),
+        data.sequential(data.index.select(data.train.name, data.train.rows[places])),
         name=f"epoch {state.epoch}: features",
         num_rows=len(places),
         stop=stop,

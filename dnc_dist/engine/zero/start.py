@@ -97,8 +97,8 @@ def _without_compiler() -> Iterator[None]:
 def _avoid_cpu_extension() -> None:
     """Keep DeepSpeed from building a C++ extension at start on the CPU.
 
-    Its shared-memory collectives want a compiler and ninja and take 40 s to build; gloo does the same work without them. Whoever asks for
-    the table of its extensions first has it made, for which it calls the compiler to see what can be built.
+    Its shared-memory collectives want a compiler and ninja and take 40 s to build; gloo does the same work without them. DeepSpeed
+    fills the table of its extensions when it is first read, and calls the compiler for that; so the entry is made without reading.
     """
     import deepspeed.ops
 
