@@ -16,6 +16,8 @@ import pytest
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.files import write_text
+from dnc_dist.engine.trainer import Trainer
+from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir.diagnosis import save_diagnosis
 from dnc_dist.rundir.gallery import PictureGallery, save_gallery
 from dnc_dist.rundir.tracker import Tracker, build_tracker, read_metrics
@@ -23,6 +25,7 @@ from dnc_dist.trackers import wandb as wandb_tracker
 from dnc_dist.trackers.background import values_of
 from dnc_dist.trackers.contents import panels_of
 from dnc_dist.trackers.panels import Histogram, Picture, Scatter, Table
+from tests import engine_fixtures
 from tests.diagnosis_fixtures import make_diagnosis
 from tests.process_server import SERVER
 from tests.run_fixtures import dnc, make_dataset, signalled_in, without_report, write_config
@@ -300,10 +303,12 @@ def test_tensorboard_has_everything_once_after_a_resume(tmp_path: Path, caplog: 
     assert b"model.backbone.name" in events.summary_metadata[settings].plugin_data.content
 
 
-def test_tensorboard_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_that_is_not_installed_is_named_before_there_is_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
+    cfg = engine_fixtures.config(engine_fixtures.make_dataset(tmp_path), tmp_path / "run", tracker={"kind": "tensorboard"})
     with pytest.raises(InputError, match=r"needs the package tensorboard.*pip install 'dnc-dist\[tensorboard\]', or set tracker\.kind to"):
-        _build(tmp_path, "tensorboard")
+        Trainer(cfg, "never", StopRequest())
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_tracker_on_the_page_of_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

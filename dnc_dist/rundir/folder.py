@@ -14,7 +14,7 @@ from dnc_dist.config import RunConfig, dump_config, load_config
 from dnc_dist.processes import distributed
 from dnc_dist.rundir import CHECKPOINTS, CONFIG_FILE, DIVISIONS, METRICS_FILE
 from dnc_dist.rundir.checkpoints import Checkpoints
-from dnc_dist.rundir.tracker import read_metrics
+from dnc_dist.rundir.tracker import check_tracker, read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
@@ -39,8 +39,10 @@ class RunDirectory:
         Rank 0 only.
 
         Raises:
-            InputError: the directory holds another run, or ``resume`` is "never" and it holds any, or it cannot be written.
+            InputError: the directory holds another run, or ``resume`` is "never" and it holds any, it cannot be written, or the
+                tracker cannot work here.
         """
+        check_tracker(cfg.tracker.kind)
         try:
             return self._prepare(cfg, resume)
         except OSError as error:

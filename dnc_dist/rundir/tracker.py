@@ -80,6 +80,10 @@ class Tracker:
     class Options(parts.Options):
         """Default, range and meaning of every option."""
 
+    @classmethod
+    def check(cls) -> None:
+        """Called before the run directory is made. Raises InputError if something that the tracker needs is not there."""
+
     def __init__(self, options: parts.Options, *, run: TrackedRun) -> None:
         self.run_id = run.id
 
@@ -130,6 +134,11 @@ def _cut(path: Path, step: int) -> set[tuple[str, int]]:
                 if line["step"] == step:
                     at_step.add((line["kind"], step))
     return at_step
+
+
+def check_tracker(chosen: parts.Named | str) -> None:
+    """Raise InputError if the tracker lacks something that it needs."""
+    parts.load("tracker", parts.name_of_chosen(chosen)).check()
 
 
 def build_tracker(

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.rundir.record import read_run
-from dnc_dist.rundir.tracker import TrackedRun
 from dnc_dist.trackers.background import BackgroundTracker, Line, is_number, is_retrieval, settings_of, values_of
 from dnc_dist.trackers.panels import Histogram, Panel, Picture, Scatter, Table
 
@@ -26,13 +24,13 @@ class TensorBoardTracker(BackgroundTracker):
 
     title = "TensorBoard"
 
-    def __init__(self, options: parts.Options, *, run: TrackedRun) -> None:
+    @classmethod
+    def check(cls) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             raise InputError(
                 "tracker.kind=tensorboard needs the package tensorboard, which is not installed: pip install 'dnc-dist[tensorboard]', "
                 "or set tracker.kind to jsonl or wandb"
             )
-        super().__init__(options, run=run)
 
     def begin(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
