@@ -63,10 +63,11 @@ def _words_below(line: Line) -> str:
 
 
 def division_chart(run: RunRecord) -> Chart | None:
-    """Stacked bars of cluster sizes over divisions, with ribbons from parents to children; None without a division."""
-    lines = _divisions(run, max((len(line["sizes"]) for line in run.of("division") if "sizes" in line), default=1))
-    if not lines:
+    """Stacked bars of cluster sizes over divisions, with ribbons from parents to children; None if there was never a second learner."""
+    most = max((len(line["sizes"]) for line in run.of("division") if "sizes" in line), default=0)
+    if most < 2:
         return None
+    lines = _divisions(run, most)
 
     def paint(axes: Axes) -> None:
         _paint_bars(axes, lines)
