@@ -26,7 +26,7 @@ from tests.run_fixtures import (
     without_report,
     write_config,
 )
-from tests.wandb_records import read_offline_runs
+from tests.wandb_records import read_finished_run
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_launch_leaves_a_complete_run(launched: tuple[Path, Done, Done]) -> No
     }
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert resolved["division"]["num_learners"] == 4 and resolved["run"] == {"dir": str(place / "runs"), "name": "run", "seed": 0}
-    shown = read_offline_runs(run)
+    shown = read_finished_run(run)
     assert len(shown.files) == 1 and shown.kinds() == [(line["kind"], line["step"]) for line in metrics(run)]
     assert sum("learners/masks" in row for row in shown.rows) == sum("mistakes/confusions" in row for row in shown.rows) == 1
     assert "rank 0: epoch 3: 4 learner(s)" in (run / "log.txt").read_text()

@@ -35,7 +35,7 @@ from tests.run_fixtures import (
     without_report,
     write_config,
 )
-from tests.wandb_records import read_offline_runs
+from tests.wandb_records import read_finished_run
 
 STEPS_PER_EPOCH = 6
 
@@ -301,4 +301,4 @@ def test_two_processes_stopped_by_the_launcher(tmp_path_factory: pytest.TempPath
     assert_same_run(run, place / "runs" / "run")
     folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1
-    assert read_offline_runs(run).kinds() == [(line["kind"], line["step"]) for line in metrics(run)]
+    assert read_finished_run(run).kinds() == [(line["kind"], line["step"]) for line in metrics(run)]

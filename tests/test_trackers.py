@@ -29,7 +29,7 @@ from tests import engine_fixtures
 from tests.diagnosis_fixtures import make_diagnosis
 from tests.process_server import SERVER
 from tests.run_fixtures import dnc, make_dataset, signalled_in, without_report, write_config
-from tests.wandb_records import OfflineRun, read_offline_runs
+from tests.wandb_records import OfflineRun, read_finished_run, read_offline_runs
 
 PANELS = [
     "neighbours/sheet",
@@ -102,7 +102,7 @@ def test_a_real_run_in_wandb_stopped_in_mid_epoch_and_resumed(tmp_path: Path) ->
         done = dnc(*command, folder=tmp_path, before=before)
         assert done.out.splitlines()[-1].startswith("RESULT ") and "W&B" not in done.out, done.out
 
-    shown = read_offline_runs(run)
+    shown = read_finished_run(run)
     assert len(shown.files) == 3 and len(shown.ids) == 1 and shown.groups == {"mine"}
     assert shown.tags == {("data: data", "backbone: conv4", "loss: margin", "learners: 2", "seed: 0")}
     assert shown.steps == sorted(set(shown.steps)), "W&B takes no row back"
@@ -156,7 +156,7 @@ def test_what_a_kill_has_kept_from_wandb_is_shown_by_the_resume(tmp_path: Path) 
     _leave_pictures(tmp_path)
     resumed.finished()
     resumed.close()
-    shown = read_offline_runs(tmp_path)
+    shown = read_finished_run(tmp_path)
     assert shown.kinds() == _lines(tmp_path) and len(set(shown.kinds())) == 8 + 3 * 2
     assert _panels(shown) == PANELS
     assert shown.groups == {"birds"} and shown.tags == {("data: birds", "backbone: conv4", "seed: 7")}

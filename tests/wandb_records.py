@@ -7,6 +7,7 @@ and a type (whole, first, middle, last part).
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -76,16 +77,34 @@ def _items(items: Any) -> dict[str, Any]:
     return found
 
 
-def read_offline_runs(run_dir: Path) -> OfflineRun:
-    """Everything that W&B was given in this run directory."""
+def _files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def _records(path: Path) -> Iterator[Any]:
     from wandb.proto import wandb_internal_pb2
 
-    run = OfflineRun(sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")))
+    for message in _messages(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(message)
+        yield record
+
+
+def read_finished_run(run_dir: Path, seconds: float = 30.0) -> OfflineRun:
+    """What W&B was given, once the newest file is whole: W&B's service may write its last records a moment after ``finish`` returned."""
+    end = time.monotonic() + seconds
+    while not (files := _files(run_dir)) or not any(record.WhichOneof("record_type") == "exit" for record in _records(files[-1])):
+        assert time.monotonic() < end, f"W&B's run in {run_dir} has no end after {seconds:g} s"
+        time.sleep(0.1)
+    return read_offline_runs(run_dir)
+
+
+def read_offline_runs(run_dir: Path) -> OfflineRun:
+    """Everything that W&B was given in this run directory."""
+    run = OfflineRun(_files(run_dir))
     for path in run.files:
         run.media |= {str(file.relative_to(path.parent / "files")) for file in (path.parent / "files").rglob("*") if file.is_file()}
-        for message in _messages(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(message)
+        for record in _records(path):
             match record.WhichOneof("record_type"):
                 case "history":
                     values = _items(record.history.item)
