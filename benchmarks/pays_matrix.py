@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -143,6 +144,17 @@ def plan_runs(matrix: Matrix, *, final: bool = False, arms: list[str] | None = N
     return runs
 
 
+def _check_baseline(matrix: Matrix, run: Planned) -> None:
+    """Raise InputError if an arm lacks an axis of the first one and is not at its first value: it could not be compared."""
+    for axis in next(iter(matrix.arms.values())).axes:
+        key, value = matrix.axes[axis].key, matrix.axes[axis].values[0]
+        if axis not in run.point and (own := reduce(getattr, key.split("."), run.cfg)) != value:
+            raise InputError(
+                f"matrix {matrix.name}, arm {run.arm!r}: it is not run along {axis!r}, so it is compared with the first arm at "
+                f"{key}={value}, and has {own}; begin the values of {axis!r} with {own}"
+            )
+
+
 def _planned(matrix: Matrix, name: str, data: str, point: dict[str, Value], seed: int, final: bool) -> Planned:
     arm = matrix.arms[name]
     stage: dict[str, Value] = {"evaluation.test": final, "evaluation.select_on": "last", "run.seed": seed}
@@ -157,4 +169,6 @@ def _planned(matrix: Matrix, name: str, data: str, point: dict[str, Value], seed
         raise InputError(f"matrix {matrix.name}, arm {name!r}, {data}, {point}: {error}") from None
     if not final and cfg.data.validation_classes == 0:
         raise InputError(f"matrix {matrix.name} holds nothing out to choose on; set data.validation_classes, for example to 0.2")
-    return Planned(matrix.name, name, data, point, seed, final, overrides, cfg.digest(), cfg)
+    run = Planned(matrix.name, name, data, point, seed, final, overrides, cfg.digest(), cfg)
+    _check_baseline(matrix, run)
+    return run

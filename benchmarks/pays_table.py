@@ -43,13 +43,13 @@ def rows_of(lines: list[Line]) -> list[Row]:
     for line in lines:
         grouped[line["arm"], repr(sorted(line["point"].items()))][line["seed"]] = line
     baseline = lines[0]["arm"]
-    # The baseline may have fewer axes: it has no number of learners, for example.
+    # The baseline may have fewer axes: it has no number of learners, for example. An arm that lacks one of the baseline's is at its first value.
     against = {(repr(sorted(line["point"].items())), line["seed"]): line for line in lines if line["arm"] == baseline}
-    axes = set(next(line for line in lines if line["arm"] == baseline)["point"])
+    first = lines[0]["point"]
     rows = []
     for (arm, _), by_seed in grouped.items():
         point = next(iter(by_seed.values()))["point"]
-        mark = repr(sorted((axis, value) for axis, value in point.items() if axis in axes))
+        mark = repr(sorted((axis, point.get(axis, value)) for axis, value in first.items()))
         gains = {}
         for seed, line in by_seed.items():
             other = against.get((mark, seed))

@@ -59,6 +59,7 @@ def declare(folder: Path, **changes: Any) -> Path:
         ({"arms": {"a": {"axes": []}, "b": {"axes": [], "set": {"schedule.epochs": 9}}}}, "changes schedule.epochs"),
         ({"arms": {"a": {"axes": []}, "b": {"axes": [], "set": {"evaluation.test": True}}}}, "changes evaluation.test"),
         ({"arms": {"a": {"axes": []}, "b": {"axes": [], "set": {"division.learners": 2}}}}, "division.learners: unknown key"),
+        ({"arms": {"a": {"axes": ["batch"]}, "b": {"axes": [], "set": {"schedule.batch_size": 16}}}}, "'batch' with 16"),
         ({"final": ["three learners"]}, "final names"),
     ],
 )
@@ -149,6 +150,12 @@ def test_differences_are_taken_with_the_same_seed_and_point(tmp_path: Path) -> N
         assert "<svg" in (tmp_path / f"{along}.svg").read_text()
     with pytest.raises(InputError, match="varies along 'share'"):
         pays_table.plot(lines, "share", tmp_path / "share.svg")
+
+
+def test_an_arm_without_an_axis_is_compared_at_its_first_value() -> None:
+    lines = [_line("one", {"batch": batch}, 0, recall) for batch, recall in ((32, 40.0), (16, 30.0))]
+    rows = pays_table.rows_of([*lines, _line("some", {"share": 0.5}, 0, 42.0)])
+    assert rows[-1].gains == {0: 2.0}
 
 
 def test_arms_that_saw_other_numbers_of_images_are_not_compared() -> None:
