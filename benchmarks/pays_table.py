@@ -43,7 +43,7 @@ def rows_of(lines: list[Line]) -> list[Row]:
     for line in lines:
         grouped[line["arm"], repr(sorted(line["point"].items()))][line["seed"]] = line
     baseline = lines[0]["arm"]
-    # The baseline may have fewer axes: it has no number of learners, for example. An arm that lacks one of the baseline's is at its first value.
+    # The baseline may have fewer axes: it has no number of learners, for example. An arm that has fewer is at their first values.
     against = {(repr(sorted(line["point"].items())), line["seed"]): line for line in lines if line["arm"] == baseline}
     first = lines[0]["point"]
     rows = []
