@@ -2,7 +2,7 @@
 
     python -m benchmarks.pays benchmarks/matrices/a_hardness.yaml            # choose, on validation classes
     python -m benchmarks.pays benchmarks/matrices/a_hardness.yaml --final    # the declared final arms, on test classes
-    python -m benchmarks.pays table --matrix a-hardness --plot gain.svg --along batch
+    python -m benchmarks.pays table --matrix a-hardness --plot along.svg --along batch
 
 A matrix (benchmarks/pays_matrix.py has its keys) states its question and its prediction, or it is refused; so are configurations that
 do not exist, before anything is run. All arms see the same number of images. A run is a process with one core for each rank; when it is

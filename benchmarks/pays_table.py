@@ -96,50 +96,63 @@ def tables(lines: list[Line]) -> str:
 
 
 def plot(lines: list[Line], along: str, path: Path) -> None:
-    """The difference to the first arm against an axis, or of each arm (``along`` is "arm"): a panel for each data set.
+    """recall@1 against an axis, or the difference to the first arm of each other one (``along`` is "arm"): a panel for each data set.
 
-    Bars are one standard deviation long on either side; small marks are single seeds.
+    Bars are one standard deviation long on either side; small marks are single seeds. A first arm without the axis is a dashed line.
 
     Raises:
         InputError: no arm was run along that axis.
     """
     from matplotlib.figure import Figure
 
-    def value(row: Row) -> Any:
-        return row.arm if along == "arm" else row.point[along]
-
-    def name(row: Row) -> str:
-        rest = ", ".join(f"{axis} {value}" for axis, value in row.point.items() if axis != along)
-        return rest if along == "arm" else f"{row.arm}{f' ({rest})' if rest else ''}"
-
-    parts = {key: [row for row in rows_of(part) if along in {"arm", *row.point} and row.gains] for key, part in _parts(lines).items()}
-    parts = {key: rows for key, rows in parts.items() if rows}
+    parts = {key: curves(rows_of(part), along) for key, part in _parts(lines).items()}
+    parts = {key: shown for key, shown in parts.items() if any(place is not None for points in shown.values() for place in points)}
     if not parts:
-        raise InputError(f"no recorded arm that has a difference varies along {along!r}")
+        raise InputError(f"no recorded arm varies along {along!r}")
     figure = Figure(figsize=(5 * len(parts), 4), layout="constrained")
-    panels = figure.subplots(1, len(parts), squeeze=False, sharey=True)[0]
-    for panel, ((matrix, data, split), rows) in zip(panels, parts.items(), strict=True):
-        values = list(dict.fromkeys(value(row) for row in rows))
+    # Differences of two data sets can share a scale, their recall cannot.
+    panels = figure.subplots(1, len(parts), squeeze=False, sharey=along == "arm")[0]
+    for panel, ((matrix, data, split), shown) in zip(panels, parts.items(), strict=True):
+        places = list(dict.fromkeys(value for points in shown.values() for value in points if value is not None))
         if along != "arm":
-            values.sort(key=lambda value: (isinstance(value, str), value))
-        for label in dict.fromkeys(name(row) for row in rows):
-            points = [(values.index(value(row)), list(row.gains.values())) for row in rows if name(row) == label]
-            spread = [statistics.stdev(gains) if len(gains) > 1 else 0.0 for _, gains in points]
-            means = [statistics.mean(gains) for _, gains in points]
+            places.sort(key=lambda value: (isinstance(value, str), value))
+        for label, points in shown.items():
+            if None in points:
+                panel.axhline(statistics.mean(points[None]), color="grey", linewidth=1, linestyle="--", label=label)
+                continue
+            ordered = sorted((places.index(value), values) for value, values in points.items())
+            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in ordered]
+            means = [statistics.mean(values) for _, values in ordered]
             line = "none" if along == "arm" else "-"
-            curve = panel.errorbar([place for place, _ in points], means, spread, label=label, marker="o", capsize=3, linestyle=line)
-            seeds = [(place, gain) for place, gains in points for gain in gains]
+            curve = panel.errorbar([place for place, _ in ordered], means, spread, label=label, marker="o", capsize=3, linestyle=line)
+            seeds = [(place, value) for place, values in ordered for value in values]
             panel.plot(*zip(*seeds, strict=True), linestyle="none", marker="_", color=curve.lines[0].get_color(), alpha=0.6)
-        panel.axhline(0, color="grey", linewidth=1)
-        panel.set_xticks(range(len(values)), [textwrap.fill(str(value), 14) for value in values])
-        panel.set(ylabel="recall@1, points over the first arm", title=f"{matrix}, {data}, {split}")
+        panel.set_xticks(range(len(places)), [textwrap.fill(str(value), 14) for value in places])
+        panel.set_title(f"{data}, {split} classes ({matrix})")
         if along == "arm":
+            panel.axhline(0, color="grey", linewidth=1)
+            panel.set_ylabel("recall@1, points over the first arm")
             panel.margins(x=0.3)
         else:
-            panel.set_xlabel(along)
+            panel.set(xlabel=along, ylabel="recall@1, %")
             panel.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def curves(rows: list[Row], along: str) -> dict[str, dict[Any, list[float]]]:
+    """Label -> place on the axis -> a value for each seed; the place None is the whole axis."""
+    found: dict[str, dict[Any, list[float]]] = defaultdict(dict)
+    for row in rows:
+        rest = ", ".join(f"{axis} {value}" for axis, value in row.point.items() if axis != along)
+        if along == "arm":
+            if row.gains:
+                found[rest][row.arm] = list(row.gains.values())
+        elif along in row.point:
+            found[f"{row.arm}{f' ({rest})' if rest else ''}"][row.point[along]] = row.values
+        elif row is rows[0]:
+            found[row.arm][None] = row.values
+    return found
 
 
 def main(arguments: list[str], results: Path) -> None:
@@ -147,14 +160,17 @@ def main(arguments: list[str], results: Path) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pays table", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=results, help="file of results")
     parser.add_argument("--matrix", help="only this one")
+    parser.add_argument("--data", nargs="+", help="only these data sets")
     parser.add_argument("--arms", nargs="+", help="only these arms; the first of the matrix has to be among them")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png or .svg of the differences")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="a .png or .svg")
     parser.add_argument("--along", default="batch", help="the axis of the plot, or the word arm")
     args = parser.parse_args(arguments)
     lines = [
         line
         for line in recorded_lines(args.out)
-        if args.matrix in (None, line["matrix"]) and (args.arms is None or line["arm"] in args.arms)
+        if args.matrix in (None, line["matrix"])
+        and (args.data is None or line["data"] in args.data)
+        and (args.arms is None or line["arm"] in args.arms)
     ]
     if not lines:
         raise SystemExit(f"{args.out} has no run{f' of {args.matrix}' if args.matrix else ''}")

@@ -158,6 +158,15 @@ def test_an_arm_without_an_axis_is_compared_at_its_first_value() -> None:
     assert rows[-1].gains == {0: 2.0}
 
 
+def test_what_a_plot_shows() -> None:
+    lines = [_line("one", {"batch": batch}, seed, recall + seed) for batch, recall in ((32, 40.0), (16, 30.0)) for seed in (0, 1)]
+    lines += [_line("many", {"batch": 16, "K": 4}, seed, 35.0 + 3 * seed) for seed in (0, 1)] + [_line("some", {"share": 0.5}, 0, 42.0)]
+    rows = pays_table.rows_of(lines)
+    assert pays_table.curves(rows, "batch") == {"one": {32: [40.0, 41.0], 16: [30.0, 31.0]}, "many (K 4)": {16: [35.0, 38.0]}}
+    assert pays_table.curves(rows, "share") == {"one": {None: [40.0, 41.0]}, "some": {0.5: [42.0]}}
+    assert pays_table.curves(rows, "arm") == {"batch 16, K 4": {"many": [5.0, 7.0]}, "share 0.5": {"some": [2.0]}}
+
+
 def test_arms_that_saw_other_numbers_of_images_are_not_compared() -> None:
     lines = [_line("one", {}, 0, 40.0), _line("many", {}, 0, 41.0, seen=1030)]
     with pytest.raises(InputError, match="only runs with the same number are compared"):
