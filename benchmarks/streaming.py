@@ -1,7 +1,7 @@
 """Training from shards read front to back against training by the index: the same data, configuration and seeds, recall@1 of both.
 
     dnc-dist data prepare glyphs --image-size 16 --out data/glyphs16
-    python -m benchmarks.streaming configs/quickstart.yaml --data data/glyphs16 --set data.image_size=16 --set data.pool_mb=1
+    python -m benchmarks.streaming benchmarks/matrices/published_clusters.yaml --data data/glyphs16 --set data.image_size=16
 
 Appends one JSON line per run to benchmarks/results/streaming.jsonl and prints mean and standard deviation over the seeds. Runs lie in
 --runs and are resumed, so that the script can be stopped and started again.

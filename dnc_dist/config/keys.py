@@ -265,7 +265,7 @@ class Evaluation(Section):
     test: bool = True
     """Whether a training measures the test split; false: only the validation classes, so that nothing can be chosen by test images."""
     select_on: Literal["auto", "last", "validation", "test"] = "auto"
-    """What picks the best checkpoint; auto: validation if that split exists, else last."""
+    """What picks the best checkpoint, by recall@1 and then map@r; auto: validation if that split exists, else last."""
     recall_at: tuple[Annotated[int, Field(ge=1, le=10_000)], ...] = (1, 2, 4, 8)
     """The k of recall@k."""
     nmi: Literal["final", "every", "never"] = "final"

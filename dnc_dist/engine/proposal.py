@@ -25,12 +25,15 @@ from dnc_dist.retrieval.protocols import Protocol
 # reader -> the k of recall@k that tables of its benchmark show.
 RECALL_AT = {"cub200": [1, 2, 4, 8], "cars196": [1, 2, 4, 8], "sop": [1, 10, 100, 1000], "inshop": [1, 10, 20, 30, 40, 50]}
 RECALL_AT |= {"vehicleid": [1, 5]}
-BATCH = 80
-"""Rows of a published batch."""
+BATCH, SMALL_BATCH = 80, 32
+"""Rows of a published batch; and what was best where networks learn from scratch (docs/results.md, experiment i)."""
+GROUPS_FROM = 4
+"""Batches that the classes fill at least, for groups of close ones to be worth finding."""
 SMALL_SIDE = 64
 """Pixels up to which a small network from scratch is the better start: pretrained ones know larger images."""
 MOST_LEARNERS, MOST_FROM_SCRATCH = 32, 4
 """The published number with pretrained weights; and what was best in docs/results.md, where networks learn from scratch."""
+IMAGES_OF_A_PASS = 3
 HELD_OUT = 0.1
 _LEAST_CLASSES_TO_HOLD_OUT = 50
 _SAMPLED = 256
@@ -127,7 +130,7 @@ def propose(root: Path, facts: Facts) -> dict[str, list[Value]]:
     """The sections of a configuration."""
     small = facts.side <= SMALL_SIDE
     samples = 4 if facts.per_class >= 4 else 2
-    in_batch = min(BATCH // samples, facts.trained)
+    in_batch = min((SMALL_BATCH if small else BATCH) // samples, facts.trained)
     batch = in_batch * samples
     learners = 1
     while 2 * learners <= (MOST_FROM_SCRATCH if small else MOST_LEARNERS) and facts.trained >= 2 * learners * in_batch:
@@ -139,7 +142,7 @@ def propose(root: Path, facts: Facts) -> dict[str, list[Value]]:
     sections = {
         "data": list(_data(root, facts, small)),
         "model": list(_model(small)),
-        "division": [_learners(facts, learners, in_batch)],
+        "division": [_learners(facts, learners, in_batch), *(_groups(facts, in_batch) if small else [])],
         "schedule": [
             Value(
                 "epochs",
@@ -212,6 +215,14 @@ def _learners(facts: Facts, learners: int, in_batch: int) -> Value:
         learners,
         f"Each gets about {facts.trained // learners:,} of {facts.trained:,} classes; a batch has {in_batch} of one learner.",
     )
+
+
+def _groups(facts: Facts, in_batch: int) -> Iterator[Value]:
+    if facts.trained < GROUPS_FROM * in_batch:
+        return
+    yield Value("batches", "groups", "Classes that look alike share a batch; `learner`, as published, if many classes have two names.")
+    if facts.per_class > IMAGES_OF_A_PASS:
+        yield Value("images_per_class", IMAGES_OF_A_PASS, "As many images of a class tell which classes look alike.")
 
 
 def _evaluation(facts: Facts, epochs: int) -> Iterator[Value]:

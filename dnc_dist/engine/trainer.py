@@ -25,7 +25,7 @@ from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.engine.maps import keep_map
 from dnc_dist.engine.next_division import check_divisible, next_division
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
-from dnc_dist.engine.state import Best, TrainState
+from dnc_dist.engine.state import Best, TrainState, standing
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
 from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
 from dnc_dist.processes import distributed, watchdog
@@ -246,12 +246,10 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """Whether the evaluation that just ran is the best so far on the selecting split; remembers it."""
-        name = {"validation": "validation/recall@1", "test": "recall@1"}.get(self.selected_on)
-        if name is None or name not in self.state.metrics or not plan.evaluation_due(self.cfg, self.state.epoch - 1):
+        prefix, state = {"validation": "validation/", "test": ""}.get(self.selected_on), self.state
+        if prefix is None or f"{prefix}recall@1" not in state.metrics or not plan.evaluation_due(self.cfg, state.epoch - 1):
             return False
-        state = self.state
-        before = state.best["metrics"].get(name) if state.best is not None else None
-        if isinstance(before, int | float) and before >= float(state.metrics[name] or 0):
+        if state.best is not None and standing(state.best["metrics"], prefix) >= standing(state.metrics, prefix):
             return False
         state.best = Best(epoch=state.epoch, samples_seen=state.samples_seen, metrics=state.metrics)
         return True
