@@ -21,7 +21,7 @@ from dnc_dist.config import RunConfig, dump_config
 from dnc_dist.doctor.harness import smooth
 from dnc_dist.engine import plan
 from dnc_dist.engine.optimizer import WaitingAdamW
-from dnc_dist.engine.state import Metrics, TrainState, standing
+from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.trainer import Trainer
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir import METRICS_FILE
@@ -282,16 +282,6 @@ def test_evaluation_and_nmi_at_the_end_and_on_time(tmp_path: Path) -> None:
     assert [plan.evaluation_due(cfg, epoch) for epoch in range(5)] == [False, True, False, True, True]
     assert [plan.nmi_due(cfg, epoch) for epoch in range(5)] == [False] * 4 + [True]
     assert not plan.finished(cfg, TrainState(epoch=4)) and plan.finished(cfg, TrainState(epoch=5))
-
-
-def test_the_best_evaluation_is_that_of_the_best_recall_and_then_of_the_best_map() -> None:
-    # Few validation classes: recall@1 soon stands at 1, and the first epoch that reaches it is not the best.
-    epochs: list[Metrics] = [
-        {"validation/recall@1": recall, "validation/map@r": precision, "map@r": 9.0}
-        for recall, precision in ((0.9, 0.99), (1.0, 0.7), (1.0, 0.9), (1.0, 0.8))
-    ]
-    assert max(epochs, key=lambda metrics: standing(metrics, "validation/")) is epochs[2]
-    assert standing({"recall@1": None}, "") == (0.0, 0.0)
 
 
 def test_waiting_adamw_equals_adamw_that_never_saw_the_frozen_steps() -> None:

@@ -114,6 +114,16 @@ def test_a_fall_is_no_loss_where_the_best_epoch_was_chosen(tmp_path: Path) -> No
     assert not any("higher at epoch" in one.says for one in findings(read_run(tmp_path)))
 
 
+def test_the_best_evaluation_has_the_highest_recall_and_then_the_highest_map(tmp_path: Path) -> None:
+    lines = [evaluation(epoch, 0.1 * epoch) for epoch in range(1, 5)]
+    # A few validation classes: the first epoch whose recall@1 is 1 is not the best one yet.
+    for line, recall, precision in zip(lines, (0.9, 1.0, 1.0, 1.0), (0.99, 0.7, 0.9, 10**400), strict=True):
+        line |= {"validation/recall@1": recall, "validation/map@r": precision}
+    told(tmp_path, lines)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"evaluation": {"select_on": "validation"}}))
+    assert read_run(tmp_path).result()["epoch"] == 3
+
+
 def test_the_page_begins_with_the_story(tmp_path: Path) -> None:
     told(tmp_path, [evaluation(0, 0.1), evaluation(1, 0.4), training(0)])
     page = build_report(tmp_path).read_text()

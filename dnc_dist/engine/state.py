@@ -26,19 +26,6 @@ class Best(TypedDict):
     metrics: Metrics
 
 
-def standing(metrics: Metrics, prefix: str) -> tuple[float, float]:
-    """What the best evaluation is chosen by: recall@1, then map@r, as the recall of a few validation classes soon stands at 1.
-
-    Args:
-        metrics: of an evaluation; what is no number counts as 0.
-        prefix: of the names of the split that selects.
-    """
-    recall, precision = (
-        float(value) if isinstance(value := metrics.get(prefix + name), int | float) else 0.0 for name in ("recall@1", "map@r")
-    )
-    return recall, precision
-
-
 @dataclass
 class _Plain:
     """What of a train state can be written as JSON."""

@@ -25,7 +25,7 @@ from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.engine.maps import keep_map
 from dnc_dist.engine.next_division import check_divisible, next_division
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
-from dnc_dist.engine.state import Best, TrainState, standing
+from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
 from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
 from dnc_dist.processes import distributed, watchdog
@@ -35,6 +35,7 @@ from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.checkpoints import Checkpoints, tag_of
 from dnc_dist.rundir.folder import RunDirectory, write_config
 from dnc_dist.rundir.log import close_log, open_log
+from dnc_dist.rundir.record import PREFIXES, standing
 from dnc_dist.rundir.tracker import build_tracker
 
 _log = logging.getLogger(__name__)
@@ -246,7 +247,7 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """Whether the evaluation that just ran is the best so far on the selecting split; remembers it."""
-        prefix, state = {"validation": "validation/", "test": ""}.get(self.selected_on), self.state
+        prefix, state = PREFIXES.get(self.selected_on), self.state
         if prefix is None or f"{prefix}recall@1" not in state.metrics or not plan.evaluation_due(self.cfg, state.epoch - 1):
             return False
         if state.best is not None and standing(state.best["metrics"], prefix) >= standing(state.metrics, prefix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,20 @@ class Thinned:
         rest = [(self._sum_step / self._count, self._sum_value / self._count)] if self._count else []
         table = np.array([*zip(self._steps, self._values, strict=True), *rest], dtype=float).reshape(-1, 2)
         return table[:, 0], table[:, 1]
+
+
+PREFIXES = {"validation": "validation/", "test": ""}
+"""What selects the best evaluation -> how the names of its metrics begin; where nothing does, the last one counts."""
+
+
+def standing(metrics: Mapping[str, Any], prefix: str) -> tuple[float, float]:
+    """recall@1, then map@r of an evaluation: the best has the highest. With a few validation classes recall@1 soon stays at 1.
+
+    Args:
+        metrics: values by name; what is no number counts as 0.
+        prefix: of the names of the split that selects.
+    """
+    return number(metrics.get(f"{prefix}recall@1")) or 0.0, number(metrics.get(f"{prefix}map@r")) or 0.0
 
 
 def number(value: Any) -> float | None:
@@ -154,10 +169,8 @@ class RunRecord:
         evaluations = [line for line in self.of("evaluation") if "recall@1" in line]
         if not evaluations:
             return {}
-        key = {"validation": "validation/recall@1", "test": "recall@1"}.get(self.selected_on)
-        if key is None:
-            return evaluations[-1]
-        return max(evaluations, key=lambda line: number(line.get(key)) or 0.0)
+        prefix = PREFIXES.get(self.selected_on)
+        return evaluations[-1] if prefix is None else max(evaluations, key=lambda line: standing(line, prefix))
 
 
 def _read_metrics(path: Path, run: RunRecord) -> None:
