@@ -149,7 +149,10 @@ def _groups(run: RunRecord) -> Iterator[Finding]:
     """Whether batches were made of close classes."""
     groups = [groups for line in run.of("division") if (groups := number(line.get("groups")))]
     if groups:
-        yield Finding(f"Batches were made of close classes: {groups[-1]:.0f} groups at the last division.")
+        yield Finding(
+            f"Batches were made of close classes: {groups[-1]:.0f} groups at the last division.",
+            "Where many classes have two names this teaches that one thing is two. What it gains: a run with division.batches: learner.",
+        )
 
 
 def _conquered(run: RunRecord, conquer_from: float) -> Iterator[Finding]:
