@@ -172,8 +172,11 @@ def test_report_shows_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = build_report(tmp_path).read_text()
     assert page.count("<svg") == 1 and "What division did" not in page
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "epoch": 0, "kind": "division", "sizes": [4], "num_learners": 1}) + "\n")
-    assert build_report(tmp_path).read_text().count("<svg") == 1
+    # One learner has no lineage.
+    for sizes, charts in (([4], 0), ([2, 2], 1)):
+        line = {"step": 0, "epoch": 0, "kind": "division", "sizes": sizes, "num_learners": len(sizes)}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        assert build_report(tmp_path).read_text().count("<svg") == charts
 
 
 def test_wrong_directories_are_wrong_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -305,7 +305,7 @@ def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
     assert {"measured", "assumed", "counted", "modelled"} < set(answer)
     assert answer["assumed"]["network"]["nic"] == 25e9
     work = answer["assumed"]["workload"]
-    assert (work["dim"], work["learners"], work["batch"], work["images"]) == (128, 4, 128, 5000)  # three from the configuration
+    assert (work["dim"], work["learners"], work["batch"], work["images"]) == (128, 4, 32, 5000)  # three from the configuration
     assert list(answer["modelled"][0]["seconds"]) == ["1", "8", "16", "32", "64", "128", "256", "512", "1024"]
     assert all(seconds >= 0 for table in answer["modelled"] for phases in table["seconds"].values() for seconds in phases.values())
     assert all(name in answer["come_from"] for table in answer["modelled"] for name in table["seconds"]["8"])
