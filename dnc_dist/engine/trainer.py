@@ -35,7 +35,7 @@ from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.checkpoints import Checkpoints, tag_of
 from dnc_dist.rundir.folder import RunDirectory, write_config
 from dnc_dist.rundir.log import close_log, open_log
-from dnc_dist.rundir.record import PREFIXES, standing
+from dnc_dist.rundir.record import SELECTED_PREFIX, standing
 from dnc_dist.rundir.tracker import build_tracker
 
 _log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ class Trainer:
 
     def _is_best(self) -> bool:
         """Whether the evaluation that just ran is the best so far on the selecting split; remembers it."""
-        prefix, state = PREFIXES.get(self.selected_on), self.state
+        prefix, state = SELECTED_PREFIX.get(self.selected_on), self.state
         if prefix is None or f"{prefix}recall@1" not in state.metrics or not plan.evaluation_due(self.cfg, state.epoch - 1):
             return False
         if state.best is not None and standing(state.best["metrics"], prefix) >= standing(state.metrics, prefix):

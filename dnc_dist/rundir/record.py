@@ -75,7 +75,7 @@ class Thinned:
         return table[:, 0], table[:, 1]
 
 
-PREFIXES = {"validation": "validation/", "test": ""}
+SELECTED_PREFIX = {"validation": "validation/", "test": ""}
 """What selects the best evaluation -> how the names of its metrics begin; where nothing does, the last one counts."""
 
 
@@ -169,7 +169,7 @@ class RunRecord:
         evaluations = [line for line in self.of("evaluation") if "recall@1" in line]
         if not evaluations:
             return {}
-        prefix = PREFIXES.get(self.selected_on)
+        prefix = SELECTED_PREFIX.get(self.selected_on)
         return evaluations[-1] if prefix is None else max(evaluations, key=lambda line: standing(line, prefix))
 
 
