@@ -1,7 +1,7 @@
 """Exact nearest neighbours with gallery rows spread over ranks: the same neighbours and digits for any number of ranks.
 
-FAISS proposes candidates in float32; their distances are computed again by direct difference in a fixed order, and a
-query whose candidates might not hold all of its k nearest, by the error bound of the float32 products, asks for more.
+Candidates are proposed in float32, by FAISS or a GPU; their distances are computed again by direct difference in a fixed order, and
+a query whose candidates might not hold all of its k nearest, by the error bound of the float32 products, asks for more.
 The gallery is never copied as a whole: beside it, memory holds blocks of bounded size and a few numbers per row.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dnc_dist.base.exact import gram_error, squared_distance
 from dnc_dist.processes import distributed
+from dnc_dist.retrieval.candidates import proposals
 from dnc_dist.retrieval.gallery import Gallery, first_columns, squares
 
 MARGIN = 8
@@ -107,7 +108,7 @@ def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor
 
 
 class _Candidates(Gallery):
-    """The gallery rows of this rank, of which FAISS proposes some."""
+    """The gallery rows of this rank, of which some are proposed as candidates."""
 
     def search(self, queries: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """(Q, k) ids and float32 distances of the nearest rows here but ``exclude`` (Q,), padded with (-1, inf)."""
@@ -141,9 +142,10 @@ class _Candidates(Gallery):
             every = np.broadcast_to(np.arange(wanted), (len(queries), wanted))
             return *first_columns(self.ids[every], self._distances(queries, every), k), True
         centred = np.ascontiguousarray(queries - self.centre)
+        propose = proposals(centred, distributed.device())
         best = faiss.ResultHeap(len(queries), wanted)
         for at, block in self.centred_blocks():
-            approximate, row = faiss.knn(centred, block, min(wanted, len(block)))
+            approximate, row = propose(block, min(wanted, len(block)))
             best.add_result(approximate, row + at)
         best.finalize()
         ids, distance = first_columns(self.ids[best.I], self._distances(queries, best.I), k)
