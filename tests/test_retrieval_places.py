@@ -10,13 +10,19 @@ import torch
 
 from dnc_dist.base.exact import squared_distance
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval import compared, gallery, places
+from dnc_dist.retrieval import compared, gallery, places, products
 from dnc_dist.retrieval.places import place_blocks
+from dnc_dist.retrieval.products import TorchProducts
 from dnc_dist.retrieval.protocols.base import silent
 from tests.spawn import spawn
 
 Found = dict[int, tuple[list[int], int, float]]
 """By query: the places of its relevant rows, and its nearest row with the distance."""
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """Products by torch, as on a GPU; here the CPU computes them."""
+    patch.setattr(compared, "products_on", lambda device: TorchProducts(torch.device("cpu")))
 
 
 class Problem:
@@ -94,7 +100,7 @@ ROLES = ("everyone", "apart", "overlapping")
 
 def in_small_blocks(patch: pytest.MonkeyPatch, tile: int = 16, own: int = 1 << 21) -> None:
     for module, name, value in (
-        (compared, "TILE", tile),
+        (products, "TILE", tile),
         (compared, "HITS", 50),
         (compared, "DIFFERENCES", 64),
         (gallery, "BLOCK_ELEMENTS", 200),
@@ -105,7 +111,10 @@ def in_small_blocks(patch: pytest.MonkeyPatch, tile: int = 16, own: int = 1 << 2
 
 @pytest.mark.parametrize("roles", ROLES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_places_equal_brute_force(kind: str, roles: str) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_places_equal_brute_force(kind: str, roles: str, gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu:
+        as_on_a_gpu(monkeypatch)
     for seed, noise in enumerate((0.2, 1.0, 5.0)):
         problem = Problem(seed, noise=noise, kind=kind, roles=roles)
         expected = problem.expected()
@@ -115,7 +124,10 @@ def test_places_equal_brute_force(kind: str, roles: str) -> None:
 
 @pytest.mark.parametrize("tile", [1, 16, 64])
 @pytest.mark.parametrize("own", [0, 1 << 21])  # each product for one side, or for both
-def test_blocks_of_any_size_change_nothing(tile: int, own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_blocks_of_any_size_change_nothing(tile: int, own: int, gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if gpu:
+        as_on_a_gpu(monkeypatch)
     problems = [Problem(seed, n=30 if tile == 1 else 150, kind=kind) for seed, kind in enumerate(("plain", "duplicates", "lattice"))]
     in_small_blocks(monkeypatch, tile, own)
     for problem in problems:
@@ -129,19 +141,21 @@ def test_far_first_matches_have_their_exact_place() -> None:
     assert max(of_relevant[0] for of_relevant, _, _ in expected.values()) > 100
 
 
-def on_ranks() -> list[Found]:
+def on_ranks(gpu: bool = False) -> list[Found]:
     problems = [Problem(seed, kind=kind, roles=roles) for roles in ROLES for seed, kind in enumerate(("plain", "duplicates", "lattice"))]
     with pytest.MonkeyPatch.context() as patch:
         in_small_blocks(patch)
+        if gpu:
+            as_on_a_gpu(patch)
         found = [problem.found(distributed.world_size(), distributed.rank()) for problem in problems]
         # Ranks may hold nothing.
         found += [problem.found(1, distributed.rank()) for problem in problems[::3]]
     return found
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_same_places_on_any_number_of_ranks(world: int) -> None:
-    alone, parts = on_ranks(), spawn(on_ranks, world)
+@pytest.mark.parametrize(("world", "gpu"), [(2, False), (4, False), (2, True)])
+def test_the_same_places_on_any_number_of_ranks(world: int, gpu: bool) -> None:
+    alone, parts = on_ranks(), spawn(on_ranks, world, gpu)
     for number, expected in enumerate(alone):
         together: Found = {}
         for part in parts:
@@ -151,7 +165,7 @@ def test_the_same_places_on_any_number_of_ranks(world: int) -> None:
 
 
 def test_memory_does_not_grow_with_queries_x_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compared, "TILE", 128)
+    monkeypatch.setattr(products, "TILE", 128)
     monkeypatch.setattr(gallery, "BLOCK_ELEMENTS", 1 << 14)
     peaks = []
     for n in (1000, 3000):

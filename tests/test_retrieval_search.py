@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dnc_dist.base.exact import gram_error, squared_distance
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval import candidates, search
 from dnc_dist.retrieval import gallery as rows_of_a_rank
-from dnc_dist.retrieval.candidates import by_products
+from dnc_dist.retrieval import products, search
+from dnc_dist.retrieval.products import propose_by_products
 from dnc_dist.retrieval.search import Neighbours, topk, topk_blocks
 from tests.spawn import spawn
 
@@ -22,7 +22,7 @@ from tests.spawn import spawn
 def proposals(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever proposes candidates, the neighbours are the same. Products are what a GPU does; here the CPU computes them."""
     if request.param == "products":
-        monkeypatch.setattr(search, "proposals", lambda queries, device: by_products(queries, torch.device("cpu")))
+        monkeypatch.setattr(search, "proposals", lambda queries, device: propose_by_products(queries, torch.device("cpu")))
 
 
 def unit(n: int, dim: int = 24, seed: int = 0) -> Tensor:
@@ -151,9 +151,9 @@ def test_a_gallery_on_two_ranks_in_little_memory() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_products_are_within_the_bound_that_the_search_relies_on(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(candidates, "PRODUCT_ELEMENTS", 1000)  # several products
+    monkeypatch.setattr(products, "CANDIDATES_ELEMENTS", 1000)  # several products
     queries, rows = (10 * torch.randn(number, 257, generator=torch.Generator().manual_seed(number)).numpy() for number in (30, 400))
-    distance, row = by_products(queries, torch.device(device))(rows, 400)
+    distance, row = propose_by_products(queries, torch.device(device))(rows, 400)
     lengths = np.linalg.norm(queries.astype(np.float64), axis=1)[:, None], np.linalg.norm(rows.astype(np.float64), axis=1)[row]
     error = np.abs(distance - squared_distance(queries[:, None], rows[row]))
     assert (error <= gram_error(257, *lengths)).all()

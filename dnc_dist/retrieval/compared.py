@@ -7,27 +7,28 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dnc_dist.base.exact import gram_error, squared_distance
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval.asked import NO_ROW, Asked, Hits
 from dnc_dist.retrieval.gallery import Gallery, squares
+from dnc_dist.retrieval.products import products_on
 
-TILE = 1024
 HITS = 1 << 16
 DIFFERENCES = 1 << 18
-"""Bounds on the rows on each side of one product, the hits that are looked at together, and one block's differences (rows x D)."""
+HASHED = 1024
+"""Bounds on the hits that are looked at together, on one block's differences (rows x D), and on the rows that are hashed at a time."""
 
 
 class _Side(NamedTuple):
-    """Rows (b, D) on one side of products."""
+    """Rows (b,) on one side of products."""
 
-    vectors: np.ndarray
+    vectors: np.ndarray  # (n, D), the rows among others
+    at: np.ndarray  # (b,) int64 where they are there
     ids: np.ndarray  # (b,)
     labels: np.ndarray  # (b,)
-    factors: np.ndarray  # (b, D + 2) float32; products of two sides are squared distances
+    factors: Tensor  # (b, D + 2) float32, loaded; products of two sides are squared distances
     norms: np.ndarray  # (b,) float64 lengths, less the centre
     twin: np.ndarray  # (b,) int64, the same for equal vectors
 
@@ -41,8 +42,8 @@ class Searched(Gallery):
         self._by_label = np.argsort(self.labels, kind="stable")
         self._sorted_labels = self.labels[self._by_label]
         self._twin = _twins(len(self), self.rows)
-        self._product = torch.empty(TILE * TILE)
-        self._within = torch.empty(TILE * TILE, dtype=torch.bool)
+        self.products = products_on(distributed.device())
+        self._loaded: dict[int, Tensor] = {}  # factors that stay on a device, by the first row of their block
 
     def relevant(self, visitors: np.ndarray, ids: np.ndarray, labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows (Q, R) here with the labels of these queries (Q, D), themselves excluded, and the exact distances, nearest first."""
@@ -63,8 +64,8 @@ class Searched(Gallery):
     def serve(self, visitors: np.ndarray, visiting: Asked) -> None:
         """Count all rows for the queries (Q, D) that visit this rank."""
         left, everyone = self._left(visitors, visiting), np.arange(len(visitors))
-        for at in range(0, len(self), TILE):
-            self._compare(left, everyone, visiting, slice(at, at + TILE), None)
+        for at in range(0, len(self), self.products.tile):
+            self._compare(left, everyone, visiting, slice(at, at + self.products.tile), None)
 
     def exchange(self, visitors: np.ndarray, visiting: Asked, counts: list[int], own: Asked, parts: list[slice], number: int) -> None:
         """Count rows for the queries (Q, D) that visit this rank, and the visitors for the rows: once for every pair.
@@ -91,14 +92,25 @@ class Searched(Gallery):
         factors = np.empty((len(centred), centred.shape[1] + 2), np.float32)
         factors[:, :-2], factors[:, -2], factors[:, -1] = -2 * centred, square, 1
         twin = _twins(len(visitors), visitors.__getitem__)
-        return _Side(visitors, visiting.ids, visiting.labels, factors, np.sqrt(square), twin)
+        loaded = self.products.load(factors)
+        return _Side(visitors, np.arange(len(visitors)), visiting.ids, visiting.labels, loaded, np.sqrt(square), twin)
 
     def _right(self, which: slice) -> _Side:
-        rows, square = self.rows(which), self.square[which]
+        norms = np.sqrt(self.square[which])
+        return _Side(self.vectors, self.at[which], self.ids[which], self.labels[which], self._factors(which), norms, self._twin[which])
+
+    def _factors(self, which: slice) -> Tensor:
+        """Those of a block of rows. A block begins at the same rows whenever it is asked for."""
+        if which.start in self._loaded:
+            return self._loaded[which.start]
+        rows = self.rows(which)
         factors = np.empty((len(rows), rows.shape[1] + 2), np.float32)
         np.subtract(rows, self.centre, out=factors[:, :-2])
-        factors[:, -2], factors[:, -1] = 1, square
-        return _Side(rows, self.ids[which], self.labels[which], factors, np.sqrt(square), self._twin[which])
+        factors[:, -2], factors[:, -1] = 1, self.square[which]
+        loaded = self.products.load(factors)
+        if self.products.keeps:
+            self._loaded[which.start] = loaded
+        return loaded
 
     def _compare(self, left: _Side, chosen: np.ndarray, visiting: Asked, which: slice, own: Asked | None) -> None:
         """Count some rows for the chosen queries on the left; and these queries for the rows, if the rows ask, too."""
@@ -108,17 +120,15 @@ class Searched(Gallery):
         dim = self.vectors.shape[1]
         left_error = np.asarray(gram_error(dim, left.norms, self.longest))
         right_error = np.asarray(gram_error(dim, right.norms, float(left.norms.max())))
-        for start in range(0, len(chosen), TILE):
-            queries = chosen[start : start + TILE]
-            product = self._product[: len(queries) * len(right.ids)].view(len(queries), len(right.ids))
+        for start in range(0, len(chosen), self.products.tile):
+            queries = chosen[start : start + self.products.tile]
             together = queries[-1] - queries[0] + 1 == len(queries)  # ascending: then nothing has to be copied
             factors = left.factors[queries[0] : queries[-1] + 1] if together else left.factors[queries]
-            # By NumPy: torch may have been told that products need not have the digits of float32.
-            np.matmul(factors, right.factors.T, out=product.numpy())
+            product = self.products.distances(factors, right.factors)
             at = np.minimum(np.searchsorted(right.ids, left.ids[queries]), len(right.ids) - 1)
             # A query that is searched, too, does not find itself.
             itself = np.flatnonzero(right.ids[at] == left.ids[queries])
-            product.numpy()[itself, at[itself]] = np.inf
+            product[itself, at[itself]] = np.inf
             for visitor, row, approximate in self._within_reach(product, (visiting.reach + left_error)[queries, None]):
                 query = queries[visitor]
                 exact = partial(_exact, left, query, right, row)
@@ -134,22 +144,19 @@ class Searched(Gallery):
 
     def _within_reach(self, product: Tensor, reach: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Where a product is at most ``reach`` (broadcast against it): its rows, its columns, and its numbers."""
-        limit = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
-        within = torch.le(product, torch.from_numpy(limit), out=self._within[: product.numel()].view(product.shape))
-        numbers, places = product.numpy().ravel(), np.flatnonzero(within.numpy())
+        places, numbers = self.products.within(product, np.nextafter(reach.astype(np.float32), np.float32(np.inf)))
         for at in range(0, len(places), HITS):
-            part = places[at : at + HITS]
-            yield *np.divmod(part, product.shape[1]), numbers[part]
+            yield *np.divmod(places[at : at + HITS], product.shape[1]), numbers[at : at + HITS]
 
 
 def _twins(count: int, rows: Callable[[slice | np.ndarray], np.ndarray]) -> np.ndarray:
     """(n,) int64: for each row an equal one, the same for all that are equal, but for hashes that happen to be the same."""
-    hashes = [_hash(rows(slice(at, at + TILE))) for at in range(0, count, TILE)]
+    hashes = [_hash(rows(slice(at, at + HASHED))) for at in range(0, count, HASHED)]
     _, first, place = np.unique(np.concatenate([np.empty(0, np.int64), *hashes]), return_index=True, return_inverse=True)
     twin = first[place]
     doubled = np.flatnonzero(twin != np.arange(count))
-    for at in range(0, len(doubled), TILE):
-        block = doubled[at : at + TILE]
+    for at in range(0, len(doubled), HASHED):
+        block = doubled[at : at + HASHED]
         other = block[(rows(block) != rows(twin[block])).any(1)]
         twin[other] = other
     return twin
@@ -169,7 +176,7 @@ def _exact(queries: _Side, query: np.ndarray, rows: _Side, row: np.ndarray, whic
     query, row = query[which], row[which]
     pairs = queries.twin[query] * (rows.twin.max(initial=0) + 1) + rows.twin[row]
     _, first, place = np.unique(pairs, return_index=True, return_inverse=True)
-    return _distances(queries.vectors, query[first], rows.vectors, row[first])[place]
+    return _distances(queries.vectors, queries.at[query[first]], rows.vectors, rows.at[row[first]])[place]
 
 
 def _distances(queries: np.ndarray, query: np.ndarray, rows: np.ndarray, row: np.ndarray) -> np.ndarray:

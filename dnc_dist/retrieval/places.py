@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval import compared
 from dnc_dist.retrieval.asked import Asked
 from dnc_dist.retrieval.compared import Searched
 from dnc_dist.retrieval.gallery import first_columns
@@ -64,7 +63,7 @@ def place_blocks(
     gallery = Searched(vectors_local.detach().float().cpu().numpy(), np.where(searched, ids, -1), labels)
     order = gallery.at if mutual else np.flatnonzero(asks)
     ranks = distributed.gather_rows(torch.tensor([len(order)], device=distributed.device())).tolist()
-    step = max(1, min(compared.TILE, VISITING_ELEMENTS // (len(ranks) * max(vectors_local.shape[1], 2 * most + 5))))
+    step = max(1, min(gallery.products.tile, VISITING_ELEMENTS // (len(ranks) * max(vectors_local.shape[1], 2 * most + 5))))
     blocks = [order[at : at + step] for at in range(0, max(ranks), step)]  # equally many on every rank
     if mutual and max(ranks) * most <= OWN_ELEMENTS:
         yield from _both_sides(gallery, blocks, ids, labels, most, partial(_tick, tick, ranks, step))

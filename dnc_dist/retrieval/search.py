@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dnc_dist.base.exact import gram_error, squared_distance
 from dnc_dist.processes import distributed
-from dnc_dist.retrieval.candidates import proposals
 from dnc_dist.retrieval.gallery import Gallery, first_columns, squares
+from dnc_dist.retrieval.products import proposals
 
 MARGIN = 8
 """More candidates than neighbours asked for, so that few queries have to ask twice."""
