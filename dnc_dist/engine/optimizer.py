@@ -44,6 +44,5 @@ class WaitingAdamW(torch.optim.AdamW):
         """State of zeros for parameters that have none: DeepSpeed links the state of every group after the first step."""
         for parameter in group["params"]:
             if not self.state[parameter]:
-                self.state[parameter].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
-                )
+                count = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
+                self.state[parameter].update(step=count, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))

@@ -101,12 +101,21 @@ def parameter_groups(objective: DncObjective, weight_decay: float) -> list[dict[
     return groups
 
 
+def build_optimizer(objective: DncObjective, cfg: RunConfig) -> WaitingAdamW:
+    """Of the objective's groups of parameters, which already lie on this rank's device."""
+    return WaitingAdamW(
+        parameter_groups(objective, cfg.optim.weight_decay),
+        lr=cfg.optim.lr,
+        betas=cfg.optim.betas,
+        weight_decay=cfg.optim.weight_decay,
+        # One kernel for a group instead of a dozen. On the CPU there are no launches to save, and its results are recorded.
+        fused=True if distributed.device().type == "cuda" else None,
+    )
+
+
 def build_engine(objective: DncObjective, cfg: RunConfig) -> Any:
     """Collective. The DeepSpeed engine around the objective."""
-    optimizer = WaitingAdamW(
-        parameter_groups(objective, cfg.optim.weight_decay), lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
-    )
-    return start_engine(objective, optimizer, cfg)
+    return start_engine(objective, build_optimizer(objective, cfg), cfg)
 
 
 def set_learning_rates(engine: Any, rates: dict[str, float]) -> None:
