@@ -23,7 +23,7 @@ from dnc_dist.engine.teacher import FrozenTeacher
 from dnc_dist.loss.base import Loss, StepRows
 from dnc_dist.loss.distillation import distillation
 from dnc_dist.model.batch_norm import set_valid_rows
-from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32
+from dnc_dist.model.embedding import EmbeddingHead
 from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.processes.transfer import to_device
 
@@ -73,8 +73,8 @@ class DncObjective(EmbeddingNetwork):
         dropped = None
         if self.head.dropout > 0:
             dropped = to_device(uniform((self.seed, "dropout", phase.step), batch.slots, features.shape[1]), features.device)
-        with self._autocast(features.device):
-            return at_least_fp32(self.head(features, dropped))
+        raw: Tensor = self.head(features, dropped)
+        return raw
 
     def loss_of(self, embeddings: Tensor, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective. What ``forward`` returns, from the raw embeddings (b, D) of the batch."""
@@ -108,9 +108,9 @@ class DncObjective(EmbeddingNetwork):
         numbers, parts = self._numbers(batch, phase), min(self.grad_cache_chunks, len(batch.images))
         images = batch.images.tensor_split(parts)
         uniforms = [None] * parts if numbers is None else numbers.tensor_split(parts)
-        with torch.no_grad(), self._autocast(batch.images.device):
-            raw = torch.cat([self.teacher(self._pixels(*part)) for part in zip(images, uniforms, strict=True)])
-        return at_least_fp32(raw)
+        pixels = (self._pixels(*part) for part in zip(images, uniforms, strict=True))
+        with torch.no_grad():
+            return torch.cat([self.teacher.head(self._through(self.teacher.backbone, part)) for part in pixels])
 
     def _numbers(self, batch: Batch, phase: Phase) -> Tensor | None:
         """(b, U) what the augmentation of each row depends on; None if it does on nothing."""
@@ -124,8 +124,7 @@ class DncObjective(EmbeddingNetwork):
         numbers = self._numbers(batch, phase)
 
         def compute(images: Tensor, numbers: Tensor | None) -> Tensor:
-            with self._autocast(images.device):
-                return self.backbone(self._pixels(images, numbers))
+            return self._through(self.backbone, self._pixels(images, numbers))
 
         set_valid_rows(self.backbone, batch.valid)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not phase.backbone_frozen):
