@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32
 from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.processes import distributed
 
+M = TypeVar("M", bound=nn.Module)
 _MEMBERS = ("backbone", "head", "masks")
 
 
@@ -73,6 +75,18 @@ class EmbeddingNetwork(nn.Module):
     def _pixels(self, images: Tensor, uniforms: Tensor | None = None) -> Tensor:
         """Augmented, normalised pixels in the memory layout that convolutions are fastest in (1.6 times on the CPU)."""
         return self.augment(images, uniforms).contiguous(memory_format=torch.channels_last)
+
+
+def on_device(module: M, device: torch.device) -> M:
+    """The module, moved there. On a GPU the weights of its convolutions get the memory layout of the images.
+
+    Otherwise a GPU rearranges them at every call, and their gradients, too. The values, and so all that is saved, stay what they are.
+    """
+    if device.type == "cuda":
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module.to(device)
 
 
 def batch_norm_kind(model: Model) -> BatchNormKind:

@@ -14,7 +14,7 @@ from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.device import Backend, choose_backend
 from dnc_dist.config import RunConfig
 from dnc_dist.engine.grad_cache import check_chunks
-from dnc_dist.engine.network import build_network
+from dnc_dist.engine.network import build_network, on_device
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.zero import start_engine
@@ -50,7 +50,7 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
     torch.manual_seed(seed_for(cfg.run.seed, "model"))
     network = build_network(cfg, initial_weights=initial_weights)
     check_chunks(network.backbone, cfg.engine.grad_cache_chunks, cfg.model.batch_norm)
-    return DncObjective(
+    objective = DncObjective(
         network.backbone,
         network.head,
         network.masks,
@@ -63,7 +63,9 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
         frozen_teacher=cfg.division.distill_teacher == "frozen",
         autocast=network.autocast,
         grad_cache_chunks=cfg.engine.grad_cache_chunks,
-    ).to(distributed.device())
+    )
+    # DeepSpeed lays the weights of several processes out anew.
+    return on_device(objective, distributed.device()) if distributed.world_size() == 1 else objective.to(distributed.device())
 
 
 def kernels_note(kmeans_backend: Backend) -> str:
