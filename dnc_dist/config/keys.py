@@ -249,6 +249,8 @@ class Engine(Section):
     """Autocast of the backbone; auto: bf16 on CUDA, fp32 on the CPU. Embedding layer, distances and loss are always fp32."""
     grad_cache_chunks: int = Field(1, ge=1)
     """Parts in which a rank's rows go through the backbone: memory of one part, the same gradient, one forward pass more; 1: at once."""
+    compile: bool = False
+    """Training steps run the backbone through torch.compile: faster from the first step of each kind on, which takes a minute or more."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds that ranks wait for one that starts, compiles in a first step, divides, evaluates or writes a checkpoint, maybe alone."""
     stall_timeout: float = Field(600.0, gt=0)

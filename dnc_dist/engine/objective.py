@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dnc_dist.base.rng import uniform
 from dnc_dist.data.stream import Batch
 from dnc_dist.data.transforms import Augment
+from dnc_dist.engine.compiled import CompiledBackbone
 from dnc_dist.engine.grad_cache import in_chunks
 from dnc_dist.engine.network import EmbeddingNetwork
 from dnc_dist.engine.plan import Phase
@@ -46,6 +47,7 @@ class DncObjective(EmbeddingNetwork):
         frozen_teacher: bool = False,
         autocast: torch.dtype | None,
         grad_cache_chunks: int = 1,
+        compiled: CompiledBackbone | None = None,
     ) -> None:
         super().__init__(backbone, head, masks, augment, autocast=autocast)
         self.loss = loss
@@ -53,6 +55,7 @@ class DncObjective(EmbeddingNetwork):
         self.distill, self.distill_temperature = distill, distill_temperature
         self.teacher = FrozenTeacher(backbone, head) if frozen_teacher else None
         self.grad_cache_chunks = grad_cache_chunks
+        self.compiled = compiled
 
     def forward(self, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective. Loss and statistics of one step.
@@ -124,7 +127,7 @@ class DncObjective(EmbeddingNetwork):
         numbers = self._numbers(batch, phase)
 
         def compute(images: Tensor, numbers: Tensor | None) -> Tensor:
-            return self._through(self.backbone, self._pixels(images, numbers))
+            return self._through(self.compiled or self.backbone, self._pixels(images, numbers))
 
         set_valid_rows(self.backbone, batch.valid)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not phase.backbone_frozen):

@@ -13,6 +13,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.base.rng import seed_for
 from dnc_dist.clustering.device import Backend, choose_backend
 from dnc_dist.config import RunConfig
+from dnc_dist.engine.compiled import CompiledBackbone
 from dnc_dist.engine.grad_cache import check_chunks
 from dnc_dist.engine.network import build_network, on_device
 from dnc_dist.engine.objective import DncObjective
@@ -45,7 +46,7 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
         initial_weights: False where those of a checkpoint follow: then ``model.weights`` is not needed any more.
 
     Raises:
-        InputError: a value of the configuration does not fit the network.
+        InputError: a value of the configuration does not fit the network, or what it asks to compile cannot be compiled here.
     """
     torch.manual_seed(seed_for(cfg.run.seed, "model"))
     network = build_network(cfg, initial_weights=initial_weights)
@@ -63,6 +64,7 @@ def build_objective(cfg: RunConfig, num_classes: int, *, initial_weights: bool =
         frozen_teacher=cfg.division.distill_teacher == "frozen",
         autocast=network.autocast,
         grad_cache_chunks=cfg.engine.grad_cache_chunks,
+        compiled=CompiledBackbone(network.backbone, distributed.device()) if cfg.engine.compile else None,
     )
     # DeepSpeed lays the weights of several processes out anew.
     return on_device(objective, distributed.device()) if distributed.world_size() == 1 else objective.to(distributed.device())
