@@ -29,7 +29,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.data.images import DECODE_ERRORS, decode, upright_rgb, why_not
 from dnc_dist.data.listing import FileImages, list_images
 from dnc_dist.data.transforms import Geometry
-from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network
+from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network, on_device
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.zero import load_weights, read_model
 from dnc_dist.processes.cores import usable_cores
@@ -74,7 +74,7 @@ class Embedder:
     def __init__(
         self, network: EmbeddingNetwork, cfg: RunConfig, source: Path, origin: Exported, device: torch.device, state: TrainState | None
     ) -> None:
-        self.network, self.cfg, self.source, self.origin = network.to(device).eval(), cfg, source, origin
+        self.network, self.cfg, self.source, self.origin = on_device(network, device).eval(), cfg, source, origin
         self.device, self.state = device, state
         self.dim, self.checkpoint, self.epoch = cfg.model.embedding_dim, origin.checkpoint, origin.epoch
         self.num_learners = origin.num_learners

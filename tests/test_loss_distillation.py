@@ -119,7 +119,7 @@ def test_a_conquering_step_learns_the_similarities_of_its_learner(root: Path, ki
     then = raw
     if objective.teacher is not None:
         uniforms = uniform((objective.seed, "augment", STEP), batch.slots, objective.augment.num_uniforms)
-        then = objective.teacher(objective.augment(batch.images, uniforms))
+        then = objective.teacher.head(objective.teacher.backbone(objective.augment(batch.images, uniforms)))
         assert not objective.teacher.backbone.training and not torch.allclose(then, raw)
     target = normalize(then.detach() * objective.masks.level_masks(LEARNERS)[learner].relu().detach(), dim=1)
     divergence = by_hand(objective.masks.whole(raw), target, [0] * len(raw), cfg.division.distill_temperature)

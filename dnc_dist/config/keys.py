@@ -246,9 +246,11 @@ class Engine(Section):
     zero: Literal[0, 1, 2] = 1
     """ZeRO stage: what is partitioned over ranks (0 nothing, 1 optimizer state, 2 also gradients); one process partitions nothing."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Autocast of backbone and embedding layer; auto: bf16 on CUDA, fp32 on the CPU. Distances and loss are always fp32."""
+    """Autocast of the backbone; auto: bf16 on CUDA, fp32 on the CPU. Embedding layer, distances and loss are always fp32."""
     grad_cache_chunks: int = Field(1, ge=1)
     """Parts in which a rank's rows go through the backbone: memory of one part, the same gradient, one forward pass more; 1: at once."""
+    compile: bool = False
+    """Training steps run the backbone through torch.compile: faster from the first step of each kind on, which takes a minute or more."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds that ranks wait for one that starts, compiles in a first step, divides, evaluates or writes a checkpoint, maybe alone."""
     stall_timeout: float = Field(600.0, gt=0)

@@ -117,6 +117,11 @@ def _conflicts(cfg: RunConfig) -> Iterator[str]:
                 "schedule.epoch_length=over shows images of small clusters several times an epoch, data.access=stream reads each once; "
                 "use schedule.epoch_length=dataset, or data.access=indexed"
             )
+    if cfg.engine.compile and cfg.engine.grad_cache_chunks > 1:
+        yield (
+            f"engine.grad_cache_chunks={cfg.engine.grad_cache_chunks} computes a batch twice with the same random numbers, which "
+            "engine.compile=true may draw in another order the second time; set one of them to its default"
+        )
     if cfg.engine.stall_timeout > cfg.engine.timeout:
         yield (
             f"engine.stall_timeout={cfg.engine.stall_timeout:g} is longer than engine.timeout={cfg.engine.timeout:g}, which is for longer "

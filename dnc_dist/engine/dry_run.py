@@ -22,8 +22,7 @@ from dnc_dist.engine.announce import batches_note, phases
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.next_division import check_divisible, places_to_look_at
 from dnc_dist.engine.objective import DncObjective
-from dnc_dist.engine.optimizer import WaitingAdamW
-from dnc_dist.engine.setup import kernels_note, libraries_note, objective_of_run, parameter_groups, seed_libraries
+from dnc_dist.engine.setup import build_optimizer, kernels_note, libraries_note, objective_of_run, seed_libraries
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.steplog import TimedBatches
 from dnc_dist.processes import distributed
@@ -173,9 +172,7 @@ def _share_of(cfg: RunConfig, world: int) -> RunConfig:
 
 def _measure(cfg: RunConfig, data: RunData, objective: DncObjective) -> _Costs:
     """What steps of real images cost here, with forward, backward and update, and what a pass costs."""
-    optimizer = WaitingAdamW(
-        parameter_groups(objective, cfg.optim.weight_decay), lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
-    )
+    optimizer = build_optimizer(objective, cfg)
     schedule = data.schedule(whole(data.train.labels), 0, conquer=False)
     batches = TimedBatches(data.train_batches(schedule, first_step=0, skip=0))
     objective.train()

@@ -23,7 +23,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView
 from dnc_dist.engine.dataset import Passes, columns_of
 from dnc_dist.engine.extract import extract
-from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network
+from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network, on_device
 from dnc_dist.engine.per_query import check_place, write_queries
 from dnc_dist.engine.subspaces import Searched
 from dnc_dist.engine.zero import load_weights, read_model
@@ -222,7 +222,7 @@ def evaluate_run(
     if data.test is None:
         raise InputError(f"data.root={cfg.data.root} has no test split to evaluate on")
     saved = read_model(checkpoints.folder / tag)
-    network = build_network(cfg, initial_weights=False).to(distributed.device())
+    network = on_device(build_network(cfg, initial_weights=False), distributed.device())
     load_weights(network, of_network(saved.weights), checkpoints.folder / tag)
     evaluation = evaluate_view(
         network,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32
 from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.processes import distributed
 
+M = TypeVar("M", bound=nn.Module)
 _MEMBERS = ("backbone", "head", "masks")
 
 
@@ -33,7 +35,7 @@ class EmbeddingNetwork(nn.Module):
         head: features to raw embeddings (B, D).
         masks: of the subspaces.
         augment: uint8 images to normalised pixels.
-        autocast: type that backbone and embedding layer compute in; None: fp32.
+        autocast: type that the backbone computes in; None: fp32.
     """
 
     def __init__(
@@ -45,9 +47,7 @@ class EmbeddingNetwork(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, F) L2-normalised backbone features in fp32, as k-means sees them. In evaluation mode."""
-        with self._autocast(images.device):
-            features = self.backbone(self._pixels(images))
-        return F.normalize(features.float(), dim=1)
+        return F.normalize(self._through(self.backbone, self._pixels(images)).float(), dim=1)
 
     def embeddings(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) unit embeddings as retrieval compares them: the whole embedding. In evaluation mode."""
@@ -56,18 +56,37 @@ class EmbeddingNetwork(nn.Module):
     def subspace(self, images: Tensor, learner: int, level: int) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, D) unit embeddings in the subspace of one of ``level`` learners. In evaluation mode."""
         mask = self.masks.level_masks(level)[learner].relu()
-        return F.normalize(at_least_fp32(self._raw(images)) * mask, dim=1)
+        return F.normalize(self._raw(images) * mask, dim=1)
 
     def _raw(self, images: Tensor) -> Tensor:
-        with self._autocast(images.device):
-            return self.head(self.backbone(self._pixels(images)))
+        raw: Tensor = self.head(self._through(self.backbone, self._pixels(images)))
+        return raw
+
+    def _through(self, backbone: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, F) features in fp32 at least, whatever type the backbone computes in.
+
+        So the embedding layer computes in fp32: it costs next to nothing, and what it gives is not rounded to the 8 bits of bf16, in
+        which embeddings that are near each other are equal.
+        """
+        with torch.autocast(pixels.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            features = backbone(pixels)
+        return at_least_fp32(features)
 
     def _pixels(self, images: Tensor, uniforms: Tensor | None = None) -> Tensor:
         """Augmented, normalised pixels in the memory layout that convolutions are fastest in (1.6 times on the CPU)."""
         return self.augment(images, uniforms).contiguous(memory_format=torch.channels_last)
 
-    def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+def on_device(module: M, device: torch.device) -> M:
+    """The module, moved there. On a GPU the weights of its convolutions get the memory layout of the images.
+
+    Otherwise a GPU rearranges them at every call, and their gradients, too. The values, and so all that is saved, stay what they are.
+    """
+    if device.type == "cuda":
+        for layer in module.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module.to(device)
 
 
 def batch_norm_kind(model: Model) -> BatchNormKind:
@@ -78,7 +97,7 @@ def batch_norm_kind(model: Model) -> BatchNormKind:
 
 
 def autocast_dtype(cfg: RunConfig, device: torch.device | None = None) -> torch.dtype | None:
-    """Type of the autocast of backbone and embedding layer on a device (None: this rank's); None: everything in fp32."""
+    """Type of the backbone's autocast on a device (None: this rank's); None: everything in fp32."""
     kind = (distributed.device() if device is None else device).type
     bf16 = cfg.engine.precision == "bf16" or (cfg.engine.precision == "auto" and kind == "cuda")
     return torch.bfloat16 if bf16 else None

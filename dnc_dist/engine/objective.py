@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dnc_dist.base.rng import uniform
 from dnc_dist.data.stream import Batch
 from dnc_dist.data.transforms import Augment
+from dnc_dist.engine.compiled import CompiledBackbone
 from dnc_dist.engine.grad_cache import in_chunks
 from dnc_dist.engine.network import EmbeddingNetwork
 from dnc_dist.engine.plan import Phase
@@ -23,7 +24,7 @@ from dnc_dist.engine.teacher import FrozenTeacher
 from dnc_dist.loss.base import Loss, StepRows
 from dnc_dist.loss.distillation import distillation
 from dnc_dist.model.batch_norm import set_valid_rows
-from dnc_dist.model.embedding import EmbeddingHead, at_least_fp32
+from dnc_dist.model.embedding import EmbeddingHead
 from dnc_dist.model.masks import SubspaceMasks
 from dnc_dist.processes.transfer import to_device
 
@@ -46,6 +47,7 @@ class DncObjective(EmbeddingNetwork):
         frozen_teacher: bool = False,
         autocast: torch.dtype | None,
         grad_cache_chunks: int = 1,
+        compiled: CompiledBackbone | None = None,
     ) -> None:
         super().__init__(backbone, head, masks, augment, autocast=autocast)
         self.loss = loss
@@ -53,6 +55,7 @@ class DncObjective(EmbeddingNetwork):
         self.distill, self.distill_temperature = distill, distill_temperature
         self.teacher = FrozenTeacher(backbone, head) if frozen_teacher else None
         self.grad_cache_chunks = grad_cache_chunks
+        self.compiled = compiled
 
     def forward(self, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective. Loss and statistics of one step.
@@ -73,8 +76,8 @@ class DncObjective(EmbeddingNetwork):
         dropped = None
         if self.head.dropout > 0:
             dropped = to_device(uniform((self.seed, "dropout", phase.step), batch.slots, features.shape[1]), features.device)
-        with self._autocast(features.device):
-            return at_least_fp32(self.head(features, dropped))
+        raw: Tensor = self.head(features, dropped)
+        return raw
 
     def loss_of(self, embeddings: Tensor, batch: Batch, phase: Phase) -> tuple[Tensor, dict[str, Tensor]]:
         """Collective. What ``forward`` returns, from the raw embeddings (b, D) of the batch."""
@@ -108,9 +111,9 @@ class DncObjective(EmbeddingNetwork):
         numbers, parts = self._numbers(batch, phase), min(self.grad_cache_chunks, len(batch.images))
         images = batch.images.tensor_split(parts)
         uniforms = [None] * parts if numbers is None else numbers.tensor_split(parts)
-        with torch.no_grad(), self._autocast(batch.images.device):
-            raw = torch.cat([self.teacher(self._pixels(*part)) for part in zip(images, uniforms, strict=True)])
-        return at_least_fp32(raw)
+        pixels = (self._pixels(*part) for part in zip(images, uniforms, strict=True))
+        with torch.no_grad():
+            return torch.cat([self.teacher.head(self._through(self.teacher.backbone, part)) for part in pixels])
 
     def _numbers(self, batch: Batch, phase: Phase) -> Tensor | None:
         """(b, U) what the augmentation of each row depends on; None if it does on nothing."""
@@ -124,8 +127,7 @@ class DncObjective(EmbeddingNetwork):
         numbers = self._numbers(batch, phase)
 
         def compute(images: Tensor, numbers: Tensor | None) -> Tensor:
-            with self._autocast(images.device):
-                return self.backbone(self._pixels(images, numbers))
+            return self._through(self.compiled or self.backbone, self._pixels(images, numbers))
 
         set_valid_rows(self.backbone, batch.valid)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not phase.backbone_frozen):

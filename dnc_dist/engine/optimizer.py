@@ -21,7 +21,16 @@ class WaitingAdamW(torch.optim.AdamW):
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    _load_values = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, whatever memory layout its moments were saved in."""
+        self._load_values(state_dict)
+        for parameter, state in self.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state and state[name].stride() != parameter.stride():
+                    # One kernel walks through a parameter and its moments together.
+                    state[name] = torch.empty_like(parameter, requires_grad=False).copy_(state[name])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -44,6 +53,5 @@ class WaitingAdamW(torch.optim.AdamW):
         """State of zeros for parameters that have none: DeepSpeed links the state of every group after the first step."""
         for parameter in group["params"]:
             if not self.state[parameter]:
-                self.state[parameter].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
-                )
+                count = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
+                self.state[parameter].update(step=count, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))

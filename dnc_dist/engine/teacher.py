@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor, nn
+from torch import nn
 
 from dnc_dist.model.embedding import EmbeddingHead
 
@@ -30,8 +30,3 @@ class FrozenTeacher(nn.Module):
         """Stay in evaluation mode, whatever the training does."""
         super().train(False)
         return self
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) augmented and normalised pixels -> (B, D) raw embeddings."""
-        embeddings: Tensor = self.head(self.backbone(pixels))
-        return embeddings
