@@ -64,7 +64,8 @@ def training(name: str, *more: str) -> list[str]:
 
 def bench(family: str, limit: float, budget: float, implementations: list[str], others: str = "") -> Step:
     """Of the kernels' benchmarks. No row is begun after `budget` seconds, so that the last one ends within the limit."""
-    kept = ["--only", ",".join(implementations), "--out", f"{{out}}/kernels_{family}_{{machine}}.jsonl"]
+    # A file of its own: a line that a time limit has cut off must not stand in the midst of another's.
+    kept = ["--only", ",".join(implementations), "--out", f"{{out}}/kernels_{family}_{{machine}}{others.replace('-', '_')}.jsonl"]
     on_gpu = ["--device", "cuda", "--seconds", "0.2", "--budget", str(budget), *kept]
     instead = "one tiny size, in Triton's interpreter"
     return Step(f"{family}{others}", limit, f"bench.{family}", on_gpu, ["--device", "cpu", "--quick", *kept], instead)
@@ -75,7 +76,7 @@ TINY = (*ONE_EPOCH, "data.workers=0")
 PYTEST = [*TESTS, "-p", "no:cacheprovider"]
 WORKERS = ["-n", "8"]  # of the tests, most of whose time is compilation; left out where pytest-xdist is not there
 STEPS = [
-    Step("doctor", 20, "dnc_dist", ["doctor", "env", "--nproc", "1"], ["doctor", "env", "--nproc", "1"]),
+    Step("doctor", 30, "dnc_dist", ["doctor", "env", "--nproc", "1"], ["doctor", "env", "--nproc", "1"]),
     Step("tests", 120, "pytest", [*PYTEST, *WORKERS, "--durations=5"], [*PYTEST, "--collect-only"], "the tests are only collected"),
     Step(
         "data",
@@ -99,10 +100,10 @@ STEPS = [
         ["--measure", "configs/quickstart.yaml", "--measured", "{out}/scaling.json", "--rows", "8", "16", "--calls", "1", "--size", "4096"],
         "the small network, batches of 8 and 16",
     ),
-    Step("quickstart", 65, "dnc_dist", ["train", *training("quickstart")], ["train", *training("quickstart", *TINY)], "one epoch"),
+    Step("quickstart", 60, "dnc_dist", ["train", *training("quickstart")], ["train", *training("quickstart", *TINY)], "one epoch"),
     Step(
         "step",
-        35,
+        30,
         "benchmarks.step",
         ["--arms", "bare", "ours", "--out", "{out}/step.jsonl"],
         ["--arms", "bare", "ours", "--backbones", "conv4", "--rounds", "2", "--out", "{out}/step.jsonl"],
@@ -199,9 +200,8 @@ def summary(outcomes: list[Outcome]) -> str:
     """A table of the steps."""
     lines = ["| step | outcome | seconds | |", "| --- | --- | --- | --- |"]
     lines += [f"| {one.name} | {one.outcome} | {one.seconds:.1f} | {one.note} |" for one in outcomes]
-    lines += [
-        f"| together | {sum(one.outcome == 'ok' for one in outcomes)} of {len(outcomes)} ok | {sum(o.seconds for o in outcomes):.1f} | |"
-    ]
+    ok, seconds = sum(one.outcome == "ok" for one in outcomes), sum(one.seconds for one in outcomes)
+    lines.append(f"| together | {ok} of {len(outcomes)} ok | {seconds:.1f} | |")
     return "\n".join(lines) + "\n"
 
 
@@ -216,6 +216,8 @@ def main() -> int:
     out, rehearsal = args.out.resolve(), args.device == "cpu"
     if out.exists() and any(out.iterdir()):
         raise SystemExit(f"{args.out} holds files already; give --out another folder, so that no result is lost or mixed up")
+    # Where this process is ended, the step that runs has to end with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     started, machine = time.monotonic(), machine_name(args.device)
     out.mkdir(parents=True, exist_ok=True)
     places = [str(ROOT / "kernels"), str(ROOT)]
@@ -240,7 +242,6 @@ def main() -> int:
             print(f"{outcomes[-1].name}: {outcomes[-1].outcome}, {outcomes[-1].seconds} s", flush=True)
             # At once: whatever ends this process, what was done until then is told.
             _write(out, outcomes, rehearsal)
-    _write(out, outcomes, rehearsal)
     for page in ("summary.md", "targets.md"):
         print(f"\n{(out / page).read_text(encoding='utf-8')}")
     return int(any(one.outcome != "ok" for one in outcomes))
