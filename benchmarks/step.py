@@ -8,7 +8,8 @@ Arms, taking turns step by step on the same images, so that other work on the ma
 * ours: a step of the training loop, with masks, losses by learner, statistics, clipping and the look at the gradient's norm;
 * deepspeed: the same around DeepSpeed's engine, as several processes run it.
 
-Times are seconds of the processor, not of the clock, and the table shows medians. The rows are those of one of four learners.
+Times are seconds of the processor, not of the clock; on a GPU those of the clock, until it has done the step. The table shows medians.
+The rows are those of one of four learners.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def margin_loss(z: Tensor, labels: Tensor) -> Tensor:
         drawn = race.topk(PER_CLASS - 1)
         chosen = torch.zeros_like(same).scatter_(1, drawn.indices, drawn.values > -torch.inf)
     distance = squared.sqrt()
-    others = same & ~torch.eye(len(z), dtype=torch.bool)
+    others = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
     terms = torch.cat([(distance[others] - BETA + MARGIN).relu(), (BETA - distance[chosen] + MARGIN).relu()])
     return terms.sum() / (terms > 0).sum().clamp(min=1)
 
@@ -76,7 +78,7 @@ def bare_step(cfg: RunConfig, batch: Batch) -> Step:
     """What anybody would write."""
     torch.manual_seed(0)
     backbone = parts.build("backbone", cfg.model.backbone, pretrained=False, pooling=cfg.model.pooling).train()
-    head = torch.nn.Linear(backbone.feature_dim, DIM)
+    backbone, head = (part.to(batch.images.device) for part in (backbone, torch.nn.Linear(backbone.feature_dim, DIM)))
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=LR, weight_decay=cfg.optim.weight_decay)
 
     def step(number: int) -> None:
@@ -110,20 +112,34 @@ def engine_step(cfg: RunConfig, batch: Batch, *, deepspeed: bool) -> Step:
     return step
 
 
-def measure(backbone: str, rows: int, size: int, rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of the processor of a step, by arm."""
-    cfg, batch = configuration(backbone, rows, size), random_batch(rows, size)
-    arms = {
-        "bare": bare_step(cfg, batch),
-        "ours": engine_step(cfg, batch, deepspeed=False),
-        "deepspeed": engine_step(cfg, batch, deepspeed=True),
-    }
+ARMS: dict[str, Callable[[RunConfig, Batch], Step]] = {
+    "bare": bare_step,
+    "ours": partial(engine_step, deepspeed=False),
+    "deepspeed": partial(engine_step, deepspeed=True),
+}
+
+
+def seconds_of(step: Step, number: int) -> float:
+    """Seconds of one step: of the processor, or of a GPU."""
+    if not torch.cuda.is_available():
+        started = time.process_time()
+        step(number)
+        return time.process_time() - started
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    step(number)
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(backbone: str, rows: int, size: int, rounds: int, names: Sequence[str], warm_up: int = 2) -> dict[str, float]:
+    """Median seconds of a step, by arm."""
+    cfg, batch = configuration(backbone, rows, size), random_batch(rows, size).to(distributed.device())
+    arms = {name: ARMS[name](cfg, batch) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(warm_up + rounds):
         for name, step in arms.items():
-            started = time.process_time()
-            step(number)
-            seconds[name].append(time.process_time() - started)
+            seconds[name].append(seconds_of(step, number))
     return {name: statistics.median(each[warm_up:]) for name, each in seconds.items()}
 
 
@@ -133,21 +149,24 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", choices=list(BACKBONES), default=list(BACKBONES))
     parser.add_argument("--rounds", type=int, default=30, help="measured steps of each arm")
     parser.add_argument("--out", type=Path, help="file of results to which a line per backbone is added")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="which of them; bare is always measured")
     args = parser.parse_args()
+    names = list(dict.fromkeys(["bare", *args.arms]))
     distributed.init()
     torch.set_num_threads(1)
-    print("backbone   rows pixels  bare ms  ours ms deepspeed ms bare/ours bare/deepspeed")
+    clock = "gpu_seconds" if torch.cuda.is_available() else "cpu_seconds"
+    print("backbone   rows pixels", *(f"{name:>9} ms" for name in names), *(f"bare/{name}" for name in names[1:]))
     for backbone in args.backbones:
         where = record.machine()
         rows, size = BACKBONES[backbone]
-        found = measure(backbone, rows, size, args.rounds)
-        share, before = found["bare"] / found["ours"], found["bare"] / found["deepspeed"]
-        bare, ours, deepspeed = (1000 * found[name] for name in ("bare", "ours", "deepspeed"))
-        print(f"{backbone:<9} {rows:>5} {size:>6} {bare:>8.1f} {ours:>8.1f} {deepspeed:>12.1f} {share:>9.1%} {before:>14.1%}")
+        found = measure(backbone, rows, size, args.rounds, names)
+        shares = {name: found["bare"] / found[name] for name in names[1:]}
+        shown = [f"{1000 * found[name]:>12.1f}" for name in names] + [f"{share:>{5 + len(name)}.1%}" for name, share in shares.items()]
+        print(f"{backbone:<9} {rows:>5} {size:>6}", *shown)
         if args.out:
             problem = {"backbone": backbone, "rows": rows, "image_size": size, "rounds": args.rounds, "threads": 1}
-            result = {"cpu_seconds": found, "bare_over_ours": share, "bare_over_deepspeed": before}
-            record.append(args.out, {"problem": problem, **result, **where})
+            ratios = {f"bare_over_{name}": share for name, share in shares.items()}
+            record.append(args.out, {"problem": problem, clock: found, **ratios, **where})
     distributed.shutdown()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import subprocess
@@ -11,37 +10,28 @@ from pathlib import Path
 
 import pytest
 
+from bench.machine_code import COLUMN_LOOPS
+from bench.resources import SHARED_LIMIT, launched_kernels
+
 # The compiler takes a minute of both cores, for kernels that change rarely.
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @pytest.fixture(scope="module")
 def report() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT / "kernels")
-    command = [sys.executable, str(ROOT / "tests" / "triton_compile.py")]
+    command = [sys.executable, "-m", "bench.compiled"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 def named(lines: list[dict]) -> list[str]:
-    shown = ("stack", "registers", "shared", "products", "wgmma", "mma", "loads_16_bytes", "variant")
+    shown = ("stack", "spills", "registers", "shared", "products", "wgmma", "mma", "loads_16_bytes", "variant")
     return [f"{line['kernel']} for sm_{line['architecture']}, {line['case']}: { {name: line[name] for name in shown} }" for line in lines]
-
-
-def launched_kernels() -> set[str]:
-    """Names of the jitted functions that some module of the package launches as `name[grid](...)`."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "kernels" / "dnc_kernels").glob("*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    jitted = {
-        node.name for node in nodes if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list)
-    }
-    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
-    return jitted & {func.value.id for func in calls if isinstance(func, ast.Subscript) and isinstance(func.value, ast.Name)}
 
 
 def test_every_kernel_is_compiled(report):
@@ -52,7 +42,13 @@ def test_every_kernel_is_compiled(report):
 
 
 def test_nothing_spills(report):
-    assert named([line for line in report["kernels"] if line["stack"]]) == []
+    assert named([line for line in report["kernels"] if line["stack"] or line["spills"]]) == []
+
+
+def test_the_pairs_of_every_kernel_that_goes_through_tiles_are_counted(report):
+    counted = [line for line in report["kernels"] if line["kernel"] in COLUMN_LOOPS]
+    assert {line["kernel"] for line in counted} == set(COLUMN_LOOPS)
+    assert all(line["per_pair"] > line["per_pair_and_block"] > 0 for line in counted)
 
 
 def test_shared_memory_is_within_the_limit(report):

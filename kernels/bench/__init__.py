@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels, one command for each family: `PYTHONPATH=kernels python -m bench.margin` and `-m bench.kmeans`."""
+"""Measurements of the kernels: `PYTHONPATH=kernels python -m bench.margin`, `-m bench.kmeans`; without a GPU `-m bench.resources`."""

@@ -84,16 +84,22 @@ def family_tables(family: str, rows: Iterable[dict[str, Any]]) -> str:
     return "\n\n".join(device_table(family, [row for row in latest.values() if row["device"] == device]) for device in devices)
 
 
+def replaced(text: str, name: str, table: str) -> str:
+    """The text with this table between its markers, or as it is where it has no such markers."""
+    before, start, rest = text.partition(f"<!-- results:{name} -->\n")
+    if not start:
+        return text
+    _, end, after = rest.partition("<!-- results:end -->")
+    return f"{before}{start}{table}\n{end}{after}"
+
+
 def filled(text: str) -> str:
     """The README with its tables as the results files have them."""
     for family in SIZE:
         files = sorted(RESULTS.glob(f"kernels_{family}_*.jsonl"))
         rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
         table = family_tables(family, rows) or "No results yet."
-        before, start, rest = text.partition(f"<!-- results:{family} -->\n")
-        if start:
-            _, end, after = rest.partition("<!-- results:end -->")
-            text = f"{before}{start}{table}\n{end}{after}"
+        text = replaced(text, family, table)
     return text
 
 

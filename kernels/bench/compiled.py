@@ -1,6 +1,6 @@
 """Compile what the Triton functions launch by default, for GPUs that are not there, and report what ptxas made of it as JSON.
 
-    PYTHONPATH=kernels python tests/triton_compile.py [--workers 2] > report.json
+    PYTHONPATH=kernels python -m bench.compiled [--workers 2] > report.json
 
 The public functions run on CPU tensors in front of a driver that names a GPU, compiles every launch exactly as that GPU
 would, and launches nothing. So this file knows no tile shape and no signature: what a user's call compiles is what is
@@ -14,11 +14,8 @@ import argparse
 import json
 import multiprocessing
 import re
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from bench.machine_code import resources
 from dnc_kernels import kmeans, probe, race
 from dnc_kernels import margin as kernels
 from dnc_kernels.contract import MARGIN, Pairs, Rows, Sampling
 
 ARCHITECTURES = (80, 90)
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INSTRUCTIONS = {  # of the PTX, which ptxas turns into one machine instruction each
     "wgmma": r"\bwgmma\.mma_async",
     "mma": r"\bmma\.sync",
@@ -92,30 +89,22 @@ class Launches:
         """Nothing to restore: the process ends with its task."""
 
 
-def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """Registers and stack from the machine code (a spill shows as stack), instructions counted in the PTX."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {name: int(number) for name, number in re.findall(r"(REG|STACK):(\d+)", usage)}
-    counted = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in INSTRUCTIONS.items()}
-    return {"registers": found["REG"], "stack": found["STACK"], "shared": kernel.metadata.shared, **counted}
-
-
 def describe(kernel: CompiledKernel, case: str, architecture: int) -> dict[str, Any]:
     """One line of the report."""
     names = kernel.src.fn.arg_names
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if isinstance(value, (int, float, str))}
     pointers = sorted({kind for kind in kernel.src.signature.values() if kind.startswith("*")})
+    name, warps = kernel.src.fn.__name__, kernel.metadata.num_warps
     return {
-        "kernel": kernel.src.fn.__name__,
+        "kernel": name,
         "module": kernel.src.fn.__module__,
         "case": case,
         "architecture": architecture,
-        "variant": constants | {"pointers": " ".join(pointers), "warps": kernel.metadata.num_warps, "stages": kernel.metadata.num_stages},
+        "variant": constants | {"pointers": " ".join(pointers), "warps": warps, "stages": kernel.metadata.num_stages},
         "products": len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
-        **resources(kernel),
+        "shared": kernel.metadata.shared,
+        **{counted: len(re.findall(pattern, kernel.asm["ptx"])) for counted, pattern in INSTRUCTIONS.items()},
+        **resources(name, kernel.asm["cubin"], constants, warps),
     }
 
 
@@ -230,23 +219,26 @@ def compile_family(task: tuple[str, int]) -> tuple[list[dict[str, Any]], list[di
     return reports[:first], reports[first:]
 
 
-def main() -> None:
-    """Print the report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
+def compile_all(workers: int) -> dict[str, Any]:
+    """The report: a line for every kernel that some case compiled, and for those that a repetition compiled anew."""
     started = time.monotonic()
     tasks = [(family, architecture) for family in FAMILIES for architecture in ARCHITECTURES]
-    with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
         found = pool.map(compile_family, tasks, chunksize=1)
-    report = {
+    return {
         "triton": triton.__version__,
         "seconds": round(time.monotonic() - started, 1),
         "kernels": [line for lines, _ in found for line in lines],
         "recompiled": [line for _, lines in found for line in lines],
     }
-    print(json.dumps(report, indent=1))
+
+
+def workers_option(description: str) -> int:
+    """How many processes compile, from the command line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile")
+    return parser.parse_args().workers
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(compile_all(workers_option(__doc__.split("\n")[0])), indent=1))
