@@ -21,13 +21,14 @@ from dnc_dist.engine.compiled import CompiledBackbone
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.plan import Phase
-from dnc_dist.engine.setup import build_objective
+from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
 from dnc_dist.engine.zero import read_model
 from dnc_dist.processes import distributed
 from dnc_dist.rundir.checkpoints import Checkpoints
 from tests.engine_fixtures import config, damage, division_by_hand, make_dataset
 from tests.run_fixtures import make_dataset as make_run_dataset
 from tests.run_fixtures import start, without_report, write_config
+from tests.spawn import spawn
 
 CPU = torch.device("cpu")
 LEVEL = 4
@@ -115,6 +116,37 @@ class _Asks(nn.Module):
 def test_a_backbone_that_cannot_be_compiled_is_named(without_code: None) -> None:
     with pytest.raises(RunError, match=r"torch cannot compile this backbone .*; set engine\.compile=false"):
         CompiledBackbone(_Asks(), CPU)(torch.ones(2, 3))
+
+
+def deepspeed_steps(root: str, place: str) -> dict[bool, tuple[list[float], list[str]]]:
+    """Compiled or not -> losses of three steps on several processes, and names of the weights after them."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # this process ends here
+    results = {}
+    for compile in (True, False):
+        changes = {"engine": {"compile": compile, "zero": 1}, "model": {"batch_norm": "frozen"}}
+        cfg = config(Path(root), Path(place) / "run", **changes)
+        data, losses = RunData(cfg), []
+        objective = build_objective(cfg, data.train.num_classes).train()
+        engine = build_engine(objective, cfg)
+        schedule = data.schedule(division_by_hand(data.train.labels, LEVEL), 0, conquer=False)
+        for step, batch in enumerate(data.train_batches(schedule, first_step=0, skip=0)):
+            set_learning_rates(engine, {"backbone": 0.0 if step == 1 else 1e-3, "embedding": 1e-3, "masks": 1e-3, "loss": 1e-3})
+            loss, stats = engine(batch, Phase(step, LEVEL, conquer=False, backbone_frozen=step == 1))
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(stats["loss"]))
+        results[compile] = (losses, list(objective.state_dict()))
+    return results
+
+
+def test_several_processes(root: Path, tmp_path: Path) -> None:
+    for found in spawn(deepspeed_steps, 2, str(root), str(tmp_path), timeout=300):
+        assert found[True][1] == found[False][1]
+        losses, expected = (torch.tensor(found[compile][0], dtype=torch.float64) for compile in (True, False))
+        # One step in fp32 is off by some roundings of 2**-24; later ones by what the update makes of them.
+        assert len(losses) == len(expected) > 2 and len(set(expected.tolist())) > 2
+        assert abs(losses[0] - expected[0]) <= 1e-5 * expected[0]
+        assert (losses - expected).abs().max() <= 1e-2 * expected.max()
 
 
 @pytest.mark.slow

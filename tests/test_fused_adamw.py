@@ -183,7 +183,7 @@ def deepspeed_weights(root: str, place: str) -> dict[int, list[list[Tensor]]]:
                 for waits in ("masks", "backbone"):
                     for group in engine.optimizer.param_groups:
                         group["lr"] = 0.0 if group["name"] == waits else 1e-2
-                    engine.backward(sum((part + 1) * value.square().sum() for value in engine.module.parameters()))
+                    engine.backward(sum((part + 1) * (value - 2).square().sum() for value in engine.module.parameters()))
                     engine.step()
             ends.append([value.detach().clone() for value in engine.module.parameters()])
         results[zero] = ends
