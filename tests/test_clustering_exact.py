@@ -8,11 +8,14 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 
 from dnc_dist.base.exact import squared_distance
-from dnc_dist.clustering.centroids import on_grid, plus_plus
+from dnc_dist.clustering.centroids import first_centroids, on_grid, plus_plus
+from dnc_dist.clustering.features import Features
 from dnc_dist.clustering.nearest import PROPOSALS, WORTH_SKIPPING, nearest_again, nearest_of
 from dnc_dist.clustering.sums import Grid, GroupSums, energy, exponent_votes, highest_exponent
+from tests.simulated_device import DEVICE, Device
 
 
 def unit_rows(n: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -91,7 +94,7 @@ def test_products_on_the_grid_are_exact() -> None:
     """The longest rows there can be, so that their sums of products are the largest."""
     for dim in (1, 512, 4096):
         x = np.sign(unit_rows(40, dim, seed=dim)) * np.float32(1.9)
-        points = on_grid(x, 0)
+        points = on_grid(torch.from_numpy(x), 0).numpy()
         assert np.array_equal(points, np.rint(points)) and (np.abs(points).astype(np.int64) ** 2).sum(1).max() < 1 << 23
         assert np.array_equal(points @ points.T, points.astype(np.int64) @ points.T.astype(np.int64))
 
@@ -99,7 +102,7 @@ def test_products_on_the_grid_are_exact() -> None:
 def test_starts_are_drawn_by_squared_distance() -> None:
     """Drawing many at a time gives every set of four of six rows as often as drawing one after the other."""
     x, k, draws = np.array([[0, 0], [1, 0], [0, 3], [5, 5], [6, 5], [9, 0]], np.float32), 4, 4000
-    squares = np.square(x[:, None] - x[None]).sum(2)
+    rows, squares = torch.from_numpy(x), np.square(x[:, None] - x[None]).sum(2)
     expected: defaultdict[frozenset[int], float] = defaultdict(float)
     for order in permutations(range(len(x)), k):
         chance, nearest = 1 / len(x), squares[order[0]]
@@ -107,7 +110,7 @@ def test_starts_are_drawn_by_squared_distance() -> None:
             chance, nearest = chance * nearest[row] / nearest.sum(), np.minimum(nearest, squares[row])
         expected[frozenset(order)] += chance
     found = Counter(
-        frozenset(np.flatnonzero((x[:, None] == plus_plus(x, k, np.random.default_rng(seed))).all(2).any(1)).tolist())
+        frozenset(np.flatnonzero((x[:, None] == plus_plus(rows, k, np.random.default_rng(seed)).numpy()).all(2).any(1)).tolist())
         for seed in range(draws)
     )
     assert sum(expected.values()) == pytest.approx(1)
@@ -116,11 +119,43 @@ def test_starts_are_drawn_by_squared_distance() -> None:
         assert abs(found[rows] - draws * chance) <= 6 * np.sqrt(draws * chance * (1 - chance)), rows
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 1e-7, 1e18], ids=["unit", "collapsed", "one point", "huge"])
+def test_starts_on_a_gpu_are_those_of_the_cpu(scale: float) -> None:
+    """The way of a GPU: products in float64, other blocks. Rows stand twice, so that some draws have no choice but equal rows."""
+    children = 6
+    for seed in range(3):
+        x = unit_rows(700, 33, seed)
+        x[400:] = x[:300]
+        x = (x * np.float32(scale) + np.float32(scale < 1)).astype(np.float32)
+        parent = np.arange(len(x)) % 2
+        for groups in (parent, 0 * parent):
+            rows_of_parent = np.bincount(groups)
+            given = (groups, rows_of_parent, children, seed)
+            expected = first_centroids(Features.alone(torch.from_numpy(x)), *given)
+            with Device():
+                rows = torch.from_numpy(x).to(DEVICE)
+                found = first_centroids(Features.alone(rows), *given)
+                assert found.device == DEVICE
+                assert torch.equal(found.cpu(), expected)
+
+
+def test_a_start_on_a_gpu_reads_twice_a_round() -> None:
+    x = torch.from_numpy(unit_rows(300, 9))
+    rounds: list[int] = []  # these rows are one block, so it beats once a round
+    with Device() as simulated:
+        rows = x.to(DEVICE)
+        simulated.forget()
+        plus_plus(rows, 40, np.random.default_rng(0), lambda: rounds.append(0))
+        reads = [what for _, what, _ in simulated.waits if not what.startswith("copy from")]
+    assert 6 <= len(rounds) < 39  # a round at most doubles the centroids, and keeps more than one of many
+    assert len(reads) == 1 + 2 * len(rounds)  # one for the grid
+
+
 def test_starts_are_different_rows_while_there_are_any() -> None:
     x = unit_rows(500, 20)
     beats: list[int] = []
-    start = plus_plus(x, 400, np.random.default_rng(0), lambda: beats.append(0))
+    start = plus_plus(torch.from_numpy(x), 400, np.random.default_rng(0), lambda: beats.append(0)).numpy()
     assert len(np.unique(start, axis=0)) == 400 and beats
     assert {*map(bytes, start)} <= {*map(bytes, x)}
-    few = plus_plus(np.repeat(x[:3], 5, 0), 8, np.random.default_rng(0))
+    few = plus_plus(torch.from_numpy(np.repeat(x[:3], 5, 0)), 8, np.random.default_rng(0)).numpy()
     assert len(few) == 8 and len(np.unique(few, axis=0)) == 3

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import dnc_kernels
-from dnc_kernels import Rows, Sampling, reference
+from dnc_kernels import Rows, Sampling, race, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -99,6 +99,24 @@ def test_the_same_bits_fifty_times_over_ragged_sizes(mode, dtype):
         for _ in range(50):
             for value, expected in zip(gradients(given, mode=mode, positives=5), first, strict=True):
                 assert torch.equal(value, expected), (rows, dim, learners)
+
+
+@pytest.mark.parametrize("learners", [1, 4])
+def test_a_split_race_draws_the_same(learners, monkeypatch):
+    """128 anchors of a rank against the rows of 64 ranks."""
+    given = batch(8192, 512, learners)
+    z = normalize(given["embeddings"].detach())
+    references = Rows(z, given["labels"], given["learner"], given["row_ids"])
+    anchors = Rows(*(column[:128] for column in references))
+    chosen, sampling = [], Sampling(max_positives=3, seed=7, step=3)
+    default = race.num_splits
+    monkeypatch.setattr(race, "num_splits", lambda *args: chosen.append(default(*args)) or chosen[-1])
+    split = dnc_kernels.sample_pairs(anchors, references, sampling=sampling)
+    assert chosen[0] > 1
+    monkeypatch.setattr(race, "num_splits", lambda *args: 1)
+    whole = dnc_kernels.sample_pairs(anchors, references, sampling=sampling)
+    assert torch.equal(split.other, whole.other)
+    assert {name: int(value) for name, value in split.stats.items()} == {name: int(value) for name, value in whole.stats.items()}
 
 
 @pytest.mark.parametrize("learners", [1, 32])

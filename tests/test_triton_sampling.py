@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
@@ -9,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dnc_kernels import philox, race, race_keys, reference_sampling, sampling
+from dnc_kernels import philox, race, race_keys, race_splits, reference_sampling, sampling
 from dnc_kernels.contract import Pairs, Rows, Sampling, anchors_and_references
 from dnc_kernels.ordering import COUNTED_ROWS, canonical_order
 
@@ -106,6 +108,85 @@ def test_draws_do_not_depend_on_the_tile(mode, monkeypatch):
 def test_tiles_suit_the_device(capability, tiles, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert tuple(default_tile(n, torch.device("cuda")) for n in (4096, 4097, 16385)) == tiles
+
+
+def ragged_segments() -> tuple[Rows, Rows]:
+    """Anchors of four learners, whose segments have 1, 9, 40 and 270 references."""
+    row_ids = shuffled_ids(320)
+    learner = torch.tensor([0] + [1] * 9 + [2] * 40 + [3] * 270)[row_ids.argsort()]
+    labels, z = torch.arange(320) % 25, unit_rows(320, 10)
+    chosen = torch.cat([(learner == k).nonzero()[:8, 0] for k in range(4)])
+    return Rows(z[chosen], labels[chosen], learner[chosen], row_ids[chosen]), Rows(z, labels, learner, row_ids)
+
+
+def few_candidates() -> tuple[Rows, None]:
+    """Eleven positives and two negatives."""
+    return Rows(unit_rows(14, 6), torch.cat([torch.zeros(12, dtype=torch.int64), torch.tensor([3, 4])])), None
+
+
+def nobody() -> tuple[Rows, None]:
+    return Rows(unit_rows(5, 4), torch.arange(5) // 2, torch.full((5,), -1)), None
+
+
+@pytest.mark.parametrize(
+    ("given", "max_positives"),
+    [(ragged_segments, 3), (ragged_segments, None), (few_candidates, 3), (few_candidates, None), (few_candidates, 0), (nobody, 2)],
+)
+def test_a_split_race_draws_the_same(given, max_positives, monkeypatch):
+    """Bit for bit, also where a split has no tile, fewer candidates than are wanted, or needs more than one pass."""
+    anchors, references = given()
+    monkeypatch.setattr(race, "default_tile", lambda *_: race.Tile(64, 64, 4, 1))
+    merged, merge = [], race.merge_splits
+    monkeypatch.setattr(race, "merge_splits", lambda *args: (merged.append(args[2].counts.shape[1]), merge(*args)))
+    drawn = Sampling(nonzero_loss_cutoff=1.6, max_positives=max_positives, seed=3, step=8)
+    found = []
+    for splits in (1, 2, 3, 5):
+        monkeypatch.setattr(race, "num_splits", lambda *_, splits=splits: splits)
+        found.append(sampling.sample_slots(on_device(anchors), on_device(references), sampling=drawn))
+    sampling.sample_slots(on_device(anchors), on_device(references), sampling=replace(drawn, mode="reference"))
+    assert merged == [2, 3, 5], "mode reference is not split"
+    expected = found[0]
+    if given is ragged_segments:
+        num_slots = expected.others.shape[1] // 2
+        assert int((expected.others[:, num_slots:] >= 0).sum(1).max()) == num_slots
+        assert num_slots == max_positives or num_slots > race.KEPT_MANY
+    for slots in found[1:]:
+        assert torch.equal(slots.others, expected.others)
+        assert {name: int(value) for name, value in slots.stats.items()} == {name: int(value) for name, value in expected.stats.items()}
+
+
+def test_equal_keys_of_two_splits_are_merged_by_position():
+    window = torch.zeros(2, 16, dtype=torch.int32)
+    window[:, 4], window[1, 8] = 4, 1  # both want four negatives; the second is row 1
+    window[:, 0] = 10  # where their segment starts
+    keys = torch.tensor([[[2.0, 1.0, 0.0, 0.0], [2.0, 2.0, 1.0, 0.5]], [[-3.0, 9.0, 9.0, 9.0], [-3.0, -4.0, 9.0, 9.0]]])
+    positions = torch.tensor([[[5, 7, 9, 11], [3, 6, 2, 4]], [[8, 0, 0, 0], [1, 2, 0, 0]]], dtype=torch.int32)
+    counts = torch.tensor([[9, 4], [1, 2]], dtype=torch.int32)
+    others, stats = torch.full((2, 8), -1, device=DEVICE), torch.zeros(7, dtype=torch.int64, device=DEVICE)
+    kept = race_splits.Kept(*(values.to(DEVICE) for values in (keys, positions, counts)))
+    race_splits.merge_splits(window.to(DEVICE), 100 + torch.arange(30, device=DEVICE), kept, others, stats)
+    assert others[:, 4:].tolist() == [[113, 115, 116, 112], [111, 118, 112, -1]]
+    assert others[:, :4].tolist() == [[-1] * 4] * 2
+    assert stats.tolist() == [2, 0, 0, 1, 0, 0, 0]  # the second has three candidates for four positives
+
+
+@pytest.mark.parametrize(
+    ("anchor_tiles", "num_references", "num_warps", "processors", "expected"),
+    [
+        (8, 128, 4, 132, 1),  # 128 anchors with themselves: a split would have next to nothing to do
+        (8, 1024, 4, 132, 4),  # with those of eight ranks
+        (8, 131_072, 4, 132, 33),  # with those of 1024 ranks: 264 programs of four warps fit on 132 processors
+        (8, 131_072, 8, 132, 16),
+        (1, 131_072, 4, 132, race_splits.MOST_SPLITS),
+        (132, 131_072, 4, 132, 2),
+        (133, 131_072, 4, 132, 1),  # one wave already
+        (10**6, 10**6, 4, 132, 1),
+        (8, 131_072, 4, 1, 1),  # the interpreter
+        (1, 0, 4, 132, 1),
+    ],
+)
+def test_the_race_is_split_where_anchors_do_not_fill_the_device(anchor_tiles, num_references, num_warps, processors, expected):
+    assert race_splits.num_splits(anchor_tiles, num_references, num_warps, processors) == expected
 
 
 @triton.jit

@@ -6,7 +6,14 @@ rows (a nearest centroid, the order of neighbours) therefore ends in the functio
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeVar
+
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor  # it takes seconds to import, and arrays need none of it
+
+Values = TypeVar("Values", np.ndarray, "Tensor")
 
 FLOAT32_ROUNDING = 2.0**-24
 
@@ -21,14 +28,27 @@ def squared_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Returns:
         (...) float64; exactly 0 for equal vectors.
     """
-    part = np.subtract(a, b, dtype=np.float64)
-    np.multiply(part, part, out=part)
+    return squared_length(np.subtract(a, b, dtype=np.float64)).copy()
+
+
+def squared_length(part: Values) -> Values:
+    """Squared lengths of float64 vectors, added in an order that depends on D alone; it works in the memory of the vectors.
+
+    Each step is one rounded operation, so an array and a tensor give the same digits, on any device.
+
+    Args:
+        part: (..., D), overwritten.
+
+    Returns:
+        (...), a view of ``part``.
+    """
+    part *= part
     width = part.shape[-1]
     while width > 1:
         half = (width + 1) // 2
         part[..., : width - half] += part[..., half:width]
         width = half
-    return part[..., 0].copy()
+    return part[..., 0]
 
 
 def gram_error(dim: int, norm_a: np.ndarray | float, norm_b: np.ndarray | float) -> np.ndarray | float:

@@ -71,7 +71,7 @@ def lloyd_on_device(
         raise RunError(f"{head[-1]} rows hold values that are not finite, so the model has diverged; lower optim.lr")
     rows_of_parent = head[:-1]
     if init is None:
-        init = torch.from_numpy(first_centroids(features._replace(local=x), parent, rows_of_parent, k // parents, seed, beat))
+        init = first_centroids(features._replace(local=x), parent, rows_of_parent, k // parents, seed, beat)
     own = None if restrict is None else torch.from_numpy(parent).to(x.device)
     energy = torch.stack([block.double().square().sum() for block in x.split(max(1, BLOCK_ELEMENTS // x.shape[1]))]).sum()
 

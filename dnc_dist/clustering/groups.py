@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.exact import squared_distance
@@ -75,7 +76,7 @@ def class_groups(means: np.ndarray, learner_of_class: np.ndarray, rules: GroupRu
     found = []
     for learner in np.unique(learner_of_class[learner_of_class >= 0]):
         classes = np.flatnonzero(learner_of_class == learner)
-        found += [classes[group] for group in make(on_grid(means[classes].astype(np.float32), 0), rules)]
+        found += [classes[group] for group in make(on_grid(torch.from_numpy(means[classes].astype(np.float32)), 0).numpy(), rules)]
     table = np.full((len(found), max(map(len, found), default=0)), -1, np.int32)
     for line, group in zip(table, found, strict=True):
         line[: len(group)] = group

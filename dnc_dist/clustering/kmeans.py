@@ -98,7 +98,7 @@ def _lloyd(
     rows_of_parent, exponent = head[:parents], highest_exponent(head[parents + 1 :])
     if init is None:
         features = features._replace(local=torch.from_numpy(x))
-        centroids = first_centroids(features, parent, rows_of_parent, k // parents, seed, beat)
+        centroids = first_centroids(features, parent, rows_of_parent, k // parents, seed, beat).numpy()
     else:
         centroids = _numpy(init).copy()
     members = [np.flatnonzero(parent == p) for p in range(parents)] if parents > 1 else [np.arange(len(x))]

@@ -30,6 +30,7 @@ from dnc_kernels import margin as kernels
 from dnc_kernels.contract import MARGIN, Pairs, Rows, Sampling
 
 ARCHITECTURES = (80, 90)
+PROCESSORS = {80: 108, 90: 132}  # of an A100, of an H100 or H200
 INSTRUCTIONS = {  # of the PTX, which ptxas turns into one machine instruction each
     "wgmma": r"\bwgmma\.mma_async",
     "mma": r"\bmma\.sync",
@@ -77,9 +78,10 @@ class Launches:
             (torch, "empty", torch.zeros),
             (torch, "empty_like", torch.zeros_like),
             (torch.Tensor, "new_empty", torch.Tensor.new_zeros),
-            # The one choice that depends on the device is told of the absent one.
+            # The choices that depend on the device are told of the absent one.
             (torch.cuda, "get_device_capability", lambda device=None: divmod(self.architecture, 10)),
             (race, "default_tile", lambda num_anchors, device: default_tile(num_anchors, torch.device("cuda"))),
+            (race, "num_processors", lambda device: PROCESSORS[self.architecture]),
         ]
         for owner, name, value in replaced:
             setattr(owner, name, value)
@@ -155,14 +157,18 @@ Case = tuple[str, Callable[[], None], Callable[[], None]]  # name, call, a call 
 
 
 def margin_cases() -> list[Case]:
-    """What training calls, small and large; other numbers stay within one tile table entry and one bucket of K and P."""
+    """What training calls, small and large; other numbers stay within one tile table entry and one bucket of K and P.
+
+    With up to 16,384 anchors a GPU may split the race (race_splits.py); "not split" are sizes where none does.
+    """
     half, full = torch.bfloat16, torch.float32
     other: dict[str, Any] = {"seed": 5, "step": 7, "margin": 0.3, "cutoff": 0.4, "nonzero_loss_cutoff": 1.3, "effective_dim": 100.0}
     return [
         ("small", lambda: square(128, 512, 4), lambda: square(97, 512, 3, **other)),
         ("medium", lambda: square(8192, 512, 4), lambda: square(8191, 512, 3, **other)),
+        ("medium, not split", lambda: square(16000, 512, 4), lambda: square(15999, 512, 3, **other)),
         ("large", lambda: square(20000, 512, 4), lambda: square(19999, 512, 3, **other)),
-        ("wide", lambda: square(512, 2048, 4), lambda: square(500, 2048, 3)),
+        ("wide", lambda: square(512, 2048, 4), lambda: square(520, 2048, 3)),
         ("narrow", lambda: square(512, 64, 4), lambda: square(499, 64, 3)),
         ("bfloat16", lambda: square(1024, 512, 4, half), lambda: square(1000, 512, 3, half)),
         ("one learner", lambda: square(1024, 512, 1, masks=False), lambda: square(1000, 512, 1, masks=False)),
@@ -172,7 +178,13 @@ def margin_cases() -> list[Case]:
                 lambda rows=rows, given=given: square(rows, 512, 4, **given),
                 lambda rows=rows, given=given: square(rows - 5, 512, 3, **given),
             )
-            for size, rows in (("small", 1024), ("medium", 8192), ("large", 20000))
+            for size, rows in (
+                ("small", 1024),
+                ("small, not split", 200),
+                ("medium", 8192),
+                ("medium, not split", 16000),
+                ("large", 20000),
+            )
             for name, given in (("floors", {"mode": "reference"}), ("many positives", {"max_positives": 31}))
         ),
         *(

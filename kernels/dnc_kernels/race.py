@@ -2,6 +2,7 @@
 
 A program owns a tile of anchors in canonical order. It goes through the segments of their learners among the references, a tile
 of pairs at a time: squared distances from the matrix units, log2 weights, log2 of the exponential draws, the k largest.
+Where there are few tiles of anchors, several programs share the segments of one (`race_splits.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from dnc_kernels.positives import (
     LARGEST,
     LIVE_END,
     LIVE_START,
-    NO_LEARNER,
     NO_SEGMENT,
     NORM,
     NUM_POSITIVES,
@@ -29,13 +29,12 @@ from dnc_kernels.positives import (
     RUN_START,
     SEGMENT_END,
     SEGMENT_START,
-    STATE,
     WINDOW,
     Prepared,
 )
 from dnc_kernels.race_keys import LANES, PHILOX_BLOCK, draw_words, log2, log2_exponentials, log2_weights, tile_positions
+from dnc_kernels.race_splits import add_counts, empty_kept, merge_splits, num_processors, num_splits
 from dnc_kernels.reference_sampling import FLOOR_BEYOND, FLOOR_WITHIN
-from dnc_kernels.rows import NOT_FINITE, USABLE, ZERO
 
 WITHIN, BEYOND = tl.constexpr(FLOOR_WITHIN), tl.constexpr(FLOOR_BEYOND)
 LAST = tl.constexpr(2147483647)
@@ -54,9 +53,9 @@ class Tile(NamedTuple):
 
 # For up to 4096, up to 16384 and more anchors: large tiles read each row less often, small ones keep more of the GPU at
 # work. Before Hopper, and on GPUs of capability 12, matrix units take their operands from registers, which leaves fewer for
-# the pairs.
+# the pairs: there 64 anchors take 194 instructions a pair where 32 take 125 (D = 512, capability 8.0).
 TILES_HOPPER = (Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3))
-TILES_BEFORE = (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(64, 64, 8, 2))
+TILES_BEFORE = (Tile(16, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 4, 3))
 
 
 def default_tile(num_anchors: int, device: torch.device) -> Tile:
@@ -125,10 +124,11 @@ def _largest_weight_kernel(
 
 @triton.jit(do_not_specialize=[*RUN_TIME, "num_slots"], do_not_specialize_on_alignment=["seed", "step"])
 def _sample_kernel(
-    windows, anchor_halves, order, reference_halves, norm_squared, seed, step, others, stats,
+    windows, anchor_halves, order, reference_halves, norm_squared, seed, step, others, stats, keys, positions, counts,
     cutoff_squared, limit_squared, log_distance_factor, log_antipode_factor, num_anchors, num_references, num_slots, stride,
     ANCHORS: tl.constexpr, REFERENCES: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, KEPT: tl.constexpr, FLOORS: tl.constexpr,
 ):  # fmt: skip
+    """The draws of a tile of anchors into `others`; with splits, what this split kept into `keys`, `positions` and `counts`."""
     anchor = tl.program_id(0) * ANCHORS + tl.arange(0, ANCHORS)
     inside = anchor < num_anchors
     window = windows + anchor * WINDOW
@@ -147,7 +147,10 @@ def _sample_kernel(
         start = _next_segment(window, inside, -1)
         while start < NO_SEGMENT:
             end, num_tiles, first_block, end_block, run_first, run_length = _segment(start, window, inside, REFERENCES, WIDTH)
-            for tile in range(0, num_tiles):
+            first_tile, step_of_tiles = 0, 1
+            if keys is not None:
+                first_tile, step_of_tiles = tl.program_id(1), tl.num_programs(1)
+            for tile in range(first_tile, num_tiles, step_of_tiles):
                 base, offset, counters = tile_positions(tile, REFERENCES)
                 place = tl.minimum(start + base + offset, num_references - 1)
                 reference = reference_halves + (place.to(tl.int64) * stride)[:, None]
@@ -189,34 +192,31 @@ def _sample_kernel(
         best_key = tl.where(best_key == float("inf"), float("-inf"), best_key)
         segment_start = tl.load(window + SEGMENT_START, mask=inside, other=0)
         row = tl.load(window + ROW, mask=inside, other=0).to(tl.int64)
+        of_split = anchor.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
         for kept in range(0, KEPT):
             largest_key = tl.max(best_key, 1)
             at = tl.min(tl.where(best_key == largest_key[:, None], best_position, LAST), 1)
             drawn = largest_key > float("-inf")
-            target = others + row * (2 * num_slots) + num_slots + done + kept
-            tl.store(target, tl.load(order + segment_start + at, mask=drawn, other=0), mask=drawn)
+            if keys is None:
+                target = others + row * (2 * num_slots) + num_slots + done + kept
+                tl.store(target, tl.load(order + segment_start + at, mask=drawn, other=0), mask=drawn)
+            else:
+                target = of_split * num_slots + done + kept
+                tl.store(keys + target, largest_key, mask=drawn)
+                tl.store(positions + target, at, mask=drawn)
             best_key = tl.where(best_position == at[:, None], float("-inf"), best_key)
             last_key, last_position = largest_key, at
         done += KEPT
         num_wanted = tl.minimum(tl.load(window + NUM_POSITIVES, mask=inside, other=0), num_slots)
         most = tl.max(tl.minimum(num_wanted, num_candidates), 0)
 
-    num_positives = tl.load(window + NUM_POSITIVES, mask=inside, other=0)
-    state = tl.load(window + STATE, mask=inside, other=NO_LEARNER)
-    taking_part = state == USABLE
-    # Sums of integers are the same in any order, so these atomics are deterministic.
-    tl.atomic_add(stats, tl.sum(taking_part.to(tl.int64), 0))
-    tl.atomic_add(stats + 1, tl.sum((taking_part & (num_positives == 0)).to(tl.int64), 0))
-    tl.atomic_add(stats + 2, tl.sum((taking_part & (num_candidates == 0)).to(tl.int64), 0))
-    tl.atomic_add(stats + 3, tl.sum(tl.maximum(num_positives - num_candidates, 0).to(tl.int64), 0))
-    tl.atomic_add(stats + 4, tl.sum(tl.maximum(num_positives - num_slots, 0).to(tl.int64), 0))
-    tl.atomic_add(stats + 5, tl.sum((state == NOT_FINITE).to(tl.int64), 0))
-    tl.atomic_add(stats + 6, tl.sum((state == ZERO).to(tl.int64), 0))
+    if keys is None:
+        add_counts(window, inside, num_candidates, num_slots, stats)
+    else:
+        tl.store(counts + anchor.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), num_candidates, mask=inside)
 
 
-def draw_negatives(
-    windows: Tensor, rows: Prepared, others: Tensor, stats: Tensor, n: float, sampling: Sampling, *, tile: Tile | None = None
-) -> None:
+def draw_negatives(windows: Tensor, rows: Prepared, others: Tensor, stats: Tensor, n: float, sampling: Sampling) -> None:
     """Write the negatives of every anchor into others[:, P:] in the order of their draw, and add the counts to `stats`.
 
     Args:
@@ -224,26 +224,31 @@ def draw_negatives(
         others: (B, 2P) int64, filled with -1 where no negative comes; `stats` (7,) int64.
         n: of the density of distances.
         sampling: its seed and step are 0-d int64 tensors here.
-        tile: a shape other than the default; the draws do not depend on it.
     """
     num_anchors, num_slots = others.shape[0], others.shape[1] // 2
     if not num_anchors:
         return
-    tile = tile or default_tile(num_anchors, others.device)
-    grid = (triton.cdiv(num_anchors, tile.anchors),)
+    tile = default_tile(num_anchors, others.device)
     own, references, order, floors = rows.anchor_facts, rows.facts, rows.references.order, sampling.mode == "reference"
+    anchor_tiles, num_references = triton.cdiv(num_anchors, tile.anchors), order.shape[0]
+    # Mode "reference" is not split: its floors need the largest weight of all references first.
+    splits = 1 if floors else num_splits(anchor_tiles, num_references, tile.num_warps, num_processors(others.device))
+    kept = empty_kept(others, splits) if splits > 1 else None
     _, blocks, parts, width = own.halves.shape
     constants = (sampling.cutoff**2, sampling.nonzero_loss_cutoff**2, 0.5 * (2.0 - n), -0.5 * (n - 3.0))
     shape = {"ANCHORS": tile.anchors, "REFERENCES": tile.references, "WIDTH": width, "PARTS": parts}
     if floors:
-        _largest_weight_kernel[grid](
+        _largest_weight_kernel[(anchor_tiles,)](
             windows, own.halves, references.halves, references.norm_squared,
-            *constants, num_anchors, order.shape[0], blocks * parts * width,
+            *constants, num_anchors, num_references, blocks * parts * width,
             **shape, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    _sample_kernel[grid](
-        windows, own.halves, order, references.halves, references.norm_squared, sampling.seed, sampling.step, others, stats,
-        *constants, num_anchors, order.shape[0], num_slots, blocks * parts * width,
+    _sample_kernel[(anchor_tiles, splits)](
+        windows, own.halves, order, references.halves, references.norm_squared, sampling.seed, sampling.step,
+        *((others, stats, None, None, None) if kept is None else (None, None, *kept)),
+        *constants, num_anchors, num_references, num_slots, blocks * parts * width,
         **shape, KEPT=KEPT_FEW if num_slots <= KEPT_FEW else KEPT_MANY, FLOORS=floors,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    if kept is not None:
+        merge_splits(windows, order, kept, others, stats)
