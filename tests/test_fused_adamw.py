@@ -190,6 +190,7 @@ def deepspeed_weights(root: str, place: str) -> dict[int, list[list[Tensor]]]:
     return results
 
 
+@pytest.mark.slow  # several starts of DeepSpeed
 def test_deepspeed_takes_a_fused_optimizer_through_a_checkpoint(root: Path, tmp_path: Path) -> None:
     found = spawn(deepspeed_weights, 1, str(root), str(tmp_path), timeout=300)[0]
     for begin, undisturbed, resumed in found.values():
