@@ -30,7 +30,8 @@ SECONDS = 590.0  # of all steps together on a GPU
 REHEARSAL_SECONDS = 1800.0
 REHEARSED = "A rehearsal on a CPU: it shows that the commands work. Its numbers say nothing.\n\n"
 GRACE = 3.0  # seconds that a step has to end once it was asked to
-TESTS = [*(f"tests/test_triton_{name}.py" for name in ("gpu", "sampling", "margin", "lloyd")), "tests/test_retrieval_search.py"]
+TESTS = [f"tests/test_triton_{name}.py" for name in ("gpu", "sampling", "margin", "lloyd")]
+TESTS += [f"tests/test_retrieval_{name}.py" for name in ("search", "places")]
 TRAINING = ["--set", "run.dir={out}/runs", "--set", "tracker.kind=jsonl", "--set", "data.root={out}/glyphs"]
 """Of every training: `{out}` is the folder of results."""
 
@@ -73,7 +74,8 @@ def bench(family: str, limit: float, budget: float, implementations: list[str], 
 
 ONE_EPOCH = ("schedule.epochs=1", "division.conquer_from=null", "evaluation.at_start=false", "evaluation.nmi=never")
 TINY = (*ONE_EPOCH, "data.workers=0")
-PYTEST = [*TESTS, "-p", "no:cacheprovider", "--continue-on-collection-errors"]  # a package may be missing that only one file needs
+# A package may be missing that only one file needs; and two ranks cannot share a GPU.
+PYTEST = [*TESTS, "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", "not on_two_ranks and not number_of_ranks"]
 WORKERS = ["-n", "8"]  # of the tests, most of whose time is compilation; left out where pytest-xdist is not there
 STEPS = [
     Step("doctor", 30, "dnc_dist", ["doctor", "env", "--nproc", "1"], ["doctor", "env", "--nproc", "1"]),
