@@ -8,20 +8,17 @@ Every class keeps its split. Its name begins with that of its data set, and a co
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from dnc_dist.base.errors import InputError, RunError, exit_code
-from dnc_dist.base.progress import Progress
+from benchmarks.prepared import prepare
+from dnc_dist.base.errors import InputError
 from dnc_dist.data.index import DatasetIndex, open_index, text
 from dnc_dist.data.manifest import SPLITS
 from dnc_dist.data.readers import Reading, Sample
 from dnc_dist.data.segments import read_rows
-from dnc_dist.data.shards import write_shards
-from dnc_dist.data.summary import describe
 
 
 def read(roots: list[Path]) -> Reading:
@@ -64,14 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the joined data set goes")
     parser.add_argument("--force", action="store_true", help="replace the prepared data set that is there")
     args = parser.parse_args()
-    try:
-        progress = Progress(True).counter("images", "img")
-        written = write_shards(read(args.roots), args.out, seed=0, force=args.force, progress=progress, say=print)
-        print(describe(open_index(args.out)))
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(exit_code(error)) from None
-    print(f"written to {args.out}" if written else f"{args.out} already holds this very data set; nothing to do")
+    prepare(lambda progress: read(args.roots), args.out, seed=0, force=args.force)
 
 
 if __name__ == "__main__":

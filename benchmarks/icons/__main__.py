@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections import Counter
 from pathlib import Path
 
 from benchmarks.icons.classes import IconClass, gather, without_repeats
 from benchmarks.icons.drawing import colours
 from benchmarks.icons.families import PINNED, Family, drawings, families, fetch
-from dnc_dist.base.errors import InputError, RunError, exit_code
+from benchmarks.prepared import prepare
+from dnc_dist.base.errors import InputError
 from dnc_dist.base.progress import Progress
-from dnc_dist.data.index import hashed_share, open_index
+from dnc_dist.data.index import hashed_share
 from dnc_dist.data.readers import TEST, TRAIN, Reading, Sample
-from dnc_dist.data.shards import write_shards
-from dnc_dist.data.summary import describe
 
 # Read off contact sheets of the pairs that they accept: docs/datasets.md.
 ALIKE, SHARED = 0.97, 0.34
@@ -93,17 +91,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("data/icon-packages"), help="folder of the packages")
     parser.add_argument("--force", action="store_true", help="replace the prepared data set that is there")
     args = parser.parse_args()
-    progress = Progress(True)
-    try:
-        reading = read(args.families, args.cache, args.size, args.least, args.seed, progress)
-        for note in reading.notes:
-            print(note)
-        written = write_shards(reading, args.out, seed=args.seed, force=args.force, progress=progress.counter("images", "img"), say=print)
-        print(describe(open_index(args.out)))
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(exit_code(error)) from None
-    print(f"written to {args.out}" if written else f"{args.out} already holds this very data set; nothing to do")
+    prepare(
+        lambda progress: read(args.families, args.cache, args.size, args.least, args.seed, progress),
+        args.out,
+        seed=args.seed,
+        force=args.force,
+    )
 
 
 if __name__ == "__main__":
