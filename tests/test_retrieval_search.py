@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -160,3 +161,33 @@ def test_products_are_within_the_bound_that_the_search_relies_on(device: str, mo
     assert error.max() > 0
     assert (np.diff(distance, axis=1) >= 0).all()
     assert (np.sort(row, axis=1) == np.arange(400)).all()
+
+
+def choose_by_name() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def choose_by_old_name() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def propose_where_tf32_is_chosen(choose: Callable[[], None]) -> tuple[list[str], np.ndarray]:
+    """In a process of its own, as torch remembers who has used which name."""
+    choose()
+    x, seen = unit(20).numpy(), []
+    topk_of = Tensor.topk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "topk", lambda *args, **options: seen.append(precision()) or topk_of(*args, **options))
+        rows = propose_by_products(x, torch.device("cpu"))(x, 1)[1]
+    return [*seen, precision()], rows
+
+
+def precision() -> str:
+    return torch.backends.cuda.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("choose", [choose_by_name, choose_by_old_name])
+def test_products_are_exact_where_the_program_has_chosen_tf32_and_leave_its_choice(choose: Callable[[], None]) -> None:
+    [(seen, rows)] = spawn(propose_where_tf32_is_chosen, 1, choose)
+    assert seen == ["ieee", "tf32"]
+    assert (rows[:, 0] == np.arange(20)).all()

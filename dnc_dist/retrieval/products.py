@@ -116,9 +116,10 @@ def propose_by_products(queries: np.ndarray, device: torch.device) -> Propose:
 @contextmanager
 def _full_float32() -> Iterator[None]:
     """No TF32 in products, whatever the program around has chosen: it keeps 11 bits of a factor."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # Not `allow_tf32`, which raises where the program has chosen by this newer name.
+    before, matmul.fp32_precision = matmul.fp32_precision, "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        matmul.fp32_precision = before
