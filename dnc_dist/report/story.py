@@ -183,8 +183,8 @@ def _masks(run: RunRecord) -> Iterator[Finding]:
         yield Finding(
             f"The learners' masks hardly differ (mean cosine {cosine:.2f}): dividing chose which images met in a batch, "
             "but learners had no subspaces of their own.",
-            "No harm: subspaces that differ (model.masks.split_scale below 1, or model.masks: fixed) found less in our runs. What dividing gains "
-            "at all: a run with division.num_learners: 1.",
+            "No harm: subspaces that differ (model.masks.split_scale below 1, or model.masks: fixed) found less in our runs. "
+            "What dividing gains at all: a run with division.num_learners: 1.",
         )
     elif cosine > _DIFFERENT:
         yield Finding(f"The learners' masks differ in part (mean cosine {cosine:.2f}).")
