@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 import dnc_kernels
 from dnc_kernels import Rows, Sampling
+from dnc_kernels.philox import draw_words, exponentials
 
 SIGNIFICANCE = 1e-4
 
@@ -263,6 +264,47 @@ def test_duplicates_and_antipodes_have_finite_weights(mode, dim):
         ]
         == 0
     )
+
+
+def keys_of_the_contract(anchors: Rows, references: Rows | None, sampling: Sampling) -> Tensor:
+    """log w - log E (B, G) in float64, as the contract says it: all rows with all rows, one position after the other."""
+    others = anchors if references is None else references
+    columns = sorted(
+        range(len(others.labels)), key=lambda j: tuple(int(column[j]) for column in (others.learner, others.labels, others.row_ids))
+    )
+    seen: dict[int, int] = {}
+    words = draw_words(anchors.row_ids, len(columns), sampling.seed, sampling.step)
+    waiting = torch.empty(words.shape, dtype=torch.float64)
+    for j in columns:
+        position = seen.setdefault(int(others.learner[j]), 0)
+        waiting[:, j] = exponentials(words[:, position])
+        seen[int(others.learner[j])] += 1
+    return dnc_kernels.negative_weights(anchors, references, sampling=sampling).log() - waiting.log()
+
+
+@pytest.mark.parametrize("together", [0, 1 << 16], ids=["each learner", "all together"])
+@pytest.mark.parametrize("mode", ["paper", "reference"])
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("sliced", [False, True])
+def test_draws_have_the_largest_keys(monkeypatch, together, mode, broken, sliced):
+    monkeypatch.setattr("dnc_kernels.reference_sampling.TOGETHER_ELEMENTS", together)
+    monkeypatch.setattr("dnc_kernels.reference_sampling.BLOCK_ELEMENTS", 1000)
+    z = unit_rows(120, 16).clone()
+    if broken:  # a row that can be in no pair still has its position
+        z[::7], z[3], z[11, 2] = 0.0, torch.nan, torch.inf
+    random = torch.Generator().manual_seed(8)
+    labels, learner = torch.randint(-3, 9, (120,), generator=random), torch.randint(-1, 3, (120,), generator=random)
+    row_ids = torch.randperm(10**6, generator=random)[:120] - 10**5
+    rows = Rows(z, labels, learner, row_ids)
+    anchors, references = (Rows(*(column[10:50] for column in rows)), rows) if sliced else (rows, None)
+    sampling = Sampling(mode=mode, nonzero_loss_cutoff=1.6, seed=5, step=6)
+    pairs = dnc_kernels.sample_pairs(anchors, references, sampling=sampling)
+    drawn = pairs.other.view(len(anchors.labels), -1).chunk(2, 1)[1]
+    keys = keys_of_the_contract(anchors, references, sampling)
+    assert (drawn >= 0).sum() >= 40
+    for row, key in zip(drawn, keys, strict=True):
+        chosen = row[row >= 0]
+        assert torch.equal(chosen, key.topk(len(chosen)).indices)
 
 
 def test_large_batches_are_worked_off_in_blocks(monkeypatch):

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dnc_kernels import philox, race, race_keys, race_splits, reference_sampling, sampling
-from dnc_kernels.contract import Pairs, Rows, Sampling, anchors_and_references
+from dnc_kernels import philox, race, race_keys, race_splits, reference_columns, reference_sampling, sampling
+from dnc_kernels.contract import Pairs, Rows, Sampling
 from dnc_kernels.ordering import COUNTED_ROWS, canonical_order
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,8 +40,8 @@ def on_device(rows: Rows | None) -> Rows | None:
 
 def keys(anchors: Rows, references: Rows | None, sampling: Sampling) -> Tensor:
     """Race keys (B, G) in float64, columns in the order of the references as given."""
-    own, others = anchors_and_references(anchors, references)
-    _, order, position = reference_sampling._canonical_order(others)
+    own, _, _, columns = reference_columns.compared(anchors, references)
+    order, position = columns.order, columns.position
     words = philox.draw_words(own.row_ids, int(position.max()) + 1, sampling.seed, sampling.step)
     log_weight = reference_sampling.negative_weights(anchors, references, sampling=sampling).log()
     return log_weight - torch.empty_like(log_weight).index_copy_(1, order, philox.exponentials(words).log()[:, position])

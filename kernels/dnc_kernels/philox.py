@@ -30,13 +30,19 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
     k0, k1 = key
     for _ in range(ROUNDS):
-        # int64 products wrap modulo 2**64, so both halves are those of the unsigned product after masking.
+        # int64 products wrap modulo 2**64, so both halves are those of the unsigned product after masking. A low half is masked
+        # where it is used, together with the high half of the other product.
         product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-        c0 = ((product_1 >> 32) & LOW_32) ^ c1 ^ k0
-        c2 = ((product_0 >> 32) & LOW_32) ^ c3 ^ k1
-        c1, c3 = product_1 & LOW_32, product_0 & LOW_32
+        c0 = _xor(product_1 >> 32, c1).bitwise_xor_(k0).bitwise_and_(LOW_32)
+        c2 = _xor(product_0 >> 32, c3).bitwise_xor_(k1).bitwise_and_(LOW_32)
+        c1, c3 = product_1, product_0
         k0, k1 = (k0 + WEYL_0) & LOW_32, (k1 + WEYL_1) & LOW_32
-    return c0, c1, c2, c3
+    return c0, c1 & LOW_32, c2, c3 & LOW_32
+
+
+def _xor(own: Tensor, other: Tensor) -> Tensor:
+    """own ^ other, in the memory of `own` where it is large enough."""
+    return own.bitwise_xor_(other) if own.shape == other.shape else own ^ other
 
 
 def draw_words(row_ids: Tensor, num_positions: int, seed: Word, step: Word) -> Tensor:
@@ -60,4 +66,4 @@ def exponentials(words: Tensor) -> Tensor:
     E = -log(1 - v) with v = (word + 1/2) / 2**32 is fine near 0, and small E are the ones that win the race
     log w - log E; the usual Gumbel form -log(-log u) has its coarse steps exactly there.
     """
-    return -torch.log1p(-((words.double() + 0.5) * 2.0**-32))
+    return words.double().add_(0.5).mul_(-(2.0**-32)).log1p_().neg_()

@@ -1,4 +1,4 @@
-"""The sampling half of the specification: relations, row weights and draws, in plain torch on any device.
+"""The sampling half of the specification: row weights and draws, in plain torch on any device.
 
 Shapes: B anchors, G references, D embedding, P positives at most. Whatever decides about a draw (distances, weights,
 race keys) is computed in float64, so that a draw depends on z alone and not on how a matrix product was blocked.
@@ -6,91 +6,134 @@ race keys) is computed in float64, so that a draw depends on z alone and not on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from dnc_kernels.contract import DEFAULT_SAMPLING, CheckedRows, Pairs, Rows, Sampling, anchors_and_references
+from dnc_kernels.contract import DEFAULT_SAMPLING, Pairs, Rows, Sampling
 from dnc_kernels.philox import draw_words, exponentials
+from dnc_kernels.reference_columns import Columns, Compared, Exact, Windows, compared, num_positives
 
 ANTIPODE_MIN = 1e-6  # lower clamp of 1 - d²/4: finite weights at d = 2
 FLOOR_WITHIN, FLOOR_BEYOND = 1e-9, 1e-6  # the published floors, relative to the row's largest weight
-BLOCK_ELEMENTS = 1 << 21  # (anchors × references) held at once
+BLOCK_ELEMENTS = 1 << 18  # (anchors × references) held at once; a cache holds a few such matrices
+TOGETHER_ELEMENTS = 1 << 16  # up to so many, one matrix of all learners costs less than one of each
 
 
-def _row_blocks(num_rows: int, width: int) -> Iterator[slice]:
-    size = max(1, BLOCK_ELEMENTS // max(1, width))
-    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+def _bar_all(negated_squares: Tensor, windows: Windows, columns: Columns) -> Tensor:
+    """-inf where anchors meet another learner's columns or those of their own class, (b, G)."""
+    barred = (windows.learner[:, None] != columns.learner) | (windows.classes[:, None] == columns.classes)
+    return negated_squares.masked_fill_(barred, -torch.inf)
 
 
-def _usable(rows: CheckedRows) -> tuple[Tensor, Tensor]:
-    """(n,) bool each: finite rows, and finite rows that are not zero (only those can be in a pair)."""
-    finite = torch.isfinite(rows.z).all(1)
-    return finite, finite & (rows.z != 0).any(1)
+def _bar_class(negated_squares: Tensor, windows: Windows, first_column: int) -> Tensor:
+    """-inf where anchors meet columns of their own class, (b, g) of one learner; on a CPU."""
+    length = windows.class_end - windows.class_start
+    row, place = (torch.arange(int(length.max())) < length[:, None]).nonzero(as_tuple=True)
+    negated_squares[row, windows.class_start[row] + place - first_column] = -torch.inf
+    return negated_squares
 
 
-def _canonical_order(references: CheckedRows) -> tuple[CheckedRows, Tensor, Tensor]:
-    """References sorted by (learner, label, row id), the permutation (G,), and each one's position within its learner."""
-    order = references.row_ids.argsort(stable=True)
-    order = order[references.labels[order].argsort(stable=True)]
-    order = order[references.learner[order].argsort(stable=True)]
-    learner = references.learner[order]
-    start = torch.searchsorted(learner, learner)  # of the learner's run
-    ordered = CheckedRows(references.z[order], references.labels[order], learner, references.row_ids[order])
-    return ordered, order, torch.arange(learner.shape[0], device=learner.device) - start
+def _negated_squares(anchors: Exact, columns: Exact) -> Tensor:
+    """-d², (b, g) float64."""
+    lengths = anchors.squares[:, None] + columns.squares
+    return torch.addmm(lengths, anchors.z, columns.z.T, beta=-1.0, alpha=2.0, out=lengths)
 
 
-def _relations(anchors: CheckedRows, references: CheckedRows, usable: Tensor, ref_usable: Tensor) -> tuple[Tensor, Tensor]:
-    """(b, G) bool: is it a positive, is it a row of another class; both within one learner, the anchor itself excluded."""
-    together = (anchors.learner[:, None] == references.learner) & (anchors.learner >= 0)[:, None]
-    together &= usable[:, None] & ref_usable
-    together &= anchors.row_ids[:, None] != references.row_ids
-    same = anchors.labels[:, None] == references.labels
-    return together & same, together & ~same
-
-
-def _log_weights(z: Tensor, ref_z: Tensor, different: Tensor, sampling: Sampling) -> Tensor:
-    """log of the row weights up to a constant per row, (b, G) float64, -inf where the weight is 0 (Wu et al. 2017, eq. 4-5).
+def _log_weights(negated_squares: Tensor, dim: int, sampling: Sampling) -> Tensor:
+    """log of the row weights up to a constant per row, (b, g) float64, -inf where the weight is 0 (Wu et al. 2017, eq. 4-5).
 
     The density of distances on the n-sphere is d^(n-2) (1 - d²/4)^((n-3)/2); the weight is its inverse.
+
+    Args:
+        negated_squares: -d² of candidates, -inf of others; overwritten.
+        dim: D, which is n where `sampling` has none.
     """
-    n = z.shape[1] if sampling.effective_dim is None else sampling.effective_dim
-    z, ref_z = z.detach().double(), ref_z.detach().double()
-    squared = torch.addmm(z.square().sum(1)[:, None] + ref_z.square().sum(1), z, ref_z.T, alpha=-2.0).clamp_(min=sampling.cutoff**2)
-    beyond = squared > sampling.nonzero_loss_cutoff**2
-    # Both logarithms see clamped values only: masking afterwards would still have made inf and NaN.
-    log_weight = (0.5 * (2.0 - n)) * squared.log() - (0.5 * (n - 3.0)) * (1.0 - 0.25 * squared).clamp_(min=ANTIPODE_MIN).log_()
-    candidate = different & ~beyond
-    log_weight.masked_fill_(~candidate, -torch.inf)
-    if sampling.mode == "paper":
+    n = dim if sampling.effective_dim is None else sampling.effective_dim
+    other = negated_squares == -torch.inf if sampling.mode == "reference" else None
+    # threshold_ keeps what is greater, that is d up to the cutoff.
+    greater = math.nextafter(-(sampling.nonzero_loss_cutoff**2), -math.inf)
+    squared = torch.threshold_(negated_squares, greater, -torch.inf).neg_().clamp_(min=sampling.cutoff**2)
+    left_out = squared == torch.inf if other is not None or n <= 2 else None
+    # Both logarithms see values above 0 only: masking afterwards would still have made NaN. That of inf is weight 0 where n > 2.
+    tail = squared.mul(-0.25).add_(1.0).clamp_(min=ANTIPODE_MIN).log_()
+    log_weight = squared.log_().mul_(0.5 * (2.0 - n)).sub_(tail, alpha=0.5 * (n - 3.0))
+    if left_out is None:
         return log_weight
-    largest = log_weight.amax(1, keepdim=True) if log_weight.shape[1] else log_weight
-    weight = torch.where(candidate, (log_weight - torch.where(largest == -torch.inf, 0.0, largest)).exp() + FLOOR_WITHIN, FLOOR_BEYOND)
-    return weight.log_().masked_fill_(~different, -torch.inf)
+    log_weight.masked_fill_(left_out, -torch.inf)
+    if other is None:
+        return log_weight
+    weight = torch.where(left_out, FLOOR_BEYOND, _over_largest(log_weight).exp_() + FLOOR_WITHIN)
+    return weight.log_().masked_fill_(other, -torch.inf)
 
 
+def _over_largest(log_weight: Tensor) -> Tensor:
+    """Logarithms relative to the largest of each row; a row without any stays -inf."""
+    if not log_weight.shape[1]:
+        return log_weight
+    largest = log_weight.amax(1, keepdim=True)
+    return log_weight - torch.where(largest == -torch.inf, 0.0, largest)
+
+
+@torch.no_grad()
 def negative_weights(anchors: Rows, references: Rows | None = None, *, sampling: Sampling = DEFAULT_SAMPLING) -> Tensor:
-    """Weights with which `sample_pairs` draws the negatives of each anchor: (B, G) float64, the row's largest is 1, 0 = never drawn.
+    """Row weights (B, G) in float64, 0 for what is never drawn; in mode "paper" relative to each row's largest.
 
     Only the reference has it: it needs memory proportional to B·G and serves tests and inspection.
     """
-    own, others = anchors_and_references(anchors, references)
-    _, different = _relations(own, others, _usable(own)[1], _usable(others)[1])
-    log_weight = _log_weights(own.z, others.z, different, sampling)
-    if sampling.mode == "reference" or not log_weight.shape[1]:
-        return log_weight.exp_()
-    largest = log_weight.amax(1, keepdim=True)
-    return (log_weight - torch.where(largest == -torch.inf, 0.0, largest)).exp_()
+    _, exact, windows, columns = compared(anchors, references)
+    squares = _bar_all(_negated_squares(exact, columns.exact), windows, columns)
+    log_weight = _log_weights(squares, exact.z.shape[1], sampling)
+    weight = (_over_largest(log_weight) if sampling.mode == "paper" else log_weight).exp_()
+    return torch.empty_like(weight).index_copy_(1, columns.order, weight)
 
 
-def _positive_slots(positive: Tensor, num_slots: int) -> Tensor:
-    """The first `num_slots` true columns of each row of (b, G), (b, num_slots) int64, -1 where there are fewer."""
-    rank = positive.cumsum(1) - 1
-    target = torch.where(positive & (rank < num_slots), rank, num_slots)  # the last column collects what is not wanted
-    columns = torch.arange(positive.shape[1], device=positive.device).expand_as(target)
-    slots = torch.full((positive.shape[0], num_slots + 1), -1, device=positive.device)
-    return slots.scatter_(1, target, columns)[:, :num_slots]
+def _positive_slots(rows: Compared, num_slots: int) -> Tensor:
+    """The first `num_slots` columns of each anchor's class but itself, (B, num_slots) int64, -1 where there are fewer."""
+    own, _, windows, columns = rows
+    at = windows.class_start[:, None] + torch.arange(num_slots + 1, device=own.z.device)
+    inside = at < windows.class_end[:, None]
+    at = at.where(inside, 0)
+    itself = inside & (columns.row_ids[at] == own.row_ids[:, None])
+    # What comes after the anchor itself stands a slot earlier.
+    after = itself.cumsum(1)[:, :num_slots] > 0
+    return torch.where(after, at[:, 1:], at[:, :-1]).masked_fill_(~torch.where(after, inside[:, 1:], inside[:, :-1]), -1)
+
+
+def _blocks(windows: Windows, num_columns: int) -> Iterator[tuple[Tensor | slice, slice | None]]:
+    """Anchors, and the run of columns to compare them with: on a CPU those of a learner; None: all, where that is little.
+
+    Elsewhere it would take a wait for the device to know where a learner ends.
+    """
+    num_anchors = windows.learner.shape[0]
+    if windows.learner.device.type != "cpu" or num_anchors * num_columns <= TOGETHER_ELEMENTS:
+        size = max(1, BLOCK_ELEMENTS // max(1, num_columns))
+        yield from ((slice(start, start + size), None) for start in range(0, num_anchors, size))
+        return
+    order = windows.learner_start.argsort(stable=True)
+    for rows in order.split(windows.learner[order].unique_consecutive(return_counts=True)[1].tolist()):
+        run = slice(int(windows.learner_start[rows[0]]), int(windows.learner_end[rows[0]]))
+        if run.start < run.stop:
+            yield from ((part, run) for part in rows.split(max(1, BLOCK_ELEMENTS // (run.stop - run.start))))
+
+
+def _race_keys(row_ids: Tensor, exact: Exact, windows: Windows, columns: Columns, run: slice | None, sampling: Sampling) -> Tensor:
+    """Race keys of b anchors in a run of columns, (b, g) float64, -inf where nothing may be drawn.
+
+    The k largest of log w - log E, with E exponential, are k draws without replacement (Efraimidis and Spirakis 2006).
+    """
+    if run is None:
+        squares, position = _bar_all(_negated_squares(exact, columns.exact), windows, columns), columns.position
+    else:
+        squares, position = _bar_class(_negated_squares(exact, columns.exact.at(run)), windows, run.start), columns.position[run]
+    width = position.shape[0]
+    num_draws = int(position.max()) + 1 if position.device.type == "cpu" and width else width
+    waiting = exponentials(draw_words(row_ids, num_draws, sampling.seed, sampling.step)).log_()
+    if run is None or num_draws > width:  # else the positions are 0, 1, … as the columns of a learner are sorted
+        waiting = waiting.index_select(1, position)
+    return _log_weights(squares, exact.z.shape[1], sampling).sub_(waiting)
 
 
 @torch.no_grad()
@@ -111,51 +154,42 @@ def sample_pairs(anchors: Rows, references: Rows | None = None, *, sampling: Sam
     Raises:
         ValueError: wrong shapes, types or devices.
     """
-    own, others = anchors_and_references(anchors, references)
-    num_anchors, num_references, device = own.z.shape[0], others.z.shape[0], own.z.device
-    finite, usable = _usable(own)
-    others, order, position = _canonical_order(others)
-    _, ref_usable = _usable(others)
-
-    def block_relations(rows: slice) -> tuple[CheckedRows, Tensor, Tensor]:
-        block = CheckedRows(*(column[rows] for column in own))
-        return block, *_relations(block, others, usable[rows], ref_usable)
-
-    blocks = list(_row_blocks(num_anchors, num_references))
+    rows = compared(anchors, references)
+    own, exact, windows, columns = rows
+    num_anchors, num_references, device = own.z.shape[0], columns.order.shape[0], own.z.device
+    found = num_positives(rows)
     max_positives = sampling.max_positives
     if max_positives is None:
-        counts = [block_relations(rows)[1].sum(1) for rows in blocks]
-        max_positives = int(torch.cat(counts).max()) if counts else 0
-    num_positive_slots = min(max_positives, num_references)
-    num_draws = int(position.max()) + 1 if device.type == "cpu" and num_references else num_references
+        max_positives = int(found.max()) if num_anchors else 0
+    num_slots = min(max_positives, num_references)
 
-    drawn, counted = [], []
-    for rows in blocks:
-        block, positive, different = block_relations(rows)
-        key = _log_weights(block.z, others.z, different, sampling)
-        num_positives, num_candidates = positive.sum(1), (key != -torch.inf).sum(1)
-        # Exponential race: the k largest of log w - log E are k draws without replacement (Efraimidis and Spirakis 2006).
-        key -= exponentials(draw_words(block.row_ids, num_draws, sampling.seed, sampling.step)).log_().index_select(1, position)
-        negatives = key.topk(num_positive_slots, dim=1).indices
-        wanted = torch.minimum(num_positives, num_candidates)[:, None]
-        negatives.masked_fill_(torch.arange(num_positive_slots, device=device) >= wanted, -1)
-        drawn.append(torch.cat([_positive_slots(positive, num_positive_slots), negatives], dim=1))
-        counted.append(torch.stack([num_positives, num_candidates], dim=1))
+    negatives = torch.full((num_anchors, num_slots), -1, device=device)
+    candidates = torch.zeros_like(found)
+    for block, run in _blocks(windows, num_references):
+        keys = _race_keys(own.row_ids[block], exact.at(block), windows.at(block), columns, run, sampling)
+        drawn = keys.topk(min(num_slots, keys.shape[1]), dim=1).indices
+        negatives[block, : drawn.shape[1]] = drawn if run is None else drawn.add_(run.start)
+        candidates[block] = (keys != -torch.inf).sum(1)
+    negatives.masked_fill_(torch.arange(num_slots, device=device) >= torch.minimum(found, candidates)[:, None], -1)
 
-    slots = torch.cat(drawn) if drawn else torch.empty(0, 2 * num_positive_slots, dtype=torch.int64, device=device)
-    found = torch.cat(counted) if counted else torch.empty(0, 2, dtype=torch.int64, device=device)
     if num_references:
-        slots = torch.where(slots >= 0, order[slots.clamp_min(0)], -1)
-    is_positive = (torch.arange(2 * num_positive_slots, device=device) < num_positive_slots).expand_as(slots)
+        slots = torch.cat([_positive_slots(rows, num_slots), negatives], dim=1)
+        slots = torch.where(slots >= 0, columns.order[slots.clamp_min(0)], -1)
+    else:
+        slots = negatives
+    is_positive = (torch.arange(2 * num_slots, device=device) < num_slots).expand_as(slots)
     anchor = torch.arange(num_anchors, device=device)[:, None].expand_as(slots)
-    taking_part = usable & (own.learner >= 0)
-    stats = {
-        "anchors": taking_part.sum(),
-        "anchors_without_positives": (taking_part & (found[:, 0] == 0)).sum(),
-        "anchors_without_negatives": (taking_part & (found[:, 1] == 0)).sum(),
-        "negative_shortfall": (found[:, 0] - found[:, 1]).clamp_min(0).sum(),
-        "positives_over_limit": (found[:, 0] - num_positive_slots).clamp_min(0).sum(),
-        "non_finite_rows": (~finite & (own.learner >= 0)).sum(),
-        "zero_rows": (finite & ~usable & (own.learner >= 0)).sum(),
+    finite, usable = exact.usable()
+    in_learner = own.learner >= 0
+    in_pairs = usable & in_learner
+    counts = {
+        "anchors": in_pairs,
+        "anchors_without_positives": in_pairs & (found == 0),
+        "anchors_without_negatives": in_pairs & (candidates == 0),
+        "negative_shortfall": (found - candidates).clamp_min(0),
+        "positives_over_limit": (found - num_slots).clamp_min(0),
+        "non_finite_rows": ~finite & in_learner,
+        "zero_rows": finite & ~usable & in_learner,
     }
+    stats = dict(zip(counts, torch.stack([count.long() for count in counts.values()]).sum(1).unbind(), strict=True))
     return Pairs(anchor.reshape(-1), slots.reshape(-1), is_positive.reshape(-1), stats)

@@ -1,0 +1,136 @@
+"""Who can be a pair with whom, in the plain torch of the specification.
+
+Shapes: B anchors, G references, D embedding. References stand in canonical order, by (learner, label, row id): the rows of a learner
+are one run of columns, those of a class one inside it. Lengths and products are computed in float64.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dnc_kernels.contract import CheckedRows, Rows, anchors_and_references
+
+NOBODY, NO_PAIRS = torch.iinfo(torch.int64).max, -1  # learner and class of references and of anchors that can be in no pair
+
+
+class Exact(NamedTuple):
+    """z (n, D) in float64, and its squared lengths (n,)."""
+
+    z: Tensor
+    squares: Tensor
+
+    def at(self, rows: Tensor | slice) -> Exact:
+        """Some of the rows."""
+        return Exact(self.z[rows], self.squares[rows])
+
+    def usable(self) -> tuple[Tensor, Tensor]:
+        """(n,) bool each: finite rows, and finite rows that are not zero (only those can be in a pair)."""
+        finite = self.squares.isfinite()
+        return finite, finite & (self.squares > 0)
+
+
+class Columns(NamedTuple):
+    """References in canonical order, (G,) each; those that can be in no pair come last, with learner and class `NOBODY`."""
+
+    exact: Exact
+    learner: Tensor
+    classes: Tensor  # a number for each (learner, label), ascending
+    row_ids: Tensor
+    order: Tensor  # their places among the references as given
+    position: Tensor  # p of the draw's counter: the place among all rows of the learner
+
+
+class Windows(NamedTuple):
+    """Where an anchor's learner and its class lie among the columns, (B,) each; both are empty for an anchor that can be in no pair."""
+
+    learner: Tensor
+    classes: Tensor
+    learner_start: Tensor
+    learner_end: Tensor
+    class_start: Tensor
+    class_end: Tensor
+
+    def at(self, rows: Tensor | slice) -> Windows:
+        """Those of some anchors."""
+        return Windows(*(column[rows] for column in self))
+
+
+class Compared(NamedTuple):
+    """Anchors and what they are compared with."""
+
+    own: CheckedRows
+    exact: Exact
+    windows: Windows
+    columns: Columns
+
+
+def _exact(z: Tensor) -> Exact:
+    z = z.detach().double()
+    return Exact(z, torch.linalg.vector_norm(z, dim=1).square())
+
+
+def _class_numbers(learner: Tensor, labels: Tensor) -> Tensor:
+    """(n,) equal for rows of one learner and label, and ascending in (learner, label)."""
+    order = labels.argsort(stable=True)
+    order = order[learner[order].argsort(stable=True)]
+    learner, labels = learner[order], labels[order]
+    first = torch.ones_like(order)
+    first[1:] = (learner[1:] != learner[:-1]) | (labels[1:] != labels[:-1])
+    return torch.empty_like(order).scatter_(0, order, first.cumsum(0))
+
+
+def _in_canonical_order(references: CheckedRows, exact: Exact, classes: Tensor) -> Columns:
+    order = references.row_ids.argsort(stable=True)
+    order = order[classes[order].argsort(stable=True)]
+    learner = references.learner[order]
+    position = torch.arange(learner.shape[0], device=learner.device) - torch.searchsorted(learner, learner)
+    in_pairs = exact.usable()[1] & (references.learner >= 0)
+    last = (~in_pairs[order]).byte().argsort(stable=True)
+    order, position = order[last], position[last]
+    nobody = ~in_pairs[order]
+    learner, classes = (column[order].masked_fill(nobody, NOBODY) for column in (references.learner, classes))
+    return Columns(exact.at(order), learner, classes, references.row_ids[order], order, position)
+
+
+def _windows(anchors: CheckedRows, exact: Exact, classes: Tensor, columns: Columns) -> Windows:
+    in_no_pair = ~(exact.usable()[1] & (anchors.learner >= 0))
+    learner, classes = (column.masked_fill(in_no_pair, NO_PAIRS) for column in (anchors.learner, classes))
+    runs = (
+        torch.searchsorted(column, wanted, right=right)
+        for column, wanted in ((columns.learner, learner), (columns.classes, classes))
+        for right in (False, True)
+    )
+    return Windows(learner, classes, *runs)
+
+
+def compared(anchors: Rows, references: Rows | None) -> Compared:
+    """Checked anchors, and the references, or without them the anchors, in canonical order.
+
+    Raises:
+        ValueError: wrong shapes, types or devices.
+    """
+    own, others = anchors_and_references(anchors, references)
+    exact = _exact(own.z)
+    if references is None:
+        classes = ref_classes = _class_numbers(own.learner, own.labels)
+        columns = _in_canonical_order(own, exact, classes)
+    else:
+        both = _class_numbers(torch.cat([own.learner, others.learner]), torch.cat([own.labels, others.labels]))
+        classes, ref_classes = both.split([own.z.shape[0], others.z.shape[0]])
+        columns = _in_canonical_order(others, _exact(others.z), ref_classes)
+    return Compared(own, exact, _windows(own, exact, classes, columns), columns)
+
+
+def num_positives(rows: Compared) -> Tensor:
+    """(B,) rows of each anchor's class but itself."""
+    own, _, windows, columns = rows
+    count = windows.class_end - windows.class_start
+    if columns.row_ids.shape[0]:
+        ids, place = columns.row_ids.sort()
+        found = torch.searchsorted(ids, own.row_ids.contiguous()).clamp_max_(ids.shape[0] - 1)
+        itself = (ids[found] == own.row_ids) & (columns.classes[place[found]] == windows.classes)
+        count -= itself.long()
+    return count
