@@ -24,7 +24,7 @@ from bench.sweep import walk
 from dnc_kernels import reference
 from dnc_kernels.contract import Pairs, Rows, Sampling
 
-SIZES, CPU_SIZES = (128, 1024, 8192, 65536), (128, 1024)
+SIZES, CPU_SIZES = (128, 1024, 8192, 65536), (128, 512, 1024, 2048)
 LEARNERS, CPU_LEARNERS, DIM = (4, 1, 32), (1, 4), 512
 REFERENCE_UP_TO = 8192  # the reference walks all B² pairs in float64, and the library all classes in Python
 GRAPHS_UP_TO = 1024  # where a step is bound by its launches
