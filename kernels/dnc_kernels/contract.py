@@ -133,7 +133,7 @@ def check_below(name: str, value: Tensor, limit: int, allowed: str, *, lowest: i
     """
     if value.device.type != "cpu" or not value.numel() or torch.compiler.is_compiling():
         return
-    smallest, largest = int(value.min()), int(value.max())
+    smallest, largest = (int(extreme) for extreme in value.aminmax())
     for worst, wrong in ((largest, largest >= limit), (smallest, lowest is not None and smallest < lowest)):
         if wrong:
             raise ValueError(f"{name} contains {worst}; allowed are {allowed}")

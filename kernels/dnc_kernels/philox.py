@@ -47,6 +47,8 @@ def _xor(own: Tensor, other: Tensor) -> Tensor:
 
 def draw_words(row_ids: Tensor, num_positions: int, seed: Word, step: Word) -> Tensor:
     """The 32-bit draws of each anchor for positions 0 … num_positions-1, (B, num_positions) int64; row_ids (B,) int64."""
+    # As numbers they cost nothing; a value on a GPU would be waited for.
+    seed, step = (int(word) if isinstance(word, Tensor) and word.device.type == "cpu" else word for word in (seed, step))
     blocks = -(-num_positions // BLOCK)
     counters = torch.arange(min(blocks * PER_LANE, num_positions), device=row_ids.device)
     ids = row_ids[:, None]
@@ -66,4 +68,4 @@ def exponentials(words: Tensor) -> Tensor:
     E = -log(1 - v) with v = (word + 1/2) / 2**32 is fine near 0, and small E are the ones that win the race
     log w - log E; the usual Gumbel form -log(-log u) has its coarse steps exactly there.
     """
-    return words.double().add_(0.5).mul_(-(2.0**-32)).log1p_().neg_()
+    return words.double().add_(0.5).mul_(-(2.0**-32)).log1p_().mul_(-1.0)  # neg_ takes five times as long on a CPU

@@ -149,24 +149,18 @@ def margin_loss_on_pairs(
         beta = beta[labels[anchor].clamp(0, max(0, classes - 1))].masked_fill(beyond_beta[anchor], torch.nan)
 
     distance = _PairDistances.apply(_computed(z), _computed(ref_z), anchor, pairs.other, slot_used)
-    beyond = distance - beta
-    terms = torch.relu(torch.where(pairs.positive, beyond, -beyond) + margin).masked_fill(~slot_used, 0.0)
+    terms = torch.relu(torch.where(pairs.positive, 1.0, -1.0).to(distance.dtype) * (distance - beta) + margin)
 
     member = (pair_learner == torch.arange(num_learners, device=z.device)[:, None]) & slot_used  # (K, n)
     active = terms > 0
     learner_loss_sum = torch.where(member, terms, 0.0).sum(1)
     learner_num_active = (member & active).sum(1)
-    found, known = distance.detach(), slot_used & pairs.positive
-    unknown = slot_used & ~pairs.positive
-    stats = dict(pairs.stats or {}) | {
-        "labels_beyond_beta": beyond_beta.sum(),
-        "positive_pairs": known.sum(),
-        "negative_pairs": unknown.sum(),
-        "active_positive_pairs": (known & active).sum(),
-        "active_negative_pairs": (unknown & active).sum(),
-        "positive_distance_sum": torch.where(known, found, 0.0).sum(),
-        "negative_distance_sum": torch.where(unknown, found, 0.0).sum(),
-    }
+    kinds = torch.stack([pairs.positive, ~pairs.positive]) & slot_used  # (2, n)
+    numbers = torch.cat([kinds, kinds & active]).sum(1).unbind()
+    distance_sums = torch.where(kinds, distance.detach(), 0.0).sum(1).unbind()
+    stats = dict(pairs.stats or {}) | {"labels_beyond_beta": beyond_beta.sum()}
+    stats |= zip(("positive_pairs", "negative_pairs", "active_positive_pairs", "active_negative_pairs"), numbers, strict=True)
+    stats |= zip(("positive_distance_sum", "negative_distance_sum"), distance_sums, strict=True)
     return MarginLossOutput(learner_loss_sum.sum(), learner_num_active.sum(), learner_loss_sum, learner_num_active, stats)
 
 

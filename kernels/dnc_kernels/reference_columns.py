@@ -17,19 +17,15 @@ NOBODY, NO_PAIRS = torch.iinfo(torch.int64).max, -1  # learner and class of refe
 
 
 class Exact(NamedTuple):
-    """z (n, D) in float64, and its squared lengths (n,)."""
+    """Rows in float64: z (n, D), its squared lengths (n,), and which rows can be in a pair (n,): finite ones that are not zero."""
 
     z: Tensor
     squares: Tensor
+    usable: Tensor
 
     def at(self, rows: Tensor | slice) -> Exact:
         """Some of the rows."""
-        return Exact(self.z[rows], self.squares[rows])
-
-    def usable(self) -> tuple[Tensor, Tensor]:
-        """(n,) bool each: finite rows, and finite rows that are not zero (only those can be in a pair)."""
-        finite = self.squares.isfinite()
-        return finite, finite & (self.squares > 0)
+        return Exact(self.z[rows], self.squares[rows], self.usable[rows])
 
 
 class Columns(NamedTuple):
@@ -69,7 +65,8 @@ class Compared(NamedTuple):
 
 def _exact(z: Tensor) -> Exact:
     z = z.detach().double()
-    return Exact(z, torch.linalg.vector_norm(z, dim=1).square())
+    squares = torch.linalg.vector_norm(z, dim=1).square()
+    return Exact(z, squares, (squares > 0) & (squares < torch.inf))
 
 
 def _class_numbers(learner: Tensor, labels: Tensor) -> Tensor:
@@ -87,17 +84,16 @@ def _in_canonical_order(references: CheckedRows, exact: Exact, classes: Tensor) 
     order = order[classes[order].argsort(stable=True)]
     learner = references.learner[order]
     position = torch.arange(learner.shape[0], device=learner.device) - torch.searchsorted(learner, learner)
-    in_pairs = exact.usable()[1] & (references.learner >= 0)
-    last = (~in_pairs[order]).byte().argsort(stable=True)
-    order, position = order[last], position[last]
-    nobody = ~in_pairs[order]
-    learner, classes = (column[order].masked_fill(nobody, NOBODY) for column in (references.learner, classes))
+    in_pairs = exact.usable & (references.learner >= 0)
+    here, first = in_pairs[order].byte().sort(descending=True, stable=True)
+    order, position = order[first], position[first]
+    learner, classes = (column[order].where(here.bool(), NOBODY) for column in (references.learner, classes))
     return Columns(exact.at(order), learner, classes, references.row_ids[order], order, position)
 
 
 def _windows(anchors: CheckedRows, exact: Exact, classes: Tensor, columns: Columns) -> Windows:
-    in_no_pair = ~(exact.usable()[1] & (anchors.learner >= 0))
-    learner, classes = (column.masked_fill(in_no_pair, NO_PAIRS) for column in (anchors.learner, classes))
+    in_pairs = exact.usable & (anchors.learner >= 0)
+    learner, classes = (column.where(in_pairs, NO_PAIRS) for column in (anchors.learner, classes))
     runs = (
         torch.searchsorted(column, wanted, right=right)
         for column, wanted in ((columns.learner, learner), (columns.classes, classes))

@@ -55,10 +55,10 @@ def _log_weights(negated_squares: Tensor, dim: int, sampling: Sampling) -> Tenso
     other = negated_squares == -torch.inf if sampling.mode == "reference" else None
     # threshold_ keeps what is greater, that is d up to the cutoff.
     greater = math.nextafter(-(sampling.nonzero_loss_cutoff**2), -math.inf)
-    squared = torch.threshold_(negated_squares, greater, -torch.inf).neg_().clamp_(min=sampling.cutoff**2)
+    squared = torch.threshold_(negated_squares, greater, -torch.inf).mul_(-1.0).clamp_(min=sampling.cutoff**2)
     left_out = squared == torch.inf if other is not None or n <= 2 else None
     # Both logarithms see values above 0 only: masking afterwards would still have made NaN. That of inf is weight 0 where n > 2.
-    tail = squared.mul(-0.25).add_(1.0).clamp_(min=ANTIPODE_MIN).log_()
+    tail = torch.rsub(squared, 1.0, alpha=0.25).clamp_(min=ANTIPODE_MIN).log_()
     log_weight = squared.log_().mul_(0.5 * (2.0 - n)).sub_(tail, alpha=0.5 * (n - 3.0))
     if left_out is None:
         return log_weight
@@ -179,17 +179,16 @@ def sample_pairs(anchors: Rows, references: Rows | None = None, *, sampling: Sam
         slots = negatives
     is_positive = (torch.arange(2 * num_slots, device=device) < num_slots).expand_as(slots)
     anchor = torch.arange(num_anchors, device=device)[:, None].expand_as(slots)
-    finite, usable = exact.usable()
     in_learner = own.learner >= 0
-    in_pairs = usable & in_learner
-    counts = {
+    in_pairs = exact.usable & in_learner
+    rows_with = {
         "anchors": in_pairs,
         "anchors_without_positives": in_pairs & (found == 0),
         "anchors_without_negatives": in_pairs & (candidates == 0),
-        "negative_shortfall": (found - candidates).clamp_min(0),
-        "positives_over_limit": (found - num_slots).clamp_min(0),
-        "non_finite_rows": ~finite & in_learner,
-        "zero_rows": finite & ~usable & in_learner,
+        "non_finite_rows": in_learner & ~(exact.squares < torch.inf),
+        "zero_rows": in_learner & (exact.squares == 0),
     }
-    stats = dict(zip(counts, torch.stack([count.long() for count in counts.values()]).sum(1).unbind(), strict=True))
+    beyond = {"negative_shortfall": found - candidates, "positives_over_limit": found - num_slots}
+    stats = dict(zip(rows_with, torch.stack([*rows_with.values()]).sum(1).unbind(), strict=True))
+    stats |= zip(beyond, torch.stack([*beyond.values()]).clamp_min_(0).sum(1).unbind(), strict=True)
     return Pairs(anchor.reshape(-1), slots.reshape(-1), is_positive.reshape(-1), stats)
