@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -110,7 +111,9 @@ class ReferencesLoss(Loss):
         learners = rows.num_learners
         with torch.autocast(rows.embeddings.device.type, enabled=False):
             found = self.learner_sums(rows)
-        names = sorted(found.stats)
+        # Those of one dtype travel as one tensor: a launch for all of them, not for each.
+        names = sorted(found.stats, key=lambda name: (str(found.stats[name].dtype), name))
+        packed = [torch.stack([found.stats[name] for name in alike]) for _, alike in groupby(names, lambda name: found.stats[name].dtype)]
         # One slot more, in front, for rows of no learner.
         present = torch.zeros(learners + 1, dtype=torch.float64, device=rows.learner.device).index_fill_(0, rows.learner + 1, 1.0)[1:]
         local = torch.cat(
@@ -118,7 +121,7 @@ class ReferencesLoss(Loss):
                 found.counts.double(),
                 found.sums.detach().double(),
                 present,
-                torch.stack([found.stats[name].double() for name in names]) if names else present[:0],
+                *(values.double() for values in packed),
             ]
         )
         counts, sums, present, totals = distributed.all_reduce_sum(local).split([learners, learners, learners, len(names)])
