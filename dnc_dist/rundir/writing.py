@@ -202,7 +202,7 @@ class CheckpointWriter:
     def _publish(self, job: _Job, notes: Sequence[Note]) -> None:
         """Publish a checkpoint if every rank could write its files; on rank 0."""
         if problem := _problem(notes):
-            job.error = RunError(problem)
+            job.error = job.error or RunError(problem)
             return
         try:
             self.checkpoints.publish(job.tag, {name: entry for note in notes for name, entry in note.files.items()}, best=job.best)
@@ -217,4 +217,5 @@ def _problem(notes: Sequence[Note]) -> str:
 
 
 def _text(error: Exception | None) -> str:
-    return "" if error is None else str(error) or type(error).__name__
+    """What the other ranks are told; "" without an error."""
+    return str(error) if isinstance(error, RunError) else f"rank {distributed.rank()}: {error!r}" if error is not None else ""
