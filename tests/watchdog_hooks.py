@@ -33,7 +33,7 @@ def sleeping_often(step: int, seconds: float, places: tuple[str, ...], long_seco
         "start": (trainer, "build_engine"),
         "step": (trainer, "set_learning_rates"),
         "nmi": (evaluate, "kmeans"),
-        "save": (writing.CheckpointWriter, "save"),
+        "save": (writing.CheckpointWriter, "_write"),
     }
     for place in places:
         _sleep_first(*functions[place], long_seconds)

@@ -181,6 +181,7 @@ class Trainer:
                 set_learning_rates(self.engine, rates)
                 seed_libraries(cfg.run.seed, state.step)
                 loss, stats = self.engine(batch.to(distributed.device()), plan.phase(cfg, state))
+                # A failed write stops the ranks, too: the save that follows tells each of them why.
                 asked = Later(distributed.count_ranks(self.stop.requested or self.writer.failed))
                 self.engine.backward(loss)
                 self.engine.step()

@@ -144,7 +144,7 @@ class CheckpointWriter:
             raise RunError(problem) from job.error
 
     def close(self) -> None:
-        """End the write in flight, without the other ranks: there is one only after an error, and they may have ended.
+        """Wait for the write in flight, without the other ranks: there is one only after an error, and they may have ended.
 
         Raises:
             RunError: it failed.
@@ -153,7 +153,8 @@ class CheckpointWriter:
             return
         self._last = time.monotonic() + _LAST_SECONDS
         job.written.wait()
-        job.thread.join(2 * _LAST_SECONDS)
+        # Longer only if the store does not answer, which one process does without.
+        job.thread.join(None if self._store is None else 2 * _LAST_SECONDS)
         if job.error is not None:
             raise job.error
 
