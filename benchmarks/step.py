@@ -98,6 +98,11 @@ def engine_step(cfg: RunConfig, batch: Batch, *, deepspeed: bool) -> Step:
         engine: Any = start_deepspeed(objective, WaitingAdamW(parameter_groups(objective, cfg.optim.weight_decay)), cfg)
     else:
         engine = build_engine(objective, cfg)
+    return step_of(engine, cfg, batch)
+
+
+def step_of(engine: Any, cfg: RunConfig, batch: Batch) -> Step:
+    """A step of the training loop with this engine, on the same rows each time."""
     rates = dict.fromkeys(("backbone", "embedding", "masks", "loss"), LR)
 
     def step(number: int) -> None:

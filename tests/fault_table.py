@@ -36,6 +36,18 @@ STEP = 23
 """Faults happen in mid-epoch: after this step, which is no checkpoint."""
 EVERY_STEPS = 10
 DELAY_SECONDS = 30.0
+_SLOW_DISK = f"""
+import os, time
+
+fsync = os.fsync
+
+def slow(file):
+    if os.environ.get("RANK") == "1" and "/.step-{STEP // EVERY_STEPS * EVERY_STEPS:08d}.tmp/" in os.readlink(f"/proc/self/fd/{{file}}"):
+        time.sleep(60)
+    fsync(file)
+
+os.fsync = slow
+"""
 STALL_SECONDS = 5.0
 
 
@@ -58,6 +70,8 @@ class Trial:
     prefix: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    """Folders in which Python looks for modules first."""
     cleanup: ExitStack = field(default_factory=ExitStack)
     seconds: float = 0.0
     first: Done | None = None
@@ -77,7 +91,7 @@ class Trial:
         command = [*self.prefix, sys.executable, "-m", "dnc_dist", "launch", "run.yaml", "--nproc", "2"]
         command += [part for change in (*self.changes, *more) for part in ("--set", change)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | self.environment
-        environment |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([*self.modules, *sys.path])}
         with self._output("out").open("w") as out, self._output("err").open("w") as err:
             streams = {"stdout": out, "stderr": err} if terminal is None else {"stdout": terminal, "stderr": terminal}
             self._process = subprocess.Popen(command, cwd=self.folder, text=True, env=environment, **streams)  # type: ignore[call-overload]
@@ -193,6 +207,20 @@ def rank_1_killed(trial: Trial) -> Done:
     trial.start()
     trial.reach()
     kill(trial.worker(1))
+    return trial.go_on()
+
+
+@fault("SIGKILL of a rank while a checkpoint is written beside training", 1, "rank 1 was killed by SIGKILL")
+def killed_while_writing(trial: Trial) -> Done:
+    # The disk of this rank takes long for the checkpoint before the step of the fault; Python imports a module of this name at its start.
+    (trial.folder / "disk").mkdir()
+    (trial.folder / "disk" / "sitecustomize.py").write_text(_SLOW_DISK)
+    trial.modules.append(str(trial.folder / "disk"))
+    trial.start()
+    trial.reach()
+    assert list(trial.run.glob(f"checkpoints/.step-{STEP // EVERY_STEPS * EVERY_STEPS:08d}.tmp")), "it is published already"
+    kill(trial.worker(1))
+    trial.modules.clear()
     return trial.go_on()
 
 

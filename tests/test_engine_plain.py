@@ -20,7 +20,7 @@ from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.plan import Phase
 from dnc_dist.engine.setup import build_engine, build_objective, parameter_groups, set_learning_rates
 from dnc_dist.engine.state import TrainState
-from dnc_dist.engine.zero import gradient_is_finite, layout, load_checkpoint, read_model, start_deepspeed, write_checkpoint
+from dnc_dist.engine.zero import gradient_is_finite, layout, load_checkpoint, prepare_checkpoint, read_model, start_deepspeed
 from dnc_dist.engine.zero.plain import PlainEngine
 from tests.engine_fixtures import config, division_by_hand, make_dataset
 from tests.spawn import spawn
@@ -68,7 +68,7 @@ def take_steps(engine: Any, data: RunData, steps: range) -> list[float]:
 def written(engine: Any, folder: Path) -> Tensors:
     """What a checkpoint of the engine holds: weights, buffers, and the moments of groups or parameters."""
     folder.mkdir(parents=True)
-    write_checkpoint(engine, TrainState(step=7), folder, "saved")
+    prepare_checkpoint(engine, TrainState(step=7), folder, "saved")()
     saved = read_model(folder / "saved")
     assert saved.state.step == 7 and saved.world_size == 1
     found = dict(saved.weights)

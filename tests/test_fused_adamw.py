@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.setup import build_engine, build_objective, parameter_groups
 from dnc_dist.engine.state import TrainState
-from dnc_dist.engine.zero import gradient_is_finite, load_checkpoint, read_model, start_deepspeed, write_checkpoint
+from dnc_dist.engine.zero import gradient_is_finite, load_checkpoint, prepare_checkpoint, read_model, start_deepspeed
 from dnc_dist.engine.zero.plain import PlainEngine
 from tests.engine_fixtures import config, make_dataset
 from tests.simulated_device import DEVICE, Device
@@ -144,7 +144,7 @@ def test_a_gpu_takes_one_kernel_a_group_and_goes_on_from_a_checkpoint_of_the_cpu
     step(before)
     step(before, waiting="masks")
     (tmp_path / "saved").mkdir()
-    write_checkpoint(before, TrainState(step=2), tmp_path / "saved", "last")
+    prepare_checkpoint(before, TrainState(step=2), tmp_path / "saved", "last")()
     with Device() as simulated:
         engine = engine_of(root, tmp_path / "run", zero)
         step(engine, waiting="backbone")
@@ -178,7 +178,7 @@ def deepspeed_weights(root: str, place: str) -> dict[int, list[list[Tensor]]]:
                     if written is not None:
                         folder = Path(place) / f"zero-{zero}"
                         folder.mkdir()
-                        write_checkpoint(written, TrainState(step=2), folder, "last")
+                        prepare_checkpoint(written, TrainState(step=2), folder, "last")()
                         load_checkpoint(engine, folder / "last", read_model(folder / "last"))
                 for waits in ("masks", "backbone"):
                     for group in engine.optimizer.param_groups:

@@ -13,7 +13,7 @@ from dnc_dist.engine.network import EmbeddingNetwork, of_network
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.setup import build_objective, parameter_groups
 from dnc_dist.engine.state import TrainState
-from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
+from dnc_dist.engine.zero import load_checkpoint, prepare_checkpoint, read_model
 from dnc_dist.engine.zero.plain import PlainEngine
 from dnc_dist.inference.export import export
 from tests.engine_fixtures import config, make_dataset
@@ -82,7 +82,7 @@ def test_a_checkpoint_goes_on_in_the_other_layout(root: Path, tmp_path: Path, wr
     first = engine_of(root, tmp_path / "run", writer, zero)
     step(first)
     (tmp_path / "saved").mkdir()
-    write_checkpoint(first, TrainState(step=1), tmp_path / "saved", "last")
+    prepare_checkpoint(first, TrainState(step=1), tmp_path / "saved", "last")()
     engines = [engine_of(root, tmp_path / "run", layout, zero, shift=0.5) for layout in (reader, writer)]
     for engine in engines:
         load_checkpoint(engine, tmp_path / "saved" / "last", read_model(tmp_path / "saved" / "last"))

@@ -110,7 +110,7 @@ def test_killed_again_and_again(place: Path) -> None:
     assert tags(run) == []
 
     assert train(place, "killed", before=partial(killed_when_writing, "files.json", "step-00000008")).wait().code == -signal.SIGKILL
-    assert tags(run)[-1] == "step-00000006" and last_step(run) == 8
+    assert tags(run)[-1] == "step-00000006" and last_step(run) >= 8
 
     assert train(place, "killed", before=partial(killed_when_writing, "latest", "step-00000012")).wait().code == -signal.SIGKILL
     assert tags(run)[-1] == "step-00000012" and (run / "checkpoints" / "latest").read_text() == "step-00000008"

@@ -277,12 +277,17 @@ def undisturbed(place: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("places", [("start", "nmi"), ("step", "save")], ids="-".join)
-def test_slow_ranks_change_nothing(places: tuple[str, ...], place: Path, undisturbed: dict[str, Any]) -> None:
-    """One rank is late by less than engine.stall_timeout in mid-epoch, and by more where engine.timeout holds; alone or not."""
+@pytest.mark.parametrize(
+    ("places", "changes"),
+    [(("start", "nmi"), ()), (("step", "save"), ()), (("save",), ("checkpoint.every_steps=3",))],
+    ids=["start-nmi", "step-save", "in-the-background"],
+)
+def test_slow_ranks_change_nothing(places: tuple[str, ...], changes: tuple[str, ...], place: Path, undisturbed: dict[str, Any]) -> None:
+    """One rank is late by less than engine.stall_timeout in mid-epoch, and by more where engine.timeout holds; alone or not. A write in
+    the background that takes so long is waited for by the next."""
     run = place / "runs" / "-".join(places)
     hook = partial(sleeping_often, 11, 1.0, places, STALL_SECONDS + 0.5)
-    first, second = two_ranks(place, run.name, before={0: hook})
+    first, second = two_ranks(place, run.name, *changes, before={0: hook})
     assert first.wait().result == undisturbed | {"run": f"runs/{run.name}"}
     assert second.wait().code == 0
     assert_same_run(run, place / "runs" / "fast")

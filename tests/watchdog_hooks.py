@@ -27,13 +27,13 @@ def sleeping_often(step: int, seconds: float, places: tuple[str, ...], long_seco
     """For ``before``: as ``sleeping_in_loader``; and long when these places are first reached: "start", "step", "nmi", "save"."""
     sleeping_in_loader(step, seconds)
     from dnc_dist.engine import evaluate, trainer
-    from dnc_dist.rundir import checkpoints as checkpoint
+    from dnc_dist.rundir import writing
 
     functions = {
         "start": (trainer, "build_engine"),
         "step": (trainer, "set_learning_rates"),
         "nmi": (evaluate, "kmeans"),
-        "save": (checkpoint.Checkpoints, "save"),
+        "save": (writing.CheckpointWriter, "_write"),
     }
     for place in places:
         _sleep_first(*functions[place], long_seconds)

@@ -280,7 +280,8 @@ class CheckpointConfig(Section):
     """What is kept of the state of a run."""
 
     every_steps: int = Field(0, ge=0)
-    """Steps between checkpoints inside an epoch; 0: only at epoch ends and before divisions."""
+    """Steps between checkpoints inside an epoch; 0: only at epoch ends and before divisions. They are written while training goes on, from
+    a copy of the state in the memory of the host. One at a time: if the one before is not finished when the next is due, training waits."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints stay, the best aside."""
 

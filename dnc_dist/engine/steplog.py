@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.transfer import to_host
 from dnc_dist.rundir.tracker import Tracker
 
+_log = logging.getLogger(__name__)
 _SUMS = {"positive_distance": ("positive_distance_sum", "positive_pairs"), "negative_distance": ("negative_distance_sum", "negative_pairs")}
 """Shown as a quotient of two sums over the logged steps."""
 
@@ -125,6 +127,20 @@ class EpochShares:
         shares = {f"share_{part}": self.seconds[part] / total for part in ("divide", "evaluate", "data")}
         rate = self.rows / max(self.seconds["train"], 1e-9)
         return {"seconds": total, **shares, "images_per_second": rate, "memory_mb": peak_memory_mb()}
+
+
+def report_failed(failed: set[str]) -> int:
+    """Collective. Name the images that could not be decoded in an epoch, once each, and forget them; their number.
+
+    Args:
+        failed: keys of those that this rank met.
+    """
+    keys = sorted({key for part in distributed.gather_objects(failed) for key in part})
+    failed.clear()
+    if keys:
+        shown = "; ".join(keys[:10]) + (f"; and {len(keys) - 10} more" if len(keys) > 10 else "")
+        _log.warning("%d image(s) cannot be decoded and take part in nothing: %s", len(keys), shown)
+    return len(keys)
 
 
 def peak_memory_mb() -> float:

@@ -26,8 +26,8 @@ from dnc_dist.engine.maps import keep_map
 from dnc_dist.engine.next_division import check_divisible, next_division
 from dnc_dist.engine.setup import build_engine, kernels_note, libraries_note, objective_of_run, seed_libraries, set_learning_rates
 from dnc_dist.engine.state import Best, TrainState
-from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches
-from dnc_dist.engine.zero import load_checkpoint, read_model, write_checkpoint
+from dnc_dist.engine.steplog import EpochShares, StepLog, TimedBatches, report_failed
+from dnc_dist.engine.zero import load_checkpoint, prepare_checkpoint, read_model
 from dnc_dist.processes import distributed, watchdog
 from dnc_dist.processes.signals import StopRequest
 from dnc_dist.processes.transfer import Later
@@ -37,6 +37,7 @@ from dnc_dist.rundir.folder import RunDirectory, write_config
 from dnc_dist.rundir.log import close_log, open_log
 from dnc_dist.rundir.record import SELECTED_PREFIX, standing
 from dnc_dist.rundir.tracker import build_tracker
+from dnc_dist.rundir.writing import CheckpointWriter
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class Trainer:
         open_log(cfg.run.path)
         if note:
             _log.info(note)
+        self.writer = CheckpointWriter(self.checkpoints)
         self.engine = build_engine(self.objective, cfg)
         self.groups = distributed.rank_groups(cfg.division.learners_per_step)
         self.state = self._resume(resume, begins)
@@ -123,7 +125,7 @@ class Trainer:
                     self.save()
                 with shares.time("evaluate"):
                     self.state.metrics = self.evaluate()
-            counts = {"samples_seen": self.state.samples_seen, "undecodable_images": self._report_failed()} | shares.counts
+            counts = {"samples_seen": self.state.samples_seen, "undecodable_images": report_failed(self.failed)} | shares.counts
             self.tracker.log("epoch", self.state.step, self.state.epoch, shares.values() | counts)
             self.state.finish_epoch()
             self.save(best=self._is_best())
@@ -179,7 +181,8 @@ class Trainer:
                 set_learning_rates(self.engine, rates)
                 seed_libraries(cfg.run.seed, state.step)
                 loss, stats = self.engine(batch.to(distributed.device()), plan.phase(cfg, state))
-                asked = Later(distributed.count_ranks(self.stop.requested))
+                # A failed write stops the ranks, too: the save that follows tells each of them why.
+                asked = Later(distributed.count_ranks(self.stop.requested or self.writer.failed))
                 self.engine.backward(loss)
                 self.engine.step()
                 rows = int(rows_in_step[state.batches_done])
@@ -195,7 +198,7 @@ class Trainer:
                 if cfg.checkpoint.every_steps and state.step % cfg.checkpoint.every_steps == 0 and state.batches_done < len(schedule):
                     # What a resume from here does not see again; and a loss that is not finite must not reach a checkpoint.
                     log.flush(state.step, state.epoch)
-                    self.save()
+                    self.save(background=True)
                 shares.rows += rows
                 watchdog.step(f"epoch {state.epoch}, step {state.step}")
         log.flush(state.step, state.epoch)
@@ -229,21 +232,28 @@ class Trainer:
             _log.info(f"{f'after {state.epoch + 1} epoch(s)' if trained else 'untrained'}: {shown}")
         return metrics
 
-    def save(self, *, best: bool = False) -> Path:
-        """Collective. Write a checkpoint.
+    def save(self, *, best: bool = False, background: bool = False) -> Path:
+        """Collective. Write a checkpoint; in the background, training goes on meanwhile.
 
         Raises:
-            RunError: it cannot be written, or the run directory is gone.
+            RunError: it cannot be written, or the one before, or the run directory is gone.
         """
         self.run_dir.check()
-        watchdog.phase(f"epoch {self.state.epoch}, checkpoint of step {self.state.step}")
-        return self.checkpoints.save(self.state.step, partial(write_checkpoint, self.engine, self.state), best=best)
+        prepare = partial(prepare_checkpoint, self.engine, self.state)
+        return self.writer.save(self.state.step, prepare, best=best, background=background)
 
     def close(self) -> None:
-        """Stop the loader's workers, the tracker and the log."""
+        """Stop the loader's workers, the checkpoint in flight, the tracker and the log.
+
+        Raises:
+            RunError: that checkpoint cannot be written.
+        """
         self.data.close()
-        self.tracker.close()
-        close_log()
+        try:
+            self.writer.close()
+        finally:
+            self.tracker.close()
+            close_log()
 
     def _is_best(self) -> bool:
         """Whether the evaluation that just ran is the best so far on the selecting split; remembers it."""
@@ -288,12 +298,3 @@ class Trainer:
             raise InputError(f"{folder} holds a division of another training set; choose another checkpoint")
         load_checkpoint(self.engine, folder, saved)
         return state
-
-    def _report_failed(self) -> int:
-        """Collective. Name the images that could not be decoded in this epoch, once each; their number."""
-        keys = sorted({key for part in distributed.gather_objects(self.failed) for key in part})
-        self.failed.clear()
-        if keys:
-            shown = "; ".join(keys[:10]) + (f"; and {len(keys) - 10} more" if len(keys) > 10 else "")
-            _log.warning("%d image(s) cannot be decoded and take part in nothing: %s", len(keys), shown)
-        return len(keys)

@@ -1,8 +1,7 @@
-"""The checkpoints of a run: written whole or not at all, verified before they are read, pruned.
+"""The checkpoints of a run: published whole or not at all, verified before they are read, pruned.
 
-All ranks write into a temporary folder; what its files hold is the engine's matter. When every rank is done, rank 0 lists the files
-with sizes and checksums, forces them to disk, renames the folder and moves the pointer ``latest`` by rename. A crash at any moment
-leaves the previous checkpoint untouched.
+All ranks write into a temporary folder (see ``writing``). When every rank is done, rank 0 lists the files with sizes and checksums,
+renames the folder and moves the pointer ``latest`` by rename. A crash at any moment leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
@@ -11,19 +10,20 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import sync, write_text
 from dnc_dist.base.foreign import parse_json, read_bytes, read_text, shorten
-from dnc_dist.processes import distributed
 from dnc_dist.rundir import CHECKPOINTS
 
 _TAG = re.compile(r"step-\d{8}")
 # What a crash leaves behind of a checkpoint that was being written or replaced.
 _UNFINISHED = re.compile(r"\.(step-\d{8})\.(tmp|old)")
+# torch's writer of files raises no OSError.
+_OF_TORCHS_WRITER = re.compile(r"inline_container|Parent directory .* does not exist")
 _MANIFEST = "files.json"
 _BLOCK = 1 << 20
 
@@ -33,7 +33,12 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _crc32(path: Path) -> int:
+def temporary(tag: str) -> str:
+    """The name of a checkpoint's folder until it is published."""
+    return f".{tag}.tmp"
+
+
+def crc32(path: Path) -> int:
     """Checksum of a file's bytes; about a second per GB."""
     checksum = 0
     with path.open("rb") as file:
@@ -48,56 +53,36 @@ class Checkpoints:
     def __init__(self, run_dir: Path, keep: int) -> None:
         self.folder, self.keep = run_dir / CHECKPOINTS, keep
 
-    def save(self, step: int, write: Callable[[Path, str], None], *, best: bool = False) -> Path:
-        """Collective. Write a checkpoint, move ``latest`` (and ``best``) to it, prune others.
+    def make_room(self, tag: str) -> None:
+        """Remove what an attempt to write this checkpoint left, so that its temporary folder can be filled."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.folder / temporary(tag), ignore_errors=True)
 
-        Args:
-            step: optimizer updates done, which name it.
-            write: collective; writes the files into the folder of this name below that one.
-            best: whether it is the best so far.
-
-        The newest ``keep`` up to this one stay, and the best. What is newer than this one was abandoned by a resume before it.
-
-        Raises:
-            RunError: it cannot be written; the checkpoints before it are untouched.
-        """
-        tag, temporary = tag_of(step), f".{tag_of(step)}.tmp"
-        if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.folder / temporary, ignore_errors=True)
-        distributed.barrier()
-        try:
-            write(self.folder, temporary)
-        except (OSError, RuntimeError) as error:
-            # On a full disk torch's writer only speaks of positions; other RuntimeErrors come from lost peers.
-            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-                raise
-            raise self._unwritable(tag, error) from error
-        distributed.barrier()
-        if distributed.is_main():
-            try:
-                self._publish(temporary, tag, best)
-            except OSError as error:
-                raise self._unwritable(tag, error) from error
-        distributed.barrier()
-        return self.folder / tag
-
-    def _unwritable(self, tag: str, error: Exception) -> RunError:
+    def unwritable(self, tag: str, error: Exception) -> Exception:
+        """What a run ends with whose checkpoint cannot be written because of this error; other errors come back."""
+        # On a full disk torch's writer only speaks of positions. Other RuntimeErrors come from lost peers and from devices.
+        if not isinstance(error, OSError) and not (isinstance(error, RuntimeError) and _OF_TORCHS_WRITER.search(str(error))):
+            return error
         there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         free = shutil.disk_usage(there).free / 2**20
         why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         return RunError(f"{self.folder / tag} cannot be written{why}, {free:.0f} MB are free there; `--resume auto` goes on later")
 
-    def _publish(self, temporary: str, tag: str, best: bool) -> None:
-        folder = self.folder / temporary
-        files = sorted(folder.iterdir())
-        for file in files:
-            sync(file)
-        # Checksums of several files at a time; they release the interpreter's lock.
-        with ThreadPoolExecutor() as pool:
-            entries = {file.name: [file.stat().st_size, checksum] for file, checksum in zip(files, pool.map(_crc32, files), strict=True)}
-        write_text(folder / _MANIFEST, json.dumps(entries, indent=1))
-        final = self.folder / tag
+    def publish(self, tag: str, files: Mapping[str, tuple[int, int]], *, best: bool) -> None:
+        """Give a checkpoint its name, move ``latest`` (and ``best``) to it, and prune others.
+
+        The newest ``keep`` up to this one stay, and the best. What is newer than this one was abandoned by a resume before it.
+
+        Args:
+            tag: its name.
+            files: size and checksum of each file, by name; all of them are on the disk.
+            best: whether it is the best so far.
+
+        Raises:
+            OSError: that cannot be written; the checkpoints before it are untouched.
+        """
+        folder, final = self.folder / temporary(tag), self.folder / tag
+        write_text(folder / _MANIFEST, json.dumps(dict(sorted(files.items())), indent=1))
         if final.exists():
             # The same step again, for example stopped right after a save: only the train state can have moved on.
             replaced = self.folder / f".{tag}.old"
@@ -157,7 +142,7 @@ class Checkpoints:
             if file.stat().st_size != size:
                 return f"{file.name} has {file.stat().st_size} bytes instead of {size}"
         with ThreadPoolExecutor() as pool:
-            for (file, (_, checksum)), found in zip(files.items(), pool.map(_crc32, files), strict=True):
+            for (file, (_, checksum)), found in zip(files.items(), pool.map(crc32, files), strict=True):
                 if found != checksum:
                     return f"{file.name} holds other bytes than were written"
         return None

@@ -7,10 +7,12 @@ reader is not used, and everything that is read is checked before it reaches a n
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dnc_dist.base.foreign import read_tensors, shorten
@@ -26,6 +28,7 @@ from dnc_dist.engine.zero.layout import (
 )
 from dnc_dist.engine.zero.plain import PlainEngine
 from dnc_dist.processes import distributed
+from dnc_dist.processes.transfer import EndToEnd, Snapshot, with_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -39,13 +42,44 @@ class Saved(NamedTuple):
     optimizer: dict[int, dict[str, Tensor]]
 
 
-def write_checkpoint(engine: Any, state: TrainState, folder: Path, tag: str) -> None:
-    """Collective. Write the files of a checkpoint of the engine and the train state into ``folder / tag``."""
+def prepare_checkpoint(
+    engine: Any, state: TrainState, folder: Path, tag: str, snapshot: Snapshot | None = None
+) -> Callable[[], list[Path]]:
+    """Collective. What writes this rank's files of a checkpoint of the engine and the train state into ``folder / tag``.
+
+    Args:
+        engine: what is trained.
+        state: where the run stands.
+        folder: of the checkpoints.
+        tag: name of the folder in it, which may be there already.
+        snapshot: what copies the state, so that any thread may write the files later; None: they have to be written before the next step.
+
+    Returns:
+        A function that writes the files and returns their paths; no collective.
+    """
     client_state = {"train_state": state.state_dict(), "world_size": distributed.world_size()}
     if isinstance(engine, PlainEngine):
-        engine.save(folder / tag, client_state)
-        return
-    engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+        files = engine.files(client_state)
+    else:
+        # Here it makes the folder, and its ranks wait for each other; ``PlainFiles`` keeps what it would write.
+        engine.save_checkpoint(str(folder), tag=tag, client_state=client_state, save_latest=False)
+        files = engine.checkpoint_engine.taken()
+    if snapshot is None:
+        return partial(_write, folder / tag, files)
+    copied, wait = snapshot.take(files), snapshot.wait
+
+    def write() -> list[Path]:
+        wait()
+        return _write(folder / tag, copied)
+
+    return write
+
+
+def _write(folder: Path, files: Mapping[str, Any]) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        torch.save(with_tensors(content, lambda _, value: value.joined() if isinstance(value, EndToEnd) else value), folder / name)
+    return [folder / name for name in files]
 
 
 def load_checkpoint(engine: Any, folder: Path, saved: Saved) -> None:

@@ -7,8 +7,7 @@ clipped by the norm of all parts together, then the optimizer takes its step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from dnc_dist.engine.optimizer import WaitingAdamW
 from dnc_dist.engine.zero.layout import BASE_OPTIMIZER_STATE, MODEL, OPTIMIZER_STATE_DICT, PARTITION, SINGLE_PARTITION_OF_FP32_GROUPS
+from dnc_dist.processes.transfer import EndToEnd
 
 
 class PlainEngine:
@@ -61,16 +61,17 @@ class PlainEngine:
         """The ZeRO stage whose layout the checkpoints have."""
         return self.zero
 
-    def save(self, folder: Path, client_state: Mapping[str, Any]) -> None:
-        """Write a checkpoint's files, as DeepSpeed does at this stage: from 1 on the optimizer's state is the partition of one process."""
-        folder.mkdir()
+    def files(self, client_state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint's files hold, by name, as DeepSpeed's at this stage: from 1 on the optimizer's state is the partition of one
+        process. The tensors are those that are trained, not copies."""
         state = None if self.zero else self.optimizer.state_dict()
-        torch.save({"module": self.module.state_dict(), "optimizer": state, **client_state}, folder / MODEL)
+        found: dict[str, Any] = {MODEL: {"module": self.module.state_dict(), "optimizer": state, **client_state}}
         if self.zero:
-            torch.save({OPTIMIZER_STATE_DICT: self._partition()}, folder / PARTITION.format(0))
+            found[PARTITION.format(0)] = {OPTIMIZER_STATE_DICT: self._partition()}
+        return found
 
     def load_moments(self, states: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Take over the state of each group, its parameters end to end as ``save`` lays them; before the first step there is none."""
+        """Take over the state of each group, its parameters end to end as ``files`` lays them; before the first step there is none."""
         parameters: dict[int, dict[str, Tensor]] = {}
         for number, group in enumerate(self.optimizer.param_groups):
             sizes = [parameter.numel() for parameter in group["params"]]
@@ -85,15 +86,11 @@ class PlainEngine:
         """Weights and optimizer state of every group, its parameters end to end."""
         weights, states, options = [], {}, []
         for number, group in enumerate(self.optimizer.param_groups):
-            weights.append(_end_to_end(group["params"]))
+            weights.append(EndToEnd(group["params"]))
             own = [self.optimizer.state.get(parameter, {}) for parameter in group["params"]]
             if own[0]:  # all of a group take their first step together
                 states[number] = {
-                    name: _end_to_end([state[name] for state in own]) if value.dim() else value for name, value in own[0].items()
+                    name: EndToEnd([state[name] for state in own]) if value.dim() else value for name, value in own[0].items()
                 }
             options.append(group | {"params": [number]})
         return {BASE_OPTIMIZER_STATE: {"state": states, "param_groups": options}, SINGLE_PARTITION_OF_FP32_GROUPS: weights}
-
-
-def _end_to_end(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
