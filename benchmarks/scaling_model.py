@@ -60,6 +60,22 @@ class Network:
         return self.latency(ranks) / 2 + max(inside, across)
 
 
+def fit_network(collectives: Sequence[tuple[str, int, float]], ranks: int) -> Network:
+    """The network of one node that explains best, by relative error, what collectives took.
+
+    Args:
+        collectives: of each its operation ("all-reduce" or "all-gather"), bytes of the whole result, seconds.
+        ranks: that took part, all on one machine.
+    """
+    share = (ranks - 1) / ranks
+    # As in `all_reduce` and `all_gather`: what the latency and a byte count for.
+    counts = np.array([(1.0, 2 * share * size) if kind == "all-reduce" else (0.5, share * size) for kind, size, _ in collectives])
+    seconds = np.array([seconds for *_, seconds in collectives])
+    # Divided by its seconds, each line says which part of them the fit explains. Bytes in millions, so that both columns weigh alike.
+    (latency, million), _ = nnls(counts * [1, 1e-6] / seconds[:, None], np.ones_like(seconds))
+    return Network(gpus_per_node=ranks, nvlink=1e6 / float(million), node_latency=float(latency), storage=None)
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is trained: 32 learners in 512 dimensions on a million images, with batches that fill GPUs. BatchNorm is frozen.
@@ -81,7 +97,7 @@ class Workload:
     relevant: int = 50  # gallery rows of the largest class
     image_bytes: int = 40_000
     lloyd_iterations: int = 50
-    loader_workers: int = 8  # of each GPU
+    loader_workers: int = 8  # of each GPU; 0: the training process reads and decodes by itself
     overlap: float = 0.5  # share of the backward pass behind which the sums of gradients hide (ZeRO 1 and 2, on GPUs)
 
     def group(self, ranks: int) -> int:
@@ -90,26 +106,21 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Times of one device, in seconds, and sizes of the model that they belong to."""
+class StepTimes:
+    """Times of the training step of one process, in seconds, as the training loop runs it on batches that are there."""
 
-    device: str
     parameters: int  # trainable, float32
-    features: int  # F
-    forward_backward: Sequence[Sequence[float]]  # [rows, seconds]
+    steps: Sequence[Sequence[float]]  # [rows, seconds]: the median of whole steps
     loss: Sequence[Sequence[float]]  # [anchors, references, seconds]: mining and loss, forward and backward
-    optimizer: float  # one step over all parameters
-    images_per_second: float  # extraction, decoded images given
-    decoded_per_second: float  # images that one loader process decodes and crops
-    lloyd_row: float  # one row in one iteration
-    first_centroids: float  # k-means++ on its sample
-    bookkeeping_row: float  # one row of the set in match, class counts and the new division, on every rank
-    search_pair: float  # one query and one gallery row
+    optimizer: float  # what follows the backward pass: the norm of the gradients, clipping, an update of all parameters
+    engine: float  # what a step takes longer with DeepSpeed's engine, which several processes run, on one process
+    jitter: Sequence[float]  # single steps of the most rows, over their median
 
     def step_costs(self) -> tuple[float, float]:
-        """Fitted to `forward_backward`: seconds of a step without rows, and of each row."""
-        rows, seconds = np.array(self.forward_backward, float).T
-        (fixed, each), _ = nnls(np.stack([np.ones_like(rows), rows], 1), seconds)
+        """Fitted to `steps`, less loss and optimizer: seconds without rows, and of each row."""
+        rows, seconds = np.array(self.steps, float).T
+        seconds = seconds - [self.loss_seconds(b, b) + self.optimizer for b in rows]
+        (fixed, each), _ = nnls(np.stack([np.ones_like(rows), rows], 1), seconds.clip(min=0))
         return float(fixed), float(each)
 
     def loss_seconds(self, anchors: float, references: float) -> float:
@@ -117,6 +128,35 @@ class Measured:
         a, g, seconds = np.array(self.loss, float).T
         costs, _ = nnls(np.stack([np.ones_like(a), a * g, g], 1), seconds)
         return float(costs @ [1, anchors * references, references])
+
+    def waiting(self, ranks: int) -> float:
+        """What the slowest of the ranks takes longer than a rank does on average, as a share of a step.
+
+        Assumed: the ranks' times are independent draws from `jitter`, and a step waits once. What slows all ranks at once (a shared
+        machine, a hot room) makes it less, several waits in a step more; and no draw is slower than the slowest step that was measured.
+        """
+        return expected_slowest(self.jitter, ranks) - expected_slowest(self.jitter, 1)
+
+
+def expected_slowest(seconds: Sequence[float], ranks: int) -> float:
+    """Expected maximum of `ranks` independent draws, with replacement, from what was measured: from its order statistics."""
+    at_most = (np.arange(len(seconds) + 1) / len(seconds)) ** ranks  # the probability that no draw exceeds the i-th smallest
+    return float(np.sort(seconds) @ np.diff(at_most))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one device, in seconds, and sizes of the model that they belong to."""
+
+    device: str
+    features: int  # F
+    step: StepTimes
+    images_per_second: float  # extraction, decoded images given
+    decoded_per_second: float  # images that one loader process decodes and crops
+    lloyd_row: float  # one row in one iteration
+    first_centroids: float  # k-means++ on its sample
+    bookkeeping_row: float  # one row of the set in match, class counts and the new division, on every rank
+    search_pair: float  # one query and one gallery row
 
 
 def step_bytes(work: Workload, ranks: int, rows: int, level: int | None = None) -> dict[str, int]:
@@ -167,32 +207,46 @@ def evaluation_bytes(work: Workload) -> dict[str, int]:
 
 def step(work: Workload, measured: Measured, network: Network, ranks: int, batch: int) -> dict[str, float]:
     """Seconds of each phase of one step with `batch` rows over all ranks."""
+    phases = step_without_input(work, measured.step, network, ranks, batch)
     rows = max(1, math.ceil(batch / ranks))
-    fixed, each = measured.step_costs()
+    return phases | {"input": _waiting_for_input(work, measured, network, ranks, rows, sum(phases.values()))}
+
+
+def step_without_input(work: Workload, times: StepTimes, network: Network, ranks: int, batch: int) -> dict[str, float]:
+    """The same for batches that are there."""
+    rows = max(1, math.ceil(batch / ranks))
+    fixed, each = times.step_costs()
     group = work.group(ranks)
-    received = step_bytes(work, ranks, rows)["gather"]
-    total = received * group / max(1, group - 1)
+    sizes = step_bytes(work, ranks, rows)
+    total = sizes["gather"] * group / max(1, group - 1)
     messages = 3 if work.loss == "margin" else 2
     gathers = (messages - 1) * network.all_gather(0, group) + network.all_gather(total, group)
-    summed = network.all_reduce(4 * measured.parameters, ranks)
+    summed = network.all_reduce(4 * times.parameters, ranks)
     hidden = work.overlap * 2 / 3 * (fixed + each * rows) if work.zero else 0.0
-    phases = {
+    computed = {
         "rows": each * rows,
         "launches": fixed,
-        "loss": measured.loss_seconds(rows, rows * group),
-        "gathers": gathers,
-        "stats": network.all_reduce(step_bytes(work, ranks, rows)["reduce"] * ranks / max(1, 2 * (ranks - 1)), ranks),
-        "gradients": max(0.0, summed - hidden) + (network.all_gather(4 * measured.parameters, ranks) if work.zero else 0.0),
-        "optimizer": measured.optimizer / (ranks if work.zero else 1),
+        "loss": times.loss_seconds(rows, rows * group),
+        "optimizer": times.optimizer / (ranks if work.zero else 1),
+        "engine": times.engine if ranks > 1 else 0.0,
     }
-    # Loaders work ahead: a step waits only for what takes them longer than the step itself.
-    return phases | {"input": max(0.0, _input(work, measured, network, ranks, rows) - sum(phases.values()))}
+    return computed | {
+        "gathers": gathers,
+        "stats": network.all_reduce(sizes["reduce"] * ranks / max(1, 2 * (ranks - 1)), ranks),
+        "gradients": max(0.0, summed - hidden) + (network.all_gather(4 * times.parameters, ranks) if work.zero else 0.0),
+        "stragglers": times.waiting(ranks) * sum(computed.values()),
+    }
 
 
-def _input(work: Workload, measured: Measured, network: Network, ranks: int, rows: float) -> float:
-    """Seconds to read and decode `rows` images on every rank."""
+def _waiting_for_input(work: Workload, measured: Measured, network: Network, ranks: int, rows: float, meanwhile: float) -> float:
+    """Seconds that a rank waits for `rows` images while the rest takes `meanwhile`.
+
+    Loader processes work ahead: what is read and decoded meanwhile costs nothing. Without any, the rank reads and decodes by itself.
+    """
     read = ranks * rows * work.image_bytes / network.storage if network.storage else 0.0
-    return max(read, rows / (work.loader_workers * measured.decoded_per_second))
+    if not work.loader_workers:
+        return read + rows / measured.decoded_per_second
+    return max(0.0, max(read, rows / (work.loader_workers * measured.decoded_per_second)) - meanwhile)
 
 
 def division(work: Workload, measured: Measured, network: Network, ranks: int) -> dict[str, float]:
@@ -203,7 +257,7 @@ def division(work: Workload, measured: Measured, network: Network, ranks: int) -
     extraction = rows / measured.images_per_second
     return {
         "extraction": extraction,
-        "input": max(0.0, _input(work, measured, network, ranks, rows) - extraction),
+        "input": _waiting_for_input(work, measured, network, ranks, rows, extraction),
         "init": network.all_gather(sizes["features"] + sizes["sample"], ranks) + measured.first_centroids,
         "lloyd": iterations * measured.lloyd_row * (work.images if replicated else rows),
         "lloyd sums": 0.0 if replicated else iterations * network.all_reduce(sizes["iteration"], ranks),
@@ -219,7 +273,7 @@ def evaluation(work: Workload, measured: Measured, network: Network, ranks: int)
     moved = network.all_reduce(sizes["presence"], ranks) + network.all_gather(sizes["queries"] + sizes["values"], ranks)
     return {
         "extraction": extraction,
-        "input": max(0.0, _input(work, measured, network, ranks, images / ranks) - extraction),
+        "input": _waiting_for_input(work, measured, network, ranks, images / ranks, extraction),
         "search": work.queries * work.gallery / ranks * measured.search_pair,
         "exchange": moved + network.all_gather(sizes["found"], ranks),
     }

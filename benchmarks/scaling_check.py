@@ -1,0 +1,167 @@
+"""What the model of scaling predicts for several ranks on this machine, beside what they are then measured to take.
+
+    nice -n -15 python -m benchmarks.scaling_check [CONFIG] --ranks 2 --out benchmarks/results/scaling.jsonl
+
+One thread a rank, gloo over the loopback, DeepSpeed's engine, batches that are there (no loader), BatchNorm frozen. First the step of one
+process and the network of the ranks are measured, and the prediction is printed. Then steps of the ranks are measured: weak scaling (every
+rank has the rows of the one process) and strong scaling (they share these). Steps of one process, and of as many unrelated processes as there
+are ranks, side by side, take turns with them: how much slower these are is what processes take from each other in caches, memory and cores.
+The model knows nothing of that, since each GPU has its own.
+
+Without a CONFIG: conv4 at 32 pixels and resnet18 at 64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.scaling import aligned
+from benchmarks.scaling_measure import workload
+from benchmarks.scaling_model import StepTimes, fit_network, step_without_input
+from benchmarks.scaling_ranks import Processes, StepSeconds
+from benchmarks.step import configuration
+from dnc_dist.config import RunConfig, load_config
+
+PROBLEMS = {"conv4": (128, 32), "resnet18": (32, 64)}
+"""Rows of the one process, and pixels."""
+PARTS = {
+    "computing": ("rows", "launches", "loss", "optimizer", "engine"),
+    "collectives of the loss": ("gathers", "stats"),
+    "collectives of the engine": ("gradients",),
+    "waiting for the slowest": ("stragglers",),
+}
+"""Phases of the model that can be told apart in a measured step; waiting is measured inside of the collectives."""
+NETWORK_ROUNDS = 3
+
+
+def check(cfg: RunConfig, rows: int, ranks: int, *, steps: int, rounds: int) -> dict[str, Any]:
+    """Measure one process and the network, predict, measure the ranks, print it all.
+
+    Args:
+        cfg: what is trained; its data is not read.
+        rows: of the one process, and of each rank in weak scaling.
+        ranks: how many.
+        steps: of one process that the prediction stands on, for each number of rows; and of each arm, in all rounds together.
+        rounds: in which the arms take turns.
+    """
+    alone, together = Processes(ranks, cfg, together=False), Processes(ranks, cfg, together=True)
+    arms = {"weak": rows, "strong": rows // ranks}
+    times: StepTimes = alone.ask("times", sorted(arms.values()), 7, steps, of=1)[0]
+    found = [together.ask("network")[0] for _ in range(NETWORK_ROUNDS)]
+    collectives = [(same[0][0], same[0][1], statistics.median(seconds for *_, seconds in same)) for same in zip(*found, strict=True)]
+    network, work = fit_network(collectives, ranks), replace(workload(cfg), overlap=0.0)
+    predicted = {arm: step_without_input(work, times, network, ranks, each * ranks) for arm, each in arms.items()}
+    one = {arm: sum(step_without_input(work, times, network, 1, each).values()) for arm, each in arms.items()}
+    steps_of_one = ", ".join(f"{b} rows {1e3 * seconds:.1f} ms" for b, seconds in times.steps)
+    print(f"one process: {steps_of_one}; DeepSpeed's engine {1e3 * times.engine:.1f} ms more")
+    print(f"network: {1e6 * network.node_latency:.0f} µs an all-reduce, {network.nvlink / 1e9:.2f} GB/s")
+    for arm, phases in predicted.items():
+        shown = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in phases.items())
+        print(f"predicted, {arm}: {1e3 * sum(phases.values()):.1f} ms ({shown})", flush=True)
+    taken: dict[str, list[list[StepSeconds]]] = {f"{kind}, {arm}": [] for kind in ("ranks", "one", "side by side") for arm in arms}
+    for _ in range(rounds):
+        for arm, each in arms.items():
+            asked = each, max(1, steps // rounds)
+            taken[f"one, {arm}"].append(alone.ask("steps", *asked, of=1)[0])
+            taken[f"side by side, {arm}"].append(_joined(alone.ask("steps", *asked)))
+            taken[f"ranks, {arm}"].append(_joined(together.ask("steps", *asked)))
+    alone.close()
+    together.close()
+    measured = {arm: _summary(blocks) for arm, blocks in taken.items()}
+    answer = {
+        "one_process": asdict(times),
+        "collectives": collectives,
+        "network": asdict(network),
+        "predicted": predicted,
+        "predicted_one": one,
+        "measured": measured,
+        "slowdown": {arm: measured[f"side by side, {arm}"]["total"] / measured[f"one, {arm}"]["total"] for arm in arms},
+    }
+    for arm, each in arms.items():
+        print(_table(answer, arm, each), flush=True)
+    return answer
+
+
+def _joined(of_processes: list[list[StepSeconds]]) -> list[StepSeconds]:
+    return [step for of_one in of_processes for step in of_one]
+
+
+def _summary(rounds: list[list[StepSeconds]]) -> dict[str, Any]:
+    """Medians over all steps of all ranks; the medians of each round, and the mean, of whole steps."""
+    steps = [step for block in rounds for step in block]
+    return {
+        "total": statistics.median(step.total for step in steps),
+        "computing": statistics.median(step.total - step.loss_collectives - step.engine_collectives for step in steps),
+        "collectives of the loss": statistics.median(step.loss_collectives for step in steps),
+        "collectives of the engine": statistics.median(step.engine_collectives for step in steps),
+        "mean": statistics.fmean(step.total for step in steps),
+        "rounds": [statistics.median(step.total for step in block) for block in rounds],
+    }
+
+
+def _table(answer: dict[str, Any], arm: str, rows: int) -> str:
+    """Predicted beside measured."""
+    phases, measured, slowdown = answer["predicted"][arm], answer["measured"][f"ranks, {arm}"], answer["slowdown"][arm]
+    parts = {part: sum(phases[name] for name in names) for part, names in PARTS.items()}
+    total = sum(parts.values())
+    lines = [("", "predicted ms", "measured ms", "error")]
+    lines += [_line(part, seconds, measured.get(part)) for part, seconds in parts.items()]
+    lines.append(_line("step", total, measured["total"]))
+    contended = total + (slowdown - 1) * (parts["computing"] + parts["waiting for the slowest"])
+    lines.append(_line(f"step, computing x {slowdown:.2f} (side by side)", contended, measured["total"]))
+    one = answer["measured"][f"one, {arm}"]
+    lines.append(_line("one process, in the same rounds", answer["predicted_one"][arm], one["total"]))
+    spread = ", ".join(f"{name} {_range(values['rounds'])}" for name, values in (("ranks", measured), ("one process", one)))
+    mean = f"mean of the ranks' steps {1e3 * measured['mean']:.1f}"
+    return f"\n{arm} scaling, {rows} rows a rank\n{aligned(lines)}\nmedians of rounds, ms: {spread}; {mean}"
+
+
+def _line(name: str, predicted: float, measured: float | None) -> tuple[str, str, str, str]:
+    if measured is None:
+        return name, f"{1e3 * predicted:.2f}", "", ""
+    return name, f"{1e3 * predicted:.2f}", f"{1e3 * measured:.2f}", f"{100 * (predicted / measured - 1):+.1f} %"
+
+
+def _range(seconds: Iterable[float]) -> str:
+    values = sorted(1e3 * each for each in seconds)
+    return f"{values[0]:.1f} to {values[-1]:.1f}"
+
+
+def main() -> None:
+    """Check each problem and keep a line of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG", help="what is trained, with as many rows as its schedule.batch_size"
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=36, help="of one process, and then of each arm")
+    parser.add_argument("--rounds", type=int, default=6, help="in which the arms take turns")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of CONFIG")
+    parser.add_argument("--out", type=Path, help="file of results to which a line for each problem is added")
+    args = parser.parse_args()
+    if args.config:
+        cfg = load_config(args.config, ["data.root=unused", "model.weights=none", "model.batch_norm=frozen", *args.overrides])
+        problems = [(cfg, cfg.schedule.batch_size)]
+    else:
+        problems = [(configuration(name, rows, size, batch_norm="frozen"), rows) for name, (rows, size) in PROBLEMS.items()]
+    for cfg, rows in problems:
+        if rows % (args.ranks * cfg.schedule.samples_per_class):
+            parser.error(f"{rows} rows cannot be shared evenly by {args.ranks} ranks with whole classes")
+        problem = {"backbone": cfg.model.backbone.name, "rows": rows, "image_size": cfg.data.image_size, "ranks": args.ranks}
+        where = record.machine()
+        print(f"\n{problem}, load {where['load_before']}")
+        found = check(cfg, rows, args.ranks, steps=args.steps, rounds=args.rounds)
+        if args.out:
+            record.append(
+                args.out, {"problem": problem | {"steps": args.steps, "rounds": args.rounds, "zero": cfg.engine.zero}, **found, **where}
+            )
+
+
+if __name__ == "__main__":
+    main()
