@@ -21,6 +21,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.data.loading import Batch
 from dnc_dist.doctor.network import check_network
 from dnc_dist.processes import distributed
+from dnc_dist.processes.cores import usable_cores
 
 
 class StepSeconds(NamedTuple):
@@ -32,7 +33,7 @@ class StepSeconds(NamedTuple):
 
 
 class Processes:
-    """So many processes with one thread each, which stay idle between two questions.
+    """So many processes with one thread each, on a core of its own while there are enough, which stay idle between two questions.
 
     Args:
         count: of the processes.
@@ -45,12 +46,12 @@ class Processes:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
-        self._pipes = []
+        self._pipes, cores = [], sorted(usable_cores())
         for number in range(count):
             rank, world = (number, count) if together else (0, 1)
             mine, theirs = self._context.Pipe()
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            self._context.Process(target=_serve, args=(theirs, cfg, variables), daemon=True).start()
+            self._context.Process(target=_serve, args=(theirs, cfg, variables, cores[number % len(cores)]), daemon=True).start()
             theirs.close()
             self._pipes.append(mine)
 
@@ -139,7 +140,9 @@ class _Collectives:
         return call
 
 
-def _serve(pipe: Connection, cfg: RunConfig, variables: dict[str, Any]) -> None:
+def _serve(pipe: Connection, cfg: RunConfig, variables: dict[str, Any], core: int) -> None:
+    # Before torch and gloo start threads. A kernel that moves the ranks about lets them share one core at times while another is idle.
+    os.sched_setaffinity(0, {core})
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
     distributed.init()
