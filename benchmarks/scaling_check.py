@@ -2,11 +2,11 @@
 
     nice -n -15 python -m benchmarks.scaling_check [CONFIG] --ranks 2 --out benchmarks/results/scaling.jsonl
 
-One thread and one core a rank, gloo over the loopback, DeepSpeed's engine, batches that are there (no loader), BatchNorm frozen. First the step of one
-process and the network of the ranks are measured, and the prediction is printed. Then steps of the ranks are measured: weak scaling (every
-rank has the rows of the one process) and strong scaling (they share these). Steps of one process, and of as many unrelated processes as
-there are ranks, side by side, take turns with them: how much slower these are is what processes take from each other in caches, memory and cores.
-The model knows nothing of that, since each GPU has its own.
+Each rank has one thread and one core; gloo over the loopback, DeepSpeed's engine, batches that are there (no loader), BatchNorm frozen.
+First the step of one process and the network of the ranks are measured, and the prediction is printed. Then steps of the ranks are
+measured: weak scaling (every rank has the rows of the one process) and strong scaling (they share these). Steps of one process, and of as
+many unrelated processes as there are ranks, side by side, take turns with them. How much slower these are is what processes take from each
+other in caches and memory. The model knows nothing of that, since each GPU has its own.
 
 Without a CONFIG: conv4 at 32 pixels and resnet18 at 64.
 """

@@ -110,6 +110,7 @@ class StepTimes:
     """Times of the training step of one process, in seconds, as the training loop runs it on batches that are there."""
 
     parameters: int  # trainable, float32
+    groups: int  # of the parameters, each with an optimizer's options of its own
     steps: Sequence[Sequence[float]]  # [rows, seconds]: the median of whole steps
     loss: Sequence[Sequence[float]]  # [anchors, references, seconds]: mining and loss, forward and backward
     optimizer: float  # what follows the backward pass: the norm of the gradients, clipping, an update of all parameters
@@ -177,6 +178,17 @@ def gradient_bytes(work: Workload, parameters: int, ranks: int) -> dict[str, flo
     return {"gradients": 2 * (ranks - 1) / ranks * size, "parameters": (ranks - 1) / ranks * size if work.zero else 0.0}
 
 
+def messages(work: Workload, groups: int) -> dict[str, int]:
+    """Collectives of a step on several ranks, by what they carry. Most carry few bytes, but each costs its latency.
+
+    "stats" counts the request to stop, which the ranks add up in every step. DeepSpeed adds up the norms of each group, and hands out the
+    parameters of each; at stage 0 the ranks add up one number, whether the gradients are finite.
+    """
+    gathers = 3 if work.loss == "margin" else 2
+    by_group = {"norms": groups, "parameters": groups} if work.zero else {"norms": 1, "parameters": 0}
+    return {"gathers": gathers, "stats": 2, "gradients": 1, **by_group}
+
+
 def lloyd_bytes(k: int, dim: int) -> int:
     """What one iteration sums over ranks: sums, counts, objective and moved rows, in float64."""
     return 8 * (k * dim + k + 2)
@@ -219,8 +231,7 @@ def step_without_input(work: Workload, times: StepTimes, network: Network, ranks
     group = work.group(ranks)
     sizes = step_bytes(work, ranks, rows)
     total = sizes["gather"] * group / max(1, group - 1)
-    messages = 3 if work.loss == "margin" else 2
-    gathers = (messages - 1) * network.all_gather(0, group) + network.all_gather(total, group)
+    sent = messages(work, times.groups)
     summed = network.all_reduce(4 * times.parameters, ranks)
     hidden = work.overlap * 2 / 3 * (fixed + each * rows) if work.zero else 0.0
     computed = {
@@ -230,10 +241,14 @@ def step_without_input(work: Workload, times: StepTimes, network: Network, ranks
         "optimizer": times.optimizer / (ranks if work.zero else 1),
         "engine": times.engine if ranks > 1 else 0.0,
     }
+    updated = sent["norms"] * network.all_reduce(0, ranks)
+    if work.zero:
+        updated += (sent["parameters"] - 1) * network.all_gather(0, ranks) + network.all_gather(4 * times.parameters, ranks)
+    reduced = sizes["reduce"] * ranks / max(1, 2 * (ranks - 1))
     return computed | {
-        "gathers": gathers,
-        "stats": network.all_reduce(sizes["reduce"] * ranks / max(1, 2 * (ranks - 1)), ranks),
-        "gradients": max(0.0, summed - hidden) + (network.all_gather(4 * times.parameters, ranks) if work.zero else 0.0),
+        "gathers": (sent["gathers"] - 1) * network.all_gather(0, group) + network.all_gather(total, group),
+        "stats": (sent["stats"] - 1) * network.all_reduce(0, ranks) + network.all_reduce(reduced, ranks),
+        "gradients": max(0.0, summed - hidden) + updated,
         "stragglers": times.waiting(ranks) * sum(computed.values()),
     }
 

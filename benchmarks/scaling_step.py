@@ -47,6 +47,7 @@ def step_times(cfg: RunConfig, rows: Sequence[int], *, calls: int, steps: int) -
     ]
     return StepTimes(
         parameters=sum(parameter.numel() for parameter in plain.objective.parameters() if parameter.requires_grad),
+        groups=len(plain.engine.optimizer.param_groups),
         steps=list(medians.items()),
         loss=loss,
         optimizer=_update_seconds(plain, batches[min(rows)], calls),
