@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ COME_FROM = {
     "stats": "counted bytes and messages over the assumed network",
     "gradients": "bytes and messages of DeepSpeed over the assumed network, less what the backward pass is assumed to hide",
     "optimizer": "measured: gradient norm, clipping and update, divided by the ranks from ZeRO 1 on",
-    "engine": "measured on one process: what DeepSpeed's engine adds, which several processes run",
+    "engine": "measured on one process: what DeepSpeed's engine adds, which several processes run; its update is divided, too",
     "stragglers": "spread of the measured steps: what the slowest rank takes longer, if ranks are slow independently of each other",
     "input": "measured decoding, assumed workers and storage; only what exceeds the rest",
     "extraction": "measured images per second of one device",
@@ -195,7 +196,8 @@ def _measure(args: argparse.Namespace) -> None:
 
     cfg = load_config(args.measure, ["data.root=unused", "model.weights=none", *args.overrides])
     distributed.init()
-    found = measure(cfg, args.rows, calls=args.calls, steps=args.steps, size=args.size)
+    with redirect_stdout(sys.stderr):  # DeepSpeed has something to say
+        found = measure(cfg, args.rows, calls=args.calls, steps=args.steps, size=args.size)
     kept = {"measured": asdict(found), "work": asdict(workload(cfg)), "config": str(args.measure), **record.machine()}
     args.measured.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     distributed.shutdown()

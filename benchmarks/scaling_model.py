@@ -115,6 +115,7 @@ class StepTimes:
     loss: Sequence[Sequence[float]]  # [anchors, references, seconds]: mining and loss, forward and backward
     optimizer: float  # what follows the backward pass: the norm of the gradients, clipping, an update of all parameters
     engine: float  # what a step takes longer with DeepSpeed's engine, which several processes run, on one process
+    engine_update: float  # of it, after the backward pass: there ZeRO works on a rank's own part of the parameters
     jitter: Sequence[float]  # single steps of the most rows, over their median
 
     def step_costs(self) -> tuple[float, float]:
@@ -232,14 +233,15 @@ def step_without_input(work: Workload, times: StepTimes, network: Network, ranks
     sizes = step_bytes(work, ranks, rows)
     total = sizes["gather"] * group / max(1, group - 1)
     sent = messages(work, times.groups)
+    parts = ranks if work.zero else 1  # of parameters and moments
     summed = network.all_reduce(4 * times.parameters, ranks)
     hidden = work.overlap * 2 / 3 * (fixed + each * rows) if work.zero else 0.0
     computed = {
         "rows": each * rows,
         "launches": fixed,
         "loss": times.loss_seconds(rows, rows * group),
-        "optimizer": times.optimizer / (ranks if work.zero else 1),
-        "engine": times.engine if ranks > 1 else 0.0,
+        "optimizer": times.optimizer / parts,
+        "engine": times.engine - times.engine_update * (1 - 1 / parts) if ranks > 1 else 0.0,
     }
     updated = sent["norms"] * network.all_reduce(0, ranks)
     if work.zero:

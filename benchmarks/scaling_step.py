@@ -45,13 +45,16 @@ def step_times(cfg: RunConfig, rows: Sequence[int], *, calls: int, steps: int) -
     loss = [
         (a, a * times, median_seconds(_loss(plain.objective, cfg, a, times), calls)) for a in sorted({few, most}) for times in (1, 4, 16)
     ]
+    update, longer_update = (_update_seconds(engine, batches[min(rows)], calls) for engine in (plain, deepspeed))
+    extra = max(0.0, statistics.median(longer[WARM_UP:]))
     return StepTimes(
         parameters=sum(parameter.numel() for parameter in plain.objective.parameters() if parameter.requires_grad),
         groups=len(plain.engine.optimizer.param_groups),
         steps=list(medians.items()),
         loss=loss,
-        optimizer=_update_seconds(plain, batches[min(rows)], calls),
-        engine=max(0.0, statistics.median(longer[WARM_UP:])),
+        optimizer=update,
+        engine=extra,
+        engine_update=min(extra, max(0.0, longer_update - update)),
         jitter=[each / medians[most] for each in seconds[most][WARM_UP:]],
     )
 
@@ -89,12 +92,12 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _update_seconds(plain: EngineStep, batch: Batch, calls: int) -> float:
+def _update_seconds(step: EngineStep, batch: Batch, calls: int) -> float:
     """Median of what follows the backward pass. It costs the same for any number of rows."""
     seconds = []
     for number in range(1 + calls):
-        plain.engine.backward(plain.forward(batch, number))
-        seconds.append(_seconds(plain.update))
+        step.engine.backward(step.forward(batch, number))
+        seconds.append(_seconds(step.update))
     return statistics.median(seconds[1:])
 
 
