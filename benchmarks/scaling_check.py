@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.optimize import nnls
+
 from benchmarks import record
 from benchmarks.scaling import aligned
 from benchmarks.scaling_measure import workload
-from benchmarks.scaling_model import StepTimes, fit_network, step_without_input
+from benchmarks.scaling_model import Network, StepTimes, step_without_input
 from benchmarks.scaling_ranks import Processes, StepSeconds
 from benchmarks.step import configuration
 from dnc_dist.config import RunConfig, load_config
@@ -81,11 +84,27 @@ def check(cfg: RunConfig, rows: int, ranks: int, *, steps: int, rounds: int) -> 
         "predicted": predicted,
         "predicted_one": one,
         "measured": measured,
-        "slowdown": {arm: measured[f"side by side, {arm}"]["total"] / measured[f"one, {arm}"]["total"] for arm in arms},
+        "slowdown": {arm: _slowdown(measured[f"side by side, {arm}"], measured[f"one, {arm}"]) for arm in arms},
     }
     for arm, each in arms.items():
         print(_table(answer, arm, each), flush=True)
     return answer
+
+
+def fit_network(collectives: Sequence[tuple[str, int, float]], ranks: int) -> Network:
+    """The network of one node that explains best, by relative error, what collectives took.
+
+    Args:
+        collectives: of each its operation ("all-reduce" or "all-gather"), bytes of the whole result, seconds.
+        ranks: that took part, all on one machine.
+    """
+    share = (ranks - 1) / ranks
+    # As in `all_reduce` and `all_gather`: what the latency and a byte count for.
+    counts = np.array([(1.0, 2 * share * size) if kind == "all-reduce" else (0.5, share * size) for kind, size, _ in collectives])
+    seconds = np.array([seconds for *_, seconds in collectives])
+    # Divided by its seconds, each line says which part of them the fit explains. Bytes in millions, so that both columns weigh alike.
+    (latency, million), _ = nnls(counts * [1, 1e-6] / seconds[:, None], np.ones_like(seconds))
+    return Network(gpus_per_node=ranks, nvlink=1e6 / float(million), node_latency=float(latency), storage=None)
 
 
 def _joined(of_processes: list[list[StepSeconds]]) -> list[StepSeconds]:
@@ -105,18 +124,24 @@ def _summary(rounds: list[list[StepSeconds]]) -> dict[str, Any]:
     }
 
 
+def _slowdown(side_by_side: dict[str, Any], one: dict[str, Any]) -> float:
+    """Median over the rounds: what comes right after another is met by the same other work on the machine."""
+    return statistics.median(many / few for many, few in zip(side_by_side["rounds"], one["rounds"], strict=True))
+
+
 def _table(answer: dict[str, Any], arm: str, rows: int) -> str:
     """Predicted beside measured."""
     phases, measured, slowdown = answer["predicted"][arm], answer["measured"][f"ranks, {arm}"], answer["slowdown"][arm]
     parts = {part: sum(phases[name] for name in names) for part, names in PARTS.items()}
     total = sum(parts.values())
-    lines = [("", "predicted ms", "measured ms", "error")]
+    lines = [("milliseconds", "predicted", "measured", "error")]
     lines += [_line(part, seconds, measured.get(part)) for part, seconds in parts.items()]
     lines.append(_line("step", total, measured["total"]))
     contended = total + (slowdown - 1) * (parts["computing"] + parts["waiting for the slowest"])
     lines.append(_line(f"step, computing x {slowdown:.2f} (side by side)", contended, measured["total"]))
-    one = answer["measured"][f"one, {arm}"]
-    lines.append(_line("one process, in the same rounds", answer["predicted_one"][arm], one["total"]))
+    one, predicted_one = answer["measured"][f"one, {arm}"], answer["predicted_one"][arm]
+    lines.append(_line("one process, in the same rounds", predicted_one, one["total"]))
+    lines.append(_line("1000 x step / one process", total / predicted_one, measured["total"] / one["total"]))
     spread = ", ".join(f"{name} {_range(values['rounds'])}" for name, values in (("ranks", measured), ("one process", one)))
     mean = f"mean of the ranks' steps {1e3 * measured['mean']:.1f}"
     return f"\n{arm} scaling, {rows} rows a rank\n{aligned(lines)}\nmedians of rounds, ms: {spread}; {mean}"
@@ -124,8 +149,8 @@ def _table(answer: dict[str, Any], arm: str, rows: int) -> str:
 
 def _line(name: str, predicted: float, measured: float | None) -> tuple[str, str, str, str]:
     if measured is None:
-        return name, f"{1e3 * predicted:.2f}", "", ""
-    return name, f"{1e3 * predicted:.2f}", f"{1e3 * measured:.2f}", f"{100 * (predicted / measured - 1):+.1f} %"
+        return name, f"{1e3 * predicted:.1f}", "", ""
+    return name, f"{1e3 * predicted:.1f}", f"{1e3 * measured:.1f}", f"{100 * (predicted / measured - 1):+.1f} %"
 
 
 def _range(seconds: Iterable[float]) -> str:

@@ -60,22 +60,6 @@ class Network:
         return self.latency(ranks) / 2 + max(inside, across)
 
 
-def fit_network(collectives: Sequence[tuple[str, int, float]], ranks: int) -> Network:
-    """The network of one node that explains best, by relative error, what collectives took.
-
-    Args:
-        collectives: of each its operation ("all-reduce" or "all-gather"), bytes of the whole result, seconds.
-        ranks: that took part, all on one machine.
-    """
-    share = (ranks - 1) / ranks
-    # As in `all_reduce` and `all_gather`: what the latency and a byte count for.
-    counts = np.array([(1.0, 2 * share * size) if kind == "all-reduce" else (0.5, share * size) for kind, size, _ in collectives])
-    seconds = np.array([seconds for *_, seconds in collectives])
-    # Divided by its seconds, each line says which part of them the fit explains. Bytes in millions, so that both columns weigh alike.
-    (latency, million), _ = nnls(counts * [1, 1e-6] / seconds[:, None], np.ones_like(seconds))
-    return Network(gpus_per_node=ranks, nvlink=1e6 / float(million), node_latency=float(latency), storage=None)
-
-
 @dataclass(frozen=True)
 class Workload:
     """What is trained: 32 learners in 512 dimensions on a million images, with batches that fill GPUs. BatchNorm is frozen.
@@ -118,12 +102,16 @@ class StepTimes:
     engine_update: float  # of it, after the backward pass: there ZeRO works on a rank's own part of the parameters
     jitter: Sequence[float]  # single steps of the most rows, over their median
 
-    def step_costs(self) -> tuple[float, float]:
-        """Fitted to `steps`, less loss and optimizer: seconds without rows, and of each row."""
-        rows, seconds = np.array(self.steps, float).T
-        seconds = seconds - [self.loss_seconds(b, b) + self.optimizer for b in rows]
-        (fixed, each), _ = nnls(np.stack([np.ones_like(rows), rows], 1), seconds.clip(min=0))
-        return float(fixed), float(each)
+    def step_costs(self, rows: float) -> tuple[float, float]:
+        """Seconds of a step less loss and optimizer: what does not depend on its rows, and what does.
+
+        A line is fitted to `steps`. How far they lie above or below it holds for the batches around them, too.
+        """
+        sizes, seconds = np.array(sorted(self.steps), float).T
+        seconds = (seconds - [self.loss_seconds(b, b) + self.optimizer for b in sizes]).clip(min=1e-9)
+        (fixed, each), _ = nnls(np.stack([np.ones_like(sizes), sizes], 1), seconds)
+        off = float(np.interp(rows, sizes, seconds / (fixed + each * sizes)))
+        return off * float(fixed), off * float(each) * rows
 
     def loss_seconds(self, anchors: float, references: float) -> float:
         """Fitted to `loss`: a constant, a share of anchors x references, and one of the references (whose drawn pairs every rank walks)."""
@@ -228,16 +216,16 @@ def step(work: Workload, measured: Measured, network: Network, ranks: int, batch
 def step_without_input(work: Workload, times: StepTimes, network: Network, ranks: int, batch: int) -> dict[str, float]:
     """The same for batches that are there."""
     rows = max(1, math.ceil(batch / ranks))
-    fixed, each = times.step_costs()
+    fixed, by_row = times.step_costs(rows)
     group = work.group(ranks)
     sizes = step_bytes(work, ranks, rows)
     total = sizes["gather"] * group / max(1, group - 1)
     sent = messages(work, times.groups)
     parts = ranks if work.zero else 1  # of parameters and moments
     summed = network.all_reduce(4 * times.parameters, ranks)
-    hidden = work.overlap * 2 / 3 * (fixed + each * rows) if work.zero else 0.0
+    hidden = work.overlap * 2 / 3 * (fixed + by_row) if work.zero else 0.0
     computed = {
-        "rows": each * rows,
+        "rows": by_row,
         "launches": fixed,
         "loss": times.loss_seconds(rows, rows * group),
         "optimizer": times.optimizer / parts,

@@ -63,11 +63,11 @@ class Processes:
             SystemExit: a process has ended; it has printed why.
         """
         asked = self._pipes[:of]
-        for pipe in asked:
-            pipe.send((what, args))
         try:
+            for pipe in asked:
+                pipe.send((what, args))
             return [pipe.recv() for pipe in asked]
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise SystemExit("a process has ended, see above") from None
 
     def close(self) -> None:

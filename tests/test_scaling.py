@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from benchmarks.engine_step import EngineStep
 from benchmarks.scaling import predict, read_measured, read_network, show
+from benchmarks.scaling_check import fit_network
 from benchmarks.scaling_measure import workload
 from benchmarks.scaling_model import (
     Measured,
@@ -28,7 +29,6 @@ from benchmarks.scaling_model import (
     division_bytes,
     evaluation_bytes,
     expected_slowest,
-    fit_network,
     gradient_bytes,
     lloyd_bytes,
     messages,
@@ -159,6 +159,15 @@ def test_what_the_phases_lose_is_the_efficiency_that_is_missing() -> None:
             assert missing / len(phases) - 1e-12 <= lost <= phases[name] / sum(phases.values())
     strong = predict(Workload(), GPU, Network())[1].first()
     assert strong is not None and strong[1] == "launches"  # on few rows, what does not depend on them
+
+
+def test_a_step_takes_what_was_measured_also_where_a_line_does_not() -> None:
+    curved = replace(STEP, steps=[(32, 0.027), (64, 0.060), (128, 0.087)])
+    for rows, seconds in curved.steps:
+        found = step(Workload(), replace(GPU, step=curved), Network(storage=None), 1, int(rows))
+        assert sum(found[phase] for phase in ("rows", "launches", "loss", "optimizer")) == pytest.approx(seconds, rel=1e-6)
+    few, many = (sum(curved.step_costs(rows)) for rows in (1, 1024))
+    assert 0 < few < 0.027 and many == pytest.approx(8 * 0.087, rel=0.2)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -403,6 +412,24 @@ def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
     (measured, work), assumed = read_measured(tmp_path / "measured.json"), read_network(network)
     shown = show(work, measured, assumed, predict(work, measured, assumed))
     assert "Everything below is modelled" in shown and shown.count("first bottleneck: ") == 4
+
+
+@pytest.mark.slow
+def test_the_check_predicts_and_then_measures(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.jsonl"
+    command = [sys.executable, "-m", "benchmarks.scaling_check", "configs/quickstart.yaml", "--steps", "2", "--rounds", "1"]
+    sizes = ["--set", "schedule.batch_size=16", "--set", "data.image_size=16", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run([*command, *sizes], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.index("predicted, strong") < done.stdout.index("weak scaling") < done.stdout.index("strong scaling")
+    line = json.loads(out.read_text())
+    assert line["problem"]["rows"] == 16 and line["network"]["node_latency"] > 0
+    for arm in ("weak", "strong"):
+        assert sum(line["predicted"][arm].values()) > 0
+        taken = line["measured"][f"ranks, {arm}"]
+        assert taken["total"] > taken["collectives of the engine"] > 0 and taken["collectives of the loss"] > 0
+        assert line["measured"][f"one, {arm}"]["collectives of the engine"] == 0  # one process sends nothing
 
 
 def test_an_unknown_word_in_the_network_is_named(tmp_path: Path) -> None:
