@@ -134,23 +134,23 @@ def _table(answer: dict[str, Any], arm: str, rows: int) -> str:
     phases, measured, slowdown = answer["predicted"][arm], answer["measured"][f"ranks, {arm}"], answer["slowdown"][arm]
     parts = {part: sum(phases[name] for name in names) for part, names in PARTS.items()}
     total = sum(parts.values())
-    lines = [("milliseconds", "predicted", "measured", "error")]
+    lines = [["milliseconds", "predicted", "measured", "error"]]
     lines += [_line(part, seconds, measured.get(part)) for part, seconds in parts.items()]
     lines.append(_line("step", total, measured["total"]))
     contended = total + (slowdown - 1) * (parts["computing"] + parts["waiting for the slowest"])
     lines.append(_line(f"step, computing x {slowdown:.2f} (side by side)", contended, measured["total"]))
     one, predicted_one = answer["measured"][f"one, {arm}"], answer["predicted_one"][arm]
     lines.append(_line("one process, in the same rounds", predicted_one, one["total"]))
-    lines.append(_line("1000 x step / one process", total / predicted_one, measured["total"] / one["total"]))
+    lines.append(_line("step, in steps of one process", total / predicted_one, measured["total"] / one["total"], "{:.2f}"))
     spread = ", ".join(f"{name} {_range(values['rounds'])}" for name, values in (("ranks", measured), ("one process", one)))
     mean = f"mean of the ranks' steps {1e3 * measured['mean']:.1f}"
     return f"\n{arm} scaling, {rows} rows a rank\n{aligned(lines)}\nmedians of rounds, ms: {spread}; {mean}"
 
 
-def _line(name: str, predicted: float, measured: float | None) -> tuple[str, str, str, str]:
-    if measured is None:
-        return name, f"{1e3 * predicted:.1f}", "", ""
-    return name, f"{1e3 * predicted:.1f}", f"{1e3 * measured:.1f}", f"{100 * (predicted / measured - 1):+.1f} %"
+def _line(name: str, predicted: float, measured: float | None, form: str = "") -> list[str]:
+    """Cells of a row: of seconds in milliseconds, unless another form is given."""
+    shown = [form.format(each) if form else f"{1e3 * each:.1f}" for each in (predicted, measured) if each is not None]
+    return [name, *shown, f"{100 * (predicted / measured - 1):+.1f} %"] if measured is not None else [name, *shown, "", ""]
 
 
 def _range(seconds: Iterable[float]) -> str:

@@ -1,7 +1,8 @@
 """Seconds and bytes of a step, a division and an evaluation on W GPUs: arithmetic alone, from measured times and a stated network.
 
 Bytes are those that one rank receives, as `distributed.traffic` counts them (tests compare the two); gradients and optimizer
-follow what DeepSpeed's ZeRO stages send. Times of collectives are a model: latency plus bytes over bandwidth.
+follow what DeepSpeed's ZeRO stages send. Times of collectives are a model: latency plus bytes over bandwidth. Ranks are taken to be slow
+independently of each other, and to take nothing from each other but the network.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class StepTimes:
 
         A line is fitted to `steps`. How far they lie above or below it holds for the batches around them, too.
         """
-        sizes, seconds = np.array(sorted(self.steps), float).T
+        sizes, seconds = np.array(sorted(map(tuple, self.steps)), float).T
         seconds = (seconds - [self.loss_seconds(b, b) + self.optimizer for b in sizes]).clip(min=1e-9)
         (fixed, each), _ = nnls(np.stack([np.ones_like(sizes), sizes], 1), seconds)
         off = float(np.interp(rows, sizes, seconds / (fixed + each * sizes)))
@@ -122,8 +123,9 @@ class StepTimes:
     def waiting(self, ranks: int) -> float:
         """What the slowest of the ranks takes longer than a rank does on average, as a share of a step.
 
-        Assumed: the ranks' times are independent draws from `jitter`, and a step waits once. What slows all ranks at once (a shared
-        machine, a hot room) makes it less, several waits in a step more; and no draw is slower than the slowest step that was measured.
+        Assumed: the ranks' times are independent draws from `jitter`, and the ranks wait once in a step. Where something slows all ranks
+        at once, as other work on their machine does, the true wait is shorter. It is longer since ranks meet several times in a step, and
+        since the slowest of many ranks may be slower than any step that was measured.
         """
         return expected_slowest(self.jitter, ranks) - expected_slowest(self.jitter, 1)
 

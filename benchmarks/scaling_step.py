@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,19 +34,20 @@ def step_times(cfg: RunConfig, rows: Sequence[int], *, calls: int, steps: int) -
         steps: whole steps with each number of rows.
     """
     plain, deepspeed = EngineStep(cfg, CLASSES, lr=LR), EngineStep(cfg, CLASSES, lr=LR, deepspeed=True)
-    batches, most = {b: noise(cfg, b) for b in rows}, max(rows)
+    batches, least, most = {b: noise(cfg, b) for b in rows}, min(rows), max(rows)
     seconds: dict[int, list[float]] = {b: [] for b in rows}
     longer = []
     for number in range(WARM_UP + steps):
         for b, batch in batches.items():
-            seconds[b].append(_seconds(lambda: plain(batch, number)))  # noqa: B023  (called at once)
-        longer.append(_seconds(lambda: deepspeed(batches[most], number)) - seconds[most][-1])  # noqa: B023
+            seconds[b].append(_seconds(partial(plain, batch, number)))
+        # It does not depend on the rows, and stands out most in a short step.
+        longer.append(_seconds(partial(deepspeed, batches[least], number)) - seconds[least][-1])
     medians = {b: statistics.median(each[WARM_UP:]) for b, each in seconds.items()}
-    few = max(2 * cfg.schedule.samples_per_class, min(rows))
+    few = max(2 * cfg.schedule.samples_per_class, least)
     loss = [
         (a, a * times, median_seconds(_loss(plain.objective, cfg, a, times), calls)) for a in sorted({few, most}) for times in (1, 4, 16)
     ]
-    update, longer_update = (_update_seconds(engine, batches[min(rows)], calls) for engine in (plain, deepspeed))
+    update, longer_update = (_update_seconds(engine, batches[least], calls) for engine in (plain, deepspeed))
     extra = max(0.0, statistics.median(longer[WARM_UP:]))
     return StepTimes(
         parameters=sum(parameter.numel() for parameter in plain.objective.parameters() if parameter.requires_grad),
