@@ -39,7 +39,7 @@ PARTS = {
     "collectives of the engine": ("gradients",),
     "waiting for the slowest": ("stragglers",),
 }
-"""Phases of the model that can be told apart in a measured step; waiting is measured inside of the collectives."""
+"""Phases of the model that can be told apart in a measured step. The rank that comes to a collective last only sends; others wait, too."""
 NETWORK_ROUNDS = 3
 
 
@@ -67,13 +67,13 @@ def check(cfg: RunConfig, rows: int, ranks: int, *, steps: int, rounds: int) -> 
     for arm, phases in predicted.items():
         shown = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in phases.items())
         print(f"predicted, {arm}: {1e3 * sum(phases.values()):.1f} ms ({shown})", flush=True)
-    taken: dict[str, list[list[StepSeconds]]] = {f"{kind}, {arm}": [] for kind in ("ranks", "one", "side by side") for arm in arms}
+    taken: dict[str, list[list[list[StepSeconds]]]] = {f"{kind}, {arm}": [] for kind in ("ranks", "one", "side by side") for arm in arms}
     for _ in range(rounds):
         for arm, each in arms.items():
             asked = each, max(1, steps // rounds)
-            taken[f"one, {arm}"].append(alone.ask("steps", *asked, of=1)[0])
-            taken[f"side by side, {arm}"].append(_joined(alone.ask("steps", *asked)))
-            taken[f"ranks, {arm}"].append(_joined(together.ask("steps", *asked)))
+            taken[f"one, {arm}"].append(alone.ask("steps", *asked, of=1))
+            taken[f"side by side, {arm}"].append(alone.ask("steps", *asked))
+            taken[f"ranks, {arm}"].append(together.ask("steps", *asked))
     alone.close()
     together.close()
     measured = {arm: _summary(blocks) for arm, blocks in taken.items()}
@@ -107,21 +107,25 @@ def fit_network(collectives: Sequence[tuple[str, int, float]], ranks: int) -> Ne
     return Network(gpus_per_node=ranks, nvlink=1e6 / float(million), node_latency=float(latency), storage=None)
 
 
-def _joined(of_processes: list[list[StepSeconds]]) -> list[StepSeconds]:
-    return [step for of_one in of_processes for step in of_one]
+def _summary(rounds: list[list[list[StepSeconds]]]) -> dict[str, Any]:
+    """Medians over all steps, of the processes' mean and, in collectives, of the one that was there last; whole steps also by round.
+
+    Args:
+        rounds: of each, by process, the steps.
+    """
+    steps = [[_mean(step) for step in zip(*processes, strict=True)] for processes in rounds]
+    every = [step for of_round in steps for step in of_round]
+    parts = {part: statistics.median(step[part] for step in every) for part in every[0]}
+    by_round = [statistics.median(step["total"] for step in of_round) for of_round in steps]
+    return parts | {"mean": statistics.fmean(step["total"] for step in every), "rounds": by_round}
 
 
-def _summary(rounds: list[list[StepSeconds]]) -> dict[str, Any]:
-    """Medians over all steps of all ranks; the medians of each round, and the mean, of whole steps."""
-    steps = [step for block in rounds for step in block]
-    return {
-        "total": statistics.median(step.total for step in steps),
-        "computing": statistics.median(step.total - step.loss_collectives - step.engine_collectives for step in steps),
-        "collectives of the loss": statistics.median(step.loss_collectives for step in steps),
-        "collectives of the engine": statistics.median(step.engine_collectives for step in steps),
-        "mean": statistics.fmean(step.total for step in steps),
-        "rounds": [statistics.median(step.total for step in block) for block in rounds],
-    }
+def _mean(step: Sequence[StepSeconds]) -> dict[str, float]:
+    """The parts of one step, which several processes have taken."""
+    total, loss, engine = (statistics.fmean(values) for values in zip(*step, strict=True))
+    sent = min(one.loss_collectives for one in step), min(one.engine_collectives for one in step)
+    names = ("total", *PARTS)
+    return dict(zip(names, (total, total - loss - engine, *sent, loss + engine - sum(sent)), strict=True))
 
 
 def _slowdown(side_by_side: dict[str, Any], one: dict[str, Any]) -> float:
@@ -135,7 +139,7 @@ def _table(answer: dict[str, Any], arm: str, rows: int) -> str:
     parts = {part: sum(phases[name] for name in names) for part, names in PARTS.items()}
     total = sum(parts.values())
     lines = [["milliseconds", "predicted", "measured", "error"]]
-    lines += [_line(part, seconds, measured.get(part)) for part, seconds in parts.items()]
+    lines += [_line(part, seconds, measured[part]) for part, seconds in parts.items()]
     lines.append(_line("step", total, measured["total"]))
     contended = total + (slowdown - 1) * (parts["computing"] + parts["waiting for the slowest"])
     lines.append(_line(f"step, computing x {slowdown:.2f} (side by side)", contended, measured["total"]))
@@ -147,10 +151,10 @@ def _table(answer: dict[str, Any], arm: str, rows: int) -> str:
     return f"\n{arm} scaling, {rows} rows a rank\n{aligned(lines)}\nmedians of rounds, ms: {spread}; {mean}"
 
 
-def _line(name: str, predicted: float, measured: float | None, form: str = "") -> list[str]:
+def _line(name: str, predicted: float, measured: float, form: str = "") -> list[str]:
     """Cells of a row: of seconds in milliseconds, unless another form is given."""
-    shown = [form.format(each) if form else f"{1e3 * each:.1f}" for each in (predicted, measured) if each is not None]
-    return [name, *shown, f"{100 * (predicted / measured - 1):+.1f} %"] if measured is not None else [name, *shown, "", ""]
+    shown = [form.format(each) if form else f"{1e3 * each:.1f}" for each in (predicted, measured)]
+    return [name, *shown, f"{100 * (predicted / measured - 1):+.1f} %"]
 
 
 def _range(seconds: Iterable[float]) -> str:
@@ -170,6 +174,8 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="of CONFIG")
     parser.add_argument("--out", type=Path, help="file of results to which a line for each problem is added")
     args = parser.parse_args()
+    if args.ranks < 2:
+        parser.error("one rank waits for nobody: give --ranks 2 or more")
     if args.config:
         cfg = load_config(args.config, ["data.root=unused", "model.weights=none", "model.batch_norm=frozen", *args.overrides])
         problems = [(cfg, cfg.schedule.batch_size)]
