@@ -84,7 +84,7 @@ def workload(cfg: RunConfig) -> Workload:
 
 
 def _loaders(wanted: int | Literal["auto"]) -> int:
-    """What ``data.workers`` means on machines like this one, with a rank on each GPU, or on each core where there is none."""
+    """What ``data.workers`` means on machines like this one, with a rank on each GPU; without GPUs cores do not matter."""
     if wanted != "auto":
         return wanted
     gpus, mine = torch.cuda.device_count(), ("this machine", usable_cores(), quota())

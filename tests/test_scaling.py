@@ -198,11 +198,15 @@ def test_a_network_is_found_again_in_what_it_takes() -> None:
     assert (found.gpus_per_node, found.storage) == (4, None)
 
 
-def test_loaders_are_those_of_the_configuration() -> None:
-    tree = {"data": {"root": "."}}
-    assert workload(parse_tree(tree, "test")).loader_workers == 1  # auto: on this machine without a GPU
-    assert workload(parse_tree({"data": {"root": ".", "workers": 3}}, "test")).loader_workers == 3
-    # Without a loader the training process decodes, and nothing is done meanwhile.
+@pytest.mark.parametrize(("wanted", "gpus", "loaders"), [(3, 2, 3), (0, 2, 0), ("auto", 0, 1), ("auto", 2, 5), ("auto", 12, 1)])
+def test_loaders_are_those_of_the_configuration(wanted: int | str, gpus: int, loaders: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("benchmarks.scaling_measure.usable_cores", lambda: frozenset(range(12)))
+    monkeypatch.setattr("benchmarks.scaling_measure.quota", lambda: None)
+    assert workload(parse_tree({"data": {"root": ".", "workers": wanted}}, "test")).loader_workers == loaders
+
+
+def test_without_a_loader_the_training_process_decodes() -> None:
     inline, ahead = (step(Workload(loader_workers=n), GPU, Network(storage=None), 1, 128)["input"] for n in (0, 1))
     assert inline == pytest.approx(128 / 400) and ahead == pytest.approx(128 / 400 - 0.087)
 
@@ -294,7 +298,7 @@ def _deepspeed(root: str) -> tuple[dict[int, dict[str, float]], dict[int, dict[s
     # DeepSpeed takes them from here when its first engine is made, in a process that ends soon.
     dist.all_reduce, dist.all_gather_into_tensor, distributed._all_gather_single = count_reduce, count_gather, count_gather_of_loss
     sizes: dict[int, dict[str, float]] = {}
-    messages: dict[int, dict[str, int]] = {}
+    sent: dict[int, dict[str, int]] = {}
     for zero in (0, 1, 2):
         cfg = _cfg(root, zero=zero)
         data = RunData(cfg)
@@ -304,22 +308,22 @@ def _deepspeed(root: str) -> tuple[dict[int, dict[str, float]], dict[int, dict[s
         calls.clear()
         # The bound of this step, which is balanced; that of the epoch counts steps that are filled up.
         loss = whole.forward(batch._replace(max_positives=2), 0)
-        messages[zero] = {"gathers": calls["gather"], "stats": calls["reduce"]}
+        sent[zero] = {"gathers": calls["gather"], "stats": calls["reduce"]}
         counted.update(gradients=0.0, parameters=0.0)
         calls.clear()
         whole.engine.backward(loss)
         whole.update()
-        messages[zero] |= {"gradients and norms": calls["reduce"], "parameters": calls["gather"]}
+        sent[zero] |= {"gradients and norms": calls["reduce"], "parameters": calls["gather"]}
         groups = whole.engine.optimizer.param_groups
         size = sum(parameter.numel() for parameter in whole.objective.parameters() if parameter.requires_grad)
         sizes[zero] = counted | {"size": size, "groups": len(groups)}
-    return sizes, messages
+    return sizes, sent
 
 
 def _count(root: str) -> Counted:
     steps = {(loss, m): _one_step(root, loss, m) for loss in ("margin", "proxy_anchor") for m in (1, 2)}
-    zero, messages = _deepspeed(root) if distributed.world_size() == 2 else ({}, {})
-    return Counted(steps, _difference(_divide), _difference(_evaluate), zero, messages)
+    zero, sent = _deepspeed(root) if distributed.world_size() == 2 else ({}, {})
+    return Counted(steps, _difference(_divide), _difference(_evaluate), zero, sent)
 
 
 @pytest.fixture(scope="module")
@@ -373,28 +377,16 @@ def test_the_bytes_of_deepspeed_are_those_that_it_hands_to_collectives(counted: 
         expected = gradient_bytes(Workload(zero=zero), int(found.pop("size")), 2)
         assert found == pytest.approx(expected, rel=0.01, abs=100)
         sent = messages(Workload(zero=zero), groups)
-        assert rank.messages[zero] == sent | {"gradients and norms": sent.pop("gradients") + sent.pop("norms")}
+        sent["gradients and norms"] = sent.pop("gradients") + sent.pop("norms")
+        assert rank.messages[zero] == sent
 
 
 def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
     network = tmp_path / "network.yaml"
     network.write_text("{nic: 25e9, gpus_per_node: 4, storage: null}")
     command = [sys.executable, "-m", "benchmarks.scaling", "--measured", str(tmp_path / "measured.json"), "--network", str(network)]
-    quick = [
-        "--measure",
-        "configs/quickstart.yaml",
-        "--rows",
-        "8",
-        "16",
-        "--calls",
-        "1",
-        "--steps",
-        "3",
-        "--size",
-        "512",
-        "--images",
-        "5000",
-    ]
+    sizes = ["--rows", "8", "16", "--calls", "1", "--steps", "3", "--size", "512", "--images", "5000"]
+    quick = ["--measure", "configs/quickstart.yaml", *sizes]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *quick, "--json"], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
