@@ -35,9 +35,9 @@ import torch
 
 from benchmarks import record
 from benchmarks.batches import random_batch
-from benchmarks.step import BACKBONES, configuration, step_of
+from benchmarks.engine_step import EngineStep
+from benchmarks.step import BACKBONES, LR, configuration
 from dnc_dist.data.loading import Batch
-from dnc_dist.engine.setup import build_engine, build_objective
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.zero import prepare_checkpoint
 from dnc_dist.processes import distributed
@@ -61,18 +61,18 @@ def measure(backbone: str, rounds: int, folder: Path) -> dict[str, dict[str, flo
     pause."""
     rows, size = BACKBONES[backbone]
     cfg, batch = configuration(backbone, rows, size), part_of_batch(rows, size)
-    engine = build_engine(build_objective(cfg, rows * distributed.world_size() // 4).train(), cfg)
-    step, state, writer = step_of(engine, cfg, batch), TrainState(), CheckpointWriter(Checkpoints(folder, keep=2))
+    step = EngineStep(cfg, rows * distributed.world_size() // 4, lr=LR)
+    state, writer = TrainState(), CheckpointWriter(Checkpoints(folder, keep=2))
     seconds: dict[str, dict[str, list[float]]] = {arm: {"turn": [], "pause": [], "beside": []} for arm in ARMS}
     for _ in range(1 + rounds):
         for arm in ARMS:
             distributed.barrier()
             begun, beside = time.perf_counter(), time.process_time() - time.thread_time()
             if arm != "none":
-                writer.save(state.step, partial(prepare_checkpoint, engine, state), background=arm == "background")
+                writer.save(state.step, partial(prepare_checkpoint, step.engine, state), background=arm == "background")
             paused = time.perf_counter() - begun
             for _step in range(EVERY):
-                step(state.step)
+                step(batch, state.step)
                 state.step += 1
             trained = time.perf_counter()
             writer.finish()

@@ -98,8 +98,9 @@ STEPS = [
         "scaling",
         45,
         "benchmarks.scaling",
-        ["--measure", "configs/vehicleid.yaml", "--measured", "{out}/scaling.json", "--rows", "32", "80", "128"],
-        ["--measure", "configs/quickstart.yaml", "--measured", "{out}/scaling.json", "--rows", "8", "16", "--calls", "1", "--size", "4096"],
+        ["--measure", "configs/vehicleid.yaml", "--measured", "{out}/scaling.json", "--rows", "32", "80", "128", "--steps", "20"],
+        ["--measure", "configs/quickstart.yaml", "--measured", "{out}/scaling.json", "--rows", "8", "16"]
+        + ["--steps", "3", "--calls", "1", "--size", "4096"],
         "the small network, batches of 8 and 16",
     ),
     Step("quickstart", 60, "dnc_dist", ["train", *training("quickstart")], ["train", *training("quickstart", *TINY)], "one epoch"),

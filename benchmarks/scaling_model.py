@@ -1,7 +1,8 @@
 """Seconds and bytes of a step, a division and an evaluation on W GPUs: arithmetic alone, from measured times and a stated network.
 
 Bytes are those that one rank receives, as `distributed.traffic` counts them (tests compare the two); gradients and optimizer
-follow what DeepSpeed's ZeRO stages send. Times of collectives are a model: latency plus bytes over bandwidth.
+follow what DeepSpeed's ZeRO stages send. Times of collectives are a model: latency plus bytes over bandwidth. Ranks are taken to be slow
+independently of each other, and to take nothing from each other but the network.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Workload:
     relevant: int = 50  # gallery rows of the largest class
     image_bytes: int = 40_000
     lloyd_iterations: int = 50
-    loader_workers: int = 8  # of each GPU
+    loader_workers: int = 8  # of each GPU; 0: the training process reads and decodes by itself
     overlap: float = 0.5  # share of the backward pass behind which the sums of gradients hide (ZeRO 1 and 2, on GPUs)
 
     def group(self, ranks: int) -> int:
@@ -90,33 +91,64 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Times of one device, in seconds, and sizes of the model that they belong to."""
+class StepTimes:
+    """Times of the training step of one process, in seconds, as the training loop runs it on batches that are there."""
 
-    device: str
     parameters: int  # trainable, float32
-    features: int  # F
-    forward_backward: Sequence[Sequence[float]]  # [rows, seconds]
+    groups: int  # of the parameters, each with an optimizer's options of its own
+    steps: Sequence[Sequence[float]]  # [rows, seconds]: the median of whole steps
     loss: Sequence[Sequence[float]]  # [anchors, references, seconds]: mining and loss, forward and backward
-    optimizer: float  # one step over all parameters
-    images_per_second: float  # extraction, decoded images given
-    decoded_per_second: float  # images that one loader process decodes and crops
-    lloyd_row: float  # one row in one iteration
-    first_centroids: float  # k-means++ on its sample
-    bookkeeping_row: float  # one row of the set in match, class counts and the new division, on every rank
-    search_pair: float  # one query and one gallery row
+    optimizer: float  # what follows the backward pass: the norm of the gradients, clipping, an update of all parameters
+    engine: float  # what a step takes longer with DeepSpeed's engine, which several processes run, on one process
+    engine_update: float  # of it, after the backward pass: there ZeRO works on a rank's own part of the parameters
+    jitter: Sequence[float]  # single steps of the most rows, over their median
 
-    def step_costs(self) -> tuple[float, float]:
-        """Fitted to `forward_backward`: seconds of a step without rows, and of each row."""
-        rows, seconds = np.array(self.forward_backward, float).T
-        (fixed, each), _ = nnls(np.stack([np.ones_like(rows), rows], 1), seconds)
-        return float(fixed), float(each)
+    def step_costs(self, rows: float) -> tuple[float, float]:
+        """Seconds of a step less loss and optimizer: what does not depend on its rows, and what does.
+
+        A line is fitted to `steps`. How far they lie above or below it holds for the batches around them, too.
+        """
+        sizes, seconds = np.array(sorted(map(tuple, self.steps)), float).T
+        seconds = (seconds - [self.loss_seconds(b, b) + self.optimizer for b in sizes]).clip(min=1e-9)
+        (fixed, each), _ = nnls(np.stack([np.ones_like(sizes), sizes], 1), seconds)
+        off = float(np.interp(rows, sizes, seconds / (fixed + each * sizes)))
+        return off * float(fixed), off * float(each) * rows
 
     def loss_seconds(self, anchors: float, references: float) -> float:
         """Fitted to `loss`: a constant, a share of anchors x references, and one of the references (whose drawn pairs every rank walks)."""
         a, g, seconds = np.array(self.loss, float).T
         costs, _ = nnls(np.stack([np.ones_like(a), a * g, g], 1), seconds)
         return float(costs @ [1, anchors * references, references])
+
+    def waiting(self, ranks: int) -> float:
+        """What the slowest of the ranks takes longer than a rank does on average, as a share of a step.
+
+        Assumed: the ranks' times are independent draws from `jitter`, and the ranks wait once in a step. Where something slows all ranks
+        at once, as other work on their machine does, the true wait is shorter. It is longer since ranks meet several times in a step, and
+        since the slowest of many ranks may be slower than any step that was measured.
+        """
+        return expected_slowest(self.jitter, ranks) - expected_slowest(self.jitter, 1)
+
+
+def expected_slowest(seconds: Sequence[float], ranks: int) -> float:
+    """Expected maximum of `ranks` independent draws, with replacement, from what was measured: from its order statistics."""
+    at_most = (np.arange(len(seconds) + 1) / len(seconds)) ** ranks  # the probability that no draw exceeds the i-th smallest
+    return float(np.sort(seconds) @ np.diff(at_most))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one device, in seconds, and sizes of the model that they belong to."""
+
+    device: str
+    features: int  # F
+    step: StepTimes
+    images_per_second: float  # extraction, decoded images given
+    decoded_per_second: float  # images that one loader process decodes and crops
+    lloyd_row: float  # one row in one iteration
+    first_centroids: float  # k-means++ on its sample
+    bookkeeping_row: float  # one row of the set in match, class counts and the new division, on every rank
+    search_pair: float  # one query and one gallery row
 
 
 def step_bytes(work: Workload, ranks: int, rows: int, level: int | None = None) -> dict[str, int]:
@@ -135,6 +167,17 @@ def gradient_bytes(work: Workload, parameters: int, ranks: int) -> dict[str, flo
     """Bytes that a rank receives from DeepSpeed in a step: sums of gradients (stages 1 and 2 sum whole buckets, too), then parameters."""
     size = 4 * parameters
     return {"gradients": 2 * (ranks - 1) / ranks * size, "parameters": (ranks - 1) / ranks * size if work.zero else 0.0}
+
+
+def messages(work: Workload, groups: int) -> dict[str, int]:
+    """Collectives of a step on several ranks, by what they carry. Most carry few bytes, but each costs its latency.
+
+    "stats" counts the request to stop, which the ranks add up in every step. DeepSpeed adds up the norms of each group, and hands out the
+    parameters of each; at stage 0 the ranks add up one number, whether the gradients are finite.
+    """
+    gathers = 3 if work.loss == "margin" else 2
+    by_group = {"norms": groups, "parameters": groups} if work.zero else {"norms": 1, "parameters": 0}
+    return {"gathers": gathers, "stats": 2, "gradients": 1, **by_group}
 
 
 def lloyd_bytes(k: int, dim: int) -> int:
@@ -167,32 +210,50 @@ def evaluation_bytes(work: Workload) -> dict[str, int]:
 
 def step(work: Workload, measured: Measured, network: Network, ranks: int, batch: int) -> dict[str, float]:
     """Seconds of each phase of one step with `batch` rows over all ranks."""
+    phases = step_without_input(work, measured.step, network, ranks, batch)
     rows = max(1, math.ceil(batch / ranks))
-    fixed, each = measured.step_costs()
+    return phases | {"input": _waiting_for_input(work, measured, network, ranks, rows, sum(phases.values()))}
+
+
+def step_without_input(work: Workload, times: StepTimes, network: Network, ranks: int, batch: int) -> dict[str, float]:
+    """The same for batches that are there."""
+    rows = max(1, math.ceil(batch / ranks))
+    fixed, by_row = times.step_costs(rows)
     group = work.group(ranks)
-    received = step_bytes(work, ranks, rows)["gather"]
-    total = received * group / max(1, group - 1)
-    messages = 3 if work.loss == "margin" else 2
-    gathers = (messages - 1) * network.all_gather(0, group) + network.all_gather(total, group)
-    summed = network.all_reduce(4 * measured.parameters, ranks)
-    hidden = work.overlap * 2 / 3 * (fixed + each * rows) if work.zero else 0.0
-    phases = {
-        "rows": each * rows,
+    sizes = step_bytes(work, ranks, rows)
+    total = sizes["gather"] * group / max(1, group - 1)
+    sent = messages(work, times.groups)
+    parts = ranks if work.zero else 1  # of parameters and moments
+    summed = network.all_reduce(4 * times.parameters, ranks)
+    hidden = work.overlap * 2 / 3 * (fixed + by_row) if work.zero else 0.0
+    computed = {
+        "rows": by_row,
         "launches": fixed,
-        "loss": measured.loss_seconds(rows, rows * group),
-        "gathers": gathers,
-        "stats": network.all_reduce(step_bytes(work, ranks, rows)["reduce"] * ranks / max(1, 2 * (ranks - 1)), ranks),
-        "gradients": max(0.0, summed - hidden) + (network.all_gather(4 * measured.parameters, ranks) if work.zero else 0.0),
-        "optimizer": measured.optimizer / (ranks if work.zero else 1),
+        "loss": times.loss_seconds(rows, rows * group),
+        "optimizer": times.optimizer / parts,
+        "engine": times.engine - times.engine_update * (1 - 1 / parts) if ranks > 1 else 0.0,
     }
-    # Loaders work ahead: a step waits only for what takes them longer than the step itself.
-    return phases | {"input": max(0.0, _input(work, measured, network, ranks, rows) - sum(phases.values()))}
+    updated = sent["norms"] * network.all_reduce(0, ranks)
+    if work.zero:
+        updated += (sent["parameters"] - 1) * network.all_gather(0, ranks) + network.all_gather(4 * times.parameters, ranks)
+    reduced = sizes["reduce"] * ranks / max(1, 2 * (ranks - 1))
+    return computed | {
+        "gathers": (sent["gathers"] - 1) * network.all_gather(0, group) + network.all_gather(total, group),
+        "stats": (sent["stats"] - 1) * network.all_reduce(0, ranks) + network.all_reduce(reduced, ranks),
+        "gradients": max(0.0, summed - hidden) + updated,
+        "stragglers": times.waiting(ranks) * sum(computed.values()),
+    }
 
 
-def _input(work: Workload, measured: Measured, network: Network, ranks: int, rows: float) -> float:
-    """Seconds to read and decode `rows` images on every rank."""
+def _waiting_for_input(work: Workload, measured: Measured, network: Network, ranks: int, rows: float, meanwhile: float) -> float:
+    """Seconds that a rank waits for `rows` images while the rest takes `meanwhile`.
+
+    Loader processes work ahead: what is read and decoded meanwhile costs nothing. Without any, the rank reads and decodes by itself.
+    """
     read = ranks * rows * work.image_bytes / network.storage if network.storage else 0.0
-    return max(read, rows / (work.loader_workers * measured.decoded_per_second))
+    if not work.loader_workers:
+        return read + rows / measured.decoded_per_second
+    return max(0.0, max(read, rows / (work.loader_workers * measured.decoded_per_second)) - meanwhile)
 
 
 def division(work: Workload, measured: Measured, network: Network, ranks: int) -> dict[str, float]:
@@ -203,7 +264,7 @@ def division(work: Workload, measured: Measured, network: Network, ranks: int) -
     extraction = rows / measured.images_per_second
     return {
         "extraction": extraction,
-        "input": max(0.0, _input(work, measured, network, ranks, rows) - extraction),
+        "input": _waiting_for_input(work, measured, network, ranks, rows, extraction),
         "init": network.all_gather(sizes["features"] + sizes["sample"], ranks) + measured.first_centroids,
         "lloyd": iterations * measured.lloyd_row * (work.images if replicated else rows),
         "lloyd sums": 0.0 if replicated else iterations * network.all_reduce(sizes["iteration"], ranks),
@@ -219,7 +280,7 @@ def evaluation(work: Workload, measured: Measured, network: Network, ranks: int)
     moved = network.all_reduce(sizes["presence"], ranks) + network.all_gather(sizes["queries"] + sizes["values"], ranks)
     return {
         "extraction": extraction,
-        "input": max(0.0, _input(work, measured, network, ranks, images / ranks) - extraction),
+        "input": _waiting_for_input(work, measured, network, ranks, images / ranks, extraction),
         "search": work.queries * work.gallery / ranks * measured.search_pair,
         "exchange": moved + network.all_gather(sizes["found"], ranks),
     }

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,13 +27,10 @@ from torch.nn import functional as F
 
 from benchmarks import record
 from benchmarks.batches import PER_CLASS, random_batch
+from benchmarks.engine_step import EngineStep, synchronize
 from dnc_dist.base import parts
 from dnc_dist.config import RunConfig, parse_tree
 from dnc_dist.data.loading import Batch
-from dnc_dist.engine.optimizer import WaitingAdamW
-from dnc_dist.engine.plan import Phase
-from dnc_dist.engine.setup import build_engine, build_objective, parameter_groups, seed_libraries, set_learning_rates
-from dnc_dist.engine.zero import gradient_is_finite, start_deepspeed
 from dnc_dist.processes import distributed
 
 LEARNERS, DIM = 4, 128
@@ -44,11 +40,11 @@ BACKBONES = {"conv4": (128, 32), "resnet18": (80, 64)}
 Step = Callable[[int], None]
 
 
-def configuration(backbone: str, rows: int, size: int) -> RunConfig:
+def configuration(backbone: str, rows: int, size: int, *, batch_norm: str = "auto") -> RunConfig:
     """The training that is measured: defaults but for the sizes and random weights."""
     tree = {
         "data": {"root": ".", "image_size": size, "augment": "none"},
-        "model": {"backbone": backbone, "weights": "none", "embedding_dim": DIM, "dropout": 0.0},
+        "model": {"backbone": backbone, "weights": "none", "embedding_dim": DIM, "dropout": 0.0, "batch_norm": batch_norm},
         "division": {"num_learners": LEARNERS},
         "schedule": {"batch_size": rows, "samples_per_class": PER_CLASS},
         "optim": {"lr": LR},
@@ -93,28 +89,8 @@ def bare_step(cfg: RunConfig, batch: Batch) -> Step:
 
 def engine_step(cfg: RunConfig, batch: Batch, *, deepspeed: bool) -> Step:
     """What the training loop does in a step but for loading and logging."""
-    objective = build_objective(cfg, int(batch.labels.max()) + 1).train()
-    if deepspeed:
-        engine: Any = start_deepspeed(objective, WaitingAdamW(parameter_groups(objective, cfg.optim.weight_decay)), cfg)
-    else:
-        engine = build_engine(objective, cfg)
-    return step_of(engine, cfg, batch)
-
-
-def step_of(engine: Any, cfg: RunConfig, batch: Batch) -> Step:
-    """A step of the training loop with this engine, on the same rows each time."""
-    rates = dict.fromkeys(("backbone", "embedding", "masks", "loss"), LR)
-
-    def step(number: int) -> None:
-        set_learning_rates(engine, rates)
-        seed_libraries(cfg.run.seed, number)
-        loss, _ = engine(batch._replace(step=number), Phase(number, LEARNERS, conquer=False, backbone_frozen=False))
-        distributed.count_ranks(False)
-        engine.backward(loss)
-        engine.step()
-        gradient_is_finite(engine)
-
-    return step
+    whole = EngineStep(cfg, int(batch.labels.max()) + 1, lr=LR, deepspeed=deepspeed)
+    return lambda number: whole(batch, number)
 
 
 ARMS: dict[str, Callable[[RunConfig, Batch], Step]] = {
@@ -130,10 +106,10 @@ def seconds_of(step: Step, number: int) -> float:
         started = time.process_time()
         step(number)
         return time.process_time() - started
-    torch.cuda.synchronize()
+    synchronize()
     started = time.perf_counter()
     step(number)
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - started
 
 

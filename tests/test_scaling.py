@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,24 +17,31 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.engine_step import EngineStep
 from benchmarks.scaling import predict, read_measured, read_network, show
+from benchmarks.scaling_check import fit_network
+from benchmarks.scaling_measure import workload
 from benchmarks.scaling_model import (
     Measured,
     Network,
+    StepTimes,
     Workload,
     division_bytes,
     evaluation_bytes,
+    expected_slowest,
     gradient_bytes,
     lloyd_bytes,
+    messages,
     step,
     step_bytes,
 )
 from dnc_dist.clustering import DivisionRules, KMeansOptions, divide, spread_features
 from dnc_dist.clustering.centroids import SAMPLE_ROWS_PER_CENTROID
 from dnc_dist.clustering.sums import EXPONENTS
+from dnc_dist.config import parse_tree
 from dnc_dist.engine.dataset import RunData
 from dnc_dist.engine.plan import Phase
-from dnc_dist.engine.setup import build_engine, build_objective, set_learning_rates
+from dnc_dist.engine.setup import build_objective
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval import evaluate
 from tests.engine_fixtures import config, division_by_hand, make_dataset
@@ -40,13 +49,20 @@ from tests.spawn import spawn
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO = 1e-6
-GPU = Measured(
-    device="an invented GPU",
+STEP = StepTimes(
     parameters=25_000_000,
-    features=2048,
-    forward_backward=[(32, 0.025), (128, 0.085)],
+    groups=4,
+    steps=[(32, 0.027), (128, 0.087)],
     loss=[(128, 128 * times, 0.4e-3 + 1e-10 * 128 * 128 * times) for times in (1, 4, 16)],
     optimizer=1e-3,
+    engine=2e-3,
+    engine_update=1e-3,
+    jitter=[0.98, 1.0, 1.0, 1.1],
+)
+GPU = Measured(
+    device="an invented GPU",
+    features=2048,
+    step=STEP,
     images_per_second=4000,
     decoded_per_second=400,
     lloyd_row=2e-9,
@@ -100,12 +116,12 @@ def test_a_learner_is_gathered_in_its_group() -> None:
 
 def test_more_ranks_never_make_a_rank_more_efficient_and_one_alone_sends_nothing() -> None:
     # The step of the optimizer is divided among ranks, which makes many more efficient than one.
-    for prediction in predict(Workload(), replace(GPU, optimizer=0.0, decoded_per_second=1000), Network()):
+    for prediction in predict(Workload(), replace(GPU, step=replace(STEP, optimizer=0.0), decoded_per_second=1000), Network()):
         efficiency = [prediction.efficiency(ranks) for ranks in prediction.seconds]
         assert efficiency[0] == 1 and (np.diff(efficiency) <= 1e-9).all(), prediction.name
     alone = step(Workload(), GPU, Network(), 1, 128)
-    assert alone["gathers"] == alone["stats"] == alone["gradients"] == alone["input"] == 0
-    assert sum(alone.values()) == pytest.approx(0.085 + GPU.loss_seconds(128, 128) + GPU.optimizer, rel=1e-6)
+    assert all(alone[phase] == 0 for phase in ("engine", "gathers", "stats", "gradients", "stragglers", "input"))
+    assert sum(alone.values()) == pytest.approx(0.087, rel=1e-6)  # as measured
 
 
 def test_a_better_network_never_takes_longer() -> None:
@@ -120,13 +136,17 @@ def test_a_better_network_never_takes_longer() -> None:
         ("input", replace(GPU, decoded_per_second=50), Network(storage=None)),
         ("input", GPU, Network(storage=1e9)),
         ("gathers", GPU, Network(nic=1e8, storage=None)),
-        ("gradients", replace(GPU, parameters=2 * 10**9, optimizer=0), Network(storage=None)),
-        ("loss", replace(GPU, loss=[(128, 128 * times, 1e-6 * 128 * times) for times in (1, 4, 16)]), Network(storage=None)),
+        ("gradients", replace(GPU, step=replace(STEP, parameters=2 * 10**9, optimizer=0)), Network(storage=None)),
+        (
+            "loss",
+            replace(GPU, step=replace(STEP, loss=[(128, 128 * times, 1e-6 * 128 * times) for times in (1, 4, 16)])),
+            Network(storage=None),
+        ),
     ],
 )
 def test_the_first_bottleneck_is_named(phase: str, measured: Measured, network: Network) -> None:
     work = Workload(zero=0 if phase == "gradients" else 1, dim=4096 if phase == "gathers" else 512)
-    measured = replace(measured, parameters=1000) if phase == "gathers" else measured
+    measured = replace(measured, step=replace(STEP, parameters=1000)) if phase == "gathers" else measured
     first = predict(work, measured, network)[0].first()
     assert first is not None and first[1] == phase and first[2] >= 0.1
 
@@ -141,6 +161,56 @@ def test_what_the_phases_lose_is_the_efficiency_that_is_missing() -> None:
     assert strong is not None and strong[1] == "launches"  # on few rows, what does not depend on them
 
 
+def test_a_step_takes_what_was_measured_also_where_a_line_does_not() -> None:
+    curved = replace(STEP, steps=[(32, 0.027), (64, 0.060), (128, 0.087)])
+    for rows, seconds in curved.steps:
+        found = step(Workload(), replace(GPU, step=curved), Network(storage=None), 1, int(rows))
+        assert sum(found[phase] for phase in ("rows", "launches", "loss", "optimizer")) == pytest.approx(seconds, rel=1e-6)
+    few, many = (sum(curved.step_costs(rows)) for rows in (1, 1024))
+    assert 0 < few < 0.027 and many == pytest.approx(8 * 0.087, rel=0.2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_slowest_of_several_ranks_is_the_mean_over_all_draws(ranks: int) -> None:
+    seconds = [1.3, 0.9, 1.0, 1.0, 2.0]
+    every = [max(draws) for draws in itertools.product(seconds, repeat=ranks)]
+    assert expected_slowest(seconds, ranks) == pytest.approx(sum(every) / len(every))
+
+
+def test_ranks_wait_for_the_slowest_and_more_of_them_longer() -> None:
+    waiting = [STEP.waiting(ranks) for ranks in (1, 2, 8, 10**6)]
+    assert waiting[0] == 0 and waiting == sorted(waiting)
+    assert waiting[-1] == pytest.approx(1.1 - sum(STEP.jitter) / 4)  # the slowest that was measured, over the mean
+    found = step(Workload(), GPU, Network(), 8, 8 * 128)
+    computing = sum(found[phase] for phase in ("rows", "launches", "loss", "optimizer", "engine"))
+    assert found["engine"] == pytest.approx(1e-3 + 1e-3 / 8)  # what ZeRO divides, and what it does not
+    assert step(Workload(zero=0), GPU, Network(), 8, 8 * 128)["engine"] == STEP.engine
+    assert found["stragglers"] == pytest.approx(STEP.waiting(8) * computing)
+
+
+def test_a_network_is_found_again_in_what_it_takes() -> None:
+    network = Network(gpus_per_node=4, nvlink=2e9, node_latency=3e-4, storage=None)
+    sizes = (1 << 10, 1 << 20, 1 << 24)
+    taken = [("all-reduce", size, network.all_reduce(size, 4)) for size in sizes]
+    taken += [("all-gather", size, network.all_gather(size, 4)) for size in sizes]
+    found = fit_network(taken, 4)
+    assert (found.nvlink, found.node_latency) == pytest.approx((2e9, 3e-4))
+    assert (found.gpus_per_node, found.storage) == (4, None)
+
+
+@pytest.mark.parametrize(("wanted", "gpus", "loaders"), [(3, 2, 3), (0, 2, 0), ("auto", 0, 1), ("auto", 2, 5), ("auto", 12, 1)])
+def test_loaders_are_those_of_the_configuration(wanted: int | str, gpus: int, loaders: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("benchmarks.scaling_measure.usable_cores", lambda: frozenset(range(12)))
+    monkeypatch.setattr("benchmarks.scaling_measure.quota", lambda: None)
+    assert workload(parse_tree({"data": {"root": ".", "workers": wanted}}, "test")).loader_workers == loaders
+
+
+def test_without_a_loader_the_training_process_decodes() -> None:
+    inline, ahead = (step(Workload(loader_workers=n), GPU, Network(storage=None), 1, 128)["input"] for n in (0, 1))
+    assert inline == pytest.approx(128 / 400) and ahead == pytest.approx(128 / 400 - 0.087)
+
+
 class Counted(NamedTuple):
     """Bytes that one rank received."""
 
@@ -148,6 +218,7 @@ class Counted(NamedTuple):
     division: dict[str, int]
     evaluation: dict[str, int]
     zero: dict[int, dict[str, float]]
+    messages: dict[int, dict[str, int]]
 
 
 DIM, LEARNERS, ROWS, FEATURES = 16, 2, 4000, 8
@@ -203,43 +274,56 @@ def _evaluate() -> None:
     evaluate(x, torch.arange(start, stop), labels, asks, ~asks, protocol="query-gallery", sample=0)
 
 
-def _bytes_of_deepspeed(root: str) -> dict[int, dict[str, float]]:
-    """By ZeRO stage: trainable parameters, and the bytes that a rank receives in a ring for what one step hands to collectives."""
+def _deepspeed(root: str) -> tuple[dict[int, dict[str, float]], dict[int, dict[str, int]]]:
+    """By ZeRO stage: trainable parameters and their groups, and the bytes that a rank receives in a ring for what one step hands to
+    collectives; how many collectives a step has, in the forward pass and after it."""
     counted, world = {"gradients": 0.0, "parameters": 0.0}, distributed.world_size()
-    all_reduce, all_gather = dist.all_reduce, dist.all_gather_into_tensor
+    calls: Counter[str] = Counter()
+    all_reduce, all_gather, gather_of_loss = dist.all_reduce, dist.all_gather_into_tensor, distributed._all_gather_single
 
     def count_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         counted["gradients"] += 2 * (world - 1) / world * tensor.nbytes
+        calls["reduce"] += 1
         return all_reduce(tensor, *args, **kwargs)
 
     def count_gather(output_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         counted["parameters"] += (world - 1) / world * output_tensor.nbytes
+        calls["gather"] += 1
         return all_gather(output_tensor, *args, **kwargs)
 
+    def count_gather_of_loss(*args: Any, **kwargs: Any) -> Any:
+        calls["gather"] += 1
+        return gather_of_loss(*args, **kwargs)
+
     # DeepSpeed takes them from here when its first engine is made, in a process that ends soon.
-    dist.all_reduce, dist.all_gather_into_tensor = count_reduce, count_gather
-    found = {}
+    dist.all_reduce, dist.all_gather_into_tensor, distributed._all_gather_single = count_reduce, count_gather, count_gather_of_loss
+    sizes: dict[int, dict[str, float]] = {}
+    sent: dict[int, dict[str, int]] = {}
     for zero in (0, 1, 2):
         cfg = _cfg(root, zero=zero)
         data = RunData(cfg)
         schedule = data.schedule(division_by_hand(data.train.labels, LEARNERS), 0, conquer=False)
-        engine = build_engine(build_objective(cfg, data.train.num_classes).train(), cfg)
-        set_learning_rates(engine, dict.fromkeys(("backbone", "embedding", "masks", "loss"), 1e-3))
+        whole = EngineStep(cfg, data.train.num_classes, lr=1e-3)
         batch = next(data.train_batches(schedule, first_step=0, skip=0))
+        calls.clear()
         # The bound of this step, which is balanced; that of the epoch counts steps that are filled up.
-        batch = batch._replace(max_positives=2)
-        loss, _ = engine(batch, Phase(0, LEARNERS, False, False))
+        loss = whole.forward(batch._replace(max_positives=2), 0)
+        sent[zero] = {"gathers": calls["gather"], "stats": calls["reduce"]}
         counted.update(gradients=0.0, parameters=0.0)
-        engine.backward(loss)
-        engine.step()
-        found[zero] = counted | {"size": sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)}
-    return found
+        calls.clear()
+        whole.engine.backward(loss)
+        whole.update()
+        sent[zero] |= {"gradients and norms": calls["reduce"], "parameters": calls["gather"]}
+        groups = whole.engine.optimizer.param_groups
+        size = sum(parameter.numel() for parameter in whole.objective.parameters() if parameter.requires_grad)
+        sizes[zero] = counted | {"size": size, "groups": len(groups)}
+    return sizes, sent
 
 
 def _count(root: str) -> Counted:
     steps = {(loss, m): _one_step(root, loss, m) for loss in ("margin", "proxy_anchor") for m in (1, 2)}
-    zero = _bytes_of_deepspeed(root) if distributed.world_size() == 2 else {}
-    return Counted(steps, _difference(_divide), _difference(_evaluate), zero)
+    zero, sent = _deepspeed(root) if distributed.world_size() == 2 else ({}, {})
+    return Counted(steps, _difference(_divide), _difference(_evaluate), zero, sent)
 
 
 @pytest.fixture(scope="module")
@@ -289,15 +373,20 @@ def test_the_bytes_of_an_evaluation_are_those_that_are_counted(counted: list[Cou
 def test_the_bytes_of_deepspeed_are_those_that_it_hands_to_collectives(counted: list[Counted], zero: int) -> None:
     for rank in counted:
         found = dict(rank.zero[zero])
+        groups = int(found.pop("groups"))
         expected = gradient_bytes(Workload(zero=zero), int(found.pop("size")), 2)
         assert found == pytest.approx(expected, rel=0.01, abs=100)
+        sent = messages(Workload(zero=zero), groups)
+        sent["gradients and norms"] = sent.pop("gradients") + sent.pop("norms")
+        assert rank.messages[zero] == sent
 
 
 def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
     network = tmp_path / "network.yaml"
     network.write_text("{nic: 25e9, gpus_per_node: 4, storage: null}")
     command = [sys.executable, "-m", "benchmarks.scaling", "--measured", str(tmp_path / "measured.json"), "--network", str(network)]
-    quick = ["--measure", "configs/quickstart.yaml", "--rows", "8", "16", "--calls", "1", "--size", "512", "--images", "5000"]
+    sizes = ["--rows", "8", "16", "--calls", "1", "--steps", "3", "--size", "512", "--images", "5000"]
+    quick = ["--measure", "configs/quickstart.yaml", *sizes]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *quick, "--json"], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -309,11 +398,30 @@ def test_the_command_measures_and_predicts(tmp_path: Path) -> None:
     assert list(answer["modelled"][0]["seconds"]) == ["1", "8", "16", "32", "64", "128", "256", "512", "1024"]
     assert all(seconds >= 0 for table in answer["modelled"] for phases in table["seconds"].values() for seconds in phases.values())
     assert all(name in answer["come_from"] for table in answer["modelled"] for name in table["seconds"]["8"])
-    for name in ("images_per_second", "decoded_per_second", "optimizer", "bookkeeping_row", "first_centroids"):
+    for name in ("images_per_second", "decoded_per_second", "bookkeeping_row", "first_centroids"):
         assert answer["measured"][name] > 0, name
+    assert answer["measured"]["step"]["optimizer"] > 0 and len(answer["measured"]["step"]["jitter"]) == 3
     (measured, work), assumed = read_measured(tmp_path / "measured.json"), read_network(network)
     shown = show(work, measured, assumed, predict(work, measured, assumed))
     assert "Everything below is modelled" in shown and shown.count("first bottleneck: ") == 4
+
+
+@pytest.mark.slow
+def test_the_check_predicts_and_then_measures(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.jsonl"
+    command = [sys.executable, "-m", "benchmarks.scaling_check", "configs/quickstart.yaml", "--steps", "2", "--rounds", "1"]
+    sizes = ["--set", "schedule.batch_size=16", "--set", "data.image_size=16", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run([*command, *sizes], cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.index("predicted, strong") < done.stdout.index("weak scaling") < done.stdout.index("strong scaling")
+    line = json.loads(out.read_text())
+    assert line["problem"]["rows"] == 16 and line["network"]["node_latency"] > 0
+    for arm in ("weak", "strong"):
+        assert sum(line["predicted"][arm].values()) > 0
+        taken = line["measured"][f"ranks, {arm}"]
+        assert taken["total"] > taken["collectives of the engine"] > 0 and taken["collectives of the loss"] > 0
+        assert line["measured"][f"one, {arm}"]["collectives of the engine"] == 0  # one process sends nothing
 
 
 def test_an_unknown_word_in_the_network_is_named(tmp_path: Path) -> None:
