@@ -146,8 +146,8 @@ def show(work: Workload, measured: Measured, network: Network, predictions: list
         + ", ".join(f"{name}={value:g}" for name, value in asdict(network).items() if value is not None)
         + f", {work.loader_workers} loader processes a GPU, {work.overlap:.0%} of the backward pass hides sums of gradients."
         + ("" if network.storage else " Images lie on each node's own disk."),
-        "Everything below is modelled. No run on several GPUs stands behind it. For two processes on two busy CPU cores, of what the model "
-        "predicted for a step and what was then measured, it was between 27 % too low and 11 % too high "
+        "Everything below is modelled. No run on several GPUs stands behind it. Steps of two processes on two CPU "
+        "cores, measured after they were predicted, were predicted between 27 % too low and 11 % too high "
         "(python -m benchmarks.scaling_check, docs/scale.md).",
     ]
     for prediction in predictions:
