@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -198,8 +197,7 @@ def _measure(args: argparse.Namespace) -> None:
 
     cfg = load_config(args.measure, ["data.root=unused", "model.weights=none", *args.overrides])
     distributed.init()
-    with redirect_stdout(sys.stderr):  # DeepSpeed has something to say
-        found = measure(cfg, args.rows, calls=args.calls, steps=args.steps, size=args.size)
+    found = measure(cfg, args.rows, calls=args.calls, steps=args.steps, size=args.size)
     kept = {"measured": asdict(found), "work": asdict(workload(cfg)), "config": str(args.measure), **record.machine()}
     args.measured.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     distributed.shutdown()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -146,12 +145,11 @@ def _serve(pipe: Connection, cfg: RunConfig, variables: dict[str, Any], core: in
     os.sched_setaffinity(0, {core})
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.set_num_threads(1)
-    with redirect_stdout(sys.stderr):  # DeepSpeed has something to say
-        distributed.init()
-        rank = _Rank(cfg)
-        while True:
-            try:
-                what, args = pipe.recv()
-            except EOFError:  # the other end has been closed
-                return
-            pipe.send(getattr(rank, what)(*args))
+    distributed.init()
+    rank = _Rank(cfg)
+    while True:
+        try:
+            what, args = pipe.recv()
+        except EOFError:  # the other end has been closed
+            return
+        pipe.send(getattr(rank, what)(*args))

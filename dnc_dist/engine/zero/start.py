@@ -32,6 +32,7 @@ def start_deepspeed(module: nn.Module, optimizer: WaitingAdamW, cfg: RunConfig) 
 
     from dnc_dist.engine.zero.files import PlainFiles
 
+    quiet_third_parties()  # once more: the import has set the level of its log
     _avoid_cpu_extension()
     with _without_compiler():
         engine, *_ = deepspeed.initialize(
