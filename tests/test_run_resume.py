@@ -116,7 +116,8 @@ def test_killed_again_and_again(place: Path) -> None:
     assert tags(run)[-1] == "step-00000012" and (run / "checkpoints" / "latest").read_text() == "step-00000008"
 
     old = train(place, "killed")
-    old.wait_until(lambda: last_step(run) >= 17)
+    # Published, too: it is written while training goes on.
+    old.wait_until(lambda: last_step(run) >= 17 and (run / "checkpoints" / "latest").read_text() >= "step-00000016")
     old.kill()
     assert tags(run)[-1] == "step-00000016" and last_step(run) < 24
 
