@@ -37,7 +37,6 @@ from benchmarks import record
 from benchmarks.batches import random_batch
 from benchmarks.engine_step import EngineStep
 from benchmarks.step import BACKBONES, LR, configuration
-from dnc_dist.data.loading import Batch
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.zero import prepare_checkpoint
 from dnc_dist.processes import distributed
@@ -48,19 +47,11 @@ EVERY = 10
 ARMS = ("none", "waited", "background")
 
 
-def part_of_batch(rows: int, size: int) -> Batch:
-    """This rank's rows of a batch that has so many for each rank."""
-    rank, world = distributed.rank(), distributed.world_size()
-    batch, own = random_batch(rows * world, size), slice(rows * rank, rows * (rank + 1))
-    fields = {name: getattr(batch, name)[own] for name in ("images", "labels", "learner", "rows", "slots", "valid")}
-    return batch._replace(**fields, rows_of_ranks=[rows] * world, rows_of_world=[rows] * world).to(distributed.device())
-
-
 def measure(backbone: str, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Median seconds of a turn by arm: the whole "turn", the "pause" in it, and processor time of threads "beside" the loop; the "first"
     pause."""
     rows, size = BACKBONES[backbone]
-    cfg, batch = configuration(backbone, rows, size), part_of_batch(rows, size)
+    cfg, batch = configuration(backbone, rows, size), random_batch(rows, size).to(distributed.device())
     step = EngineStep(cfg, rows * distributed.world_size() // 4, lr=LR)
     state, writer = TrainState(), CheckpointWriter(Checkpoints(folder, keep=2))
     seconds: dict[str, dict[str, list[float]]] = {arm: {"turn": [], "pause": [], "beside": []} for arm in ARMS}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.batches import random_batch
 from benchmarks.engine_step import EngineStep, synchronize
 from benchmarks.scaling_model import StepTimes
 from dnc_dist.config import RunConfig
@@ -63,21 +64,8 @@ def step_times(cfg: RunConfig, rows: Sequence[int], *, calls: int, steps: int) -
 
 def noise(cfg: RunConfig, rows: int) -> Batch:
     """Noise on this rank's device, as many rows on every rank, of classes with as many rows each as in training, all of learner 0."""
-    shape, rank, world = (rows, cfg.data.image_size, cfg.data.image_size, 3), distributed.rank(), distributed.world_size()
-    number, every = torch.arange(rank * rows, (rank + 1) * rows), [rows] * world
-    return Batch(
-        images=torch.randint(256, shape, dtype=torch.uint8).permute(0, 3, 1, 2),
-        labels=number // cfg.schedule.samples_per_class % CLASSES,
-        learner=torch.zeros_like(number),
-        rows=number,
-        slots=number,
-        valid=torch.ones(rows, dtype=torch.bool),
-        failed=[],
-        step=0,
-        rows_of_ranks=every,
-        rows_of_world=every,
-        max_positives=cfg.schedule.samples_per_class - 1,
-    ).to(distributed.device())
+    batch = random_batch(rows, cfg.data.image_size, per_class=cfg.schedule.samples_per_class, classes=CLASSES)
+    return batch.to(distributed.device())
 
 
 def median_seconds(call: Callable[[], Any], calls: int) -> float:
