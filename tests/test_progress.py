@@ -72,3 +72,11 @@ def test_a_counter_follows_a_function_that_counts_by_itself() -> None:
         clock.now += 1.0
     assert stream.getvalue().splitlines()[-1] == "images: 300/300 img, 10 img/s, in 0:30"
     assert len(stream.getvalue().splitlines()) == 3
+
+
+def test_a_function_that_counts_once_at_its_end_has_a_rate() -> None:
+    stream, clock = io.StringIO(), Clock()
+    report = Progress(True, stream, clock=clock).counter("search", "queries")
+    clock.now += 2.0
+    report(300, 300)
+    assert stream.getvalue().splitlines() == ["search: 300/300 queries, 150 queries/s, in 0:02"]

@@ -32,8 +32,9 @@ class Phase:
         if self._done < self._total:  # the last line is close()'s
             self._write(self._line(), False)
 
-    def advance_to(self, done: int) -> None:
-        """Count up to ``done`` units; all of them close the phase."""
+    def advance_to(self, done: int, total: int) -> None:
+        """Count up to ``done`` of ``total`` units; all of them close the phase."""
+        self._total = total
         self.update(done - self._done) if done < self._total else self._finish()
 
     def _finish(self) -> None:
@@ -88,16 +89,9 @@ class Progress:
             phase.close()
 
     def counter(self, name: str, unit: str) -> Callable[[int, int], None]:
-        """A callback (done, total) for a function that counts by itself; the last line is written when all is done."""
-        phases: list[Phase] = []
-
-        def report(done: int, total: int) -> None:
-            if not phases:
-                self._last = self._clock()
-                phases.append(Phase(name, total, unit, self._write, self._clock))
-            phases[0].advance_to(done)
-
-        return report
+        """A callback (done, total) for a function that counts by itself and begins now; the last line is written when all is done."""
+        self._last = self._clock()
+        return Phase(name, 0, unit, self._write, self._clock).advance_to
 
     def _write(self, line: str, final: bool) -> None:
         now = self._clock()
