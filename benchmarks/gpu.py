@@ -31,7 +31,7 @@ REHEARSAL_SECONDS = 1800.0
 REHEARSED = "A rehearsal on a CPU: it shows that the commands work. Its numbers say nothing.\n\n"
 GRACE = 3.0  # seconds that a step has to end once it was asked to
 TESTS = [f"tests/test_triton_{name}.py" for name in ("gpu", "sampling", "margin", "lloyd")]
-TESTS += [f"tests/test_retrieval_{name}.py" for name in ("search", "places")]
+TESTS += [f"tests/test_{name}.py" for name in ("retrieval_search", "retrieval_places", "model_batch_norm")]
 TRAINING = ["--set", "run.dir={out}/runs", "--set", "tracker.kind=jsonl", "--set", "data.root={out}/glyphs"]
 """Of every training: `{out}` is the folder of results."""
 

@@ -39,7 +39,21 @@ ROOT = Path(__file__).resolve().parent.parent
 _aten = torch.ops.aten
 # They only allocate, or look at the host's own memory.
 _NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh", "record_stream"}
+
 _WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def _backward_of_batch_norm(grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, *sums_and_count: Tensor) -> Tensor:
+    """What torch/nn/modules/_functions.py takes ``aten::batch_norm_backward_elemt`` for, in float64."""
+    of_grad, about_mean, count = (value.double() for value in sums_and_count)
+    of_grad, about_mean, mean, inverse, weight = (
+        value.double()[:, None, None] for value in (of_grad / count.sum(), about_mean / count.sum(), mean, inverse, weight)
+    )
+    return (weight * inverse * (grad - of_grad - (x - mean) * inverse.square() * about_mean)).to(x.dtype)
+
+
+_OF_CUDA_ALONE = {_aten.batch_norm_backward_elemt.default: _backward_of_batch_norm}
+"""Operators that torch has for CUDA and not for CPUs."""
 
 
 class DeviceTensor(Tensor):
@@ -195,7 +209,7 @@ class Device(TorchDispatchMode):
             with _Inside(self):
                 results = OPDEFS[func._schema.name]._init_fn(*held_args, **held_kwargs)
         else:
-            results = func(*held_args, **held_kwargs)
+            results = _OF_CUDA_ALONE.get(func, func)(*held_args, **held_kwargs)
         returned = func._schema.returns
         if len(returned) == 1 and returned[0].alias_info is not None and returned[0].alias_info.is_write:
             return kwargs["out"] if "out" in kwargs else args[0]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dnc_dist.base.errors import InputError
 from dnc_dist.doctor import parity
 from dnc_dist.doctor.harness import relative_error
-from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d, replace_batch_norm, set_valid_rows
+from dnc_dist.model.batch_norm import FrozenBatchNorm2d, GlobalBatchNorm2d, _GlobalBatchNorm, replace_batch_norm, set_valid_rows
 from dnc_dist.processes import distributed
 from tests.rounding import EPS, EXACT
 from tests.spawn import spawn
@@ -97,6 +97,30 @@ def test_ranks_equal_one_process(splits: list[int], dummies: list[int]) -> None:
     _close(whole, {name: expected[name] for name in whole}, EXACT)
     for part in parts:
         _close(part, {name: expected[name] for name in ("running_mean", "running_var")}, EXACT)
+
+
+def _of_all_ranks(x: Tensor, grad: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Output and gradient as several ranks compute them, of which this one has all rows."""
+    x = x.clone().requires_grad_()
+    y = _GlobalBatchNorm.apply(x, norm.weight, norm.bias, None, norm.eps)[0]
+    return y.detach(), torch.autograd.grad(y, x, grad)[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_in_16_bits_is_rounded_once(layout: torch.memory_format, dtype: torch.dtype, device: str) -> None:
+    x, grad, norm = _problem()
+    x, grad, norm = (value.to(device) for value in (x, grad, norm))
+    x, grad = (value.to(dtype).to(memory_format=layout) for value in (x, grad))
+    found = dict(zip(("y", "dx"), _of_all_ranks(x, grad, norm), strict=True))
+    exact = _run(norm.double(), x.double(), grad.double())
+    # In fp32 a few numbers are added, the largest of which the mean over the deviation makes; the end is rounded to the nearest.
+    spread = (norm.weight / (x.double().var((0, 2, 3)) + norm.eps).sqrt()).abs() * (1 + x.double().mean((0, 2, 3)).abs())
+    for name, value in found.items():
+        assert value.dtype == dtype
+        allowed = torch.finfo(dtype).eps / 2 * exact[name].abs() + 100 * EPS * spread[:, None, None] * (1 + grad.abs().max())
+        assert bool(((value.double() - exact[name]).abs() <= allowed).all()), name
 
 
 def test_forward_without_gradient_on_two_ranks() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from dnc_dist.loss.base import StepRows
 from dnc_dist.loss.whole_batch import _places_of_learners
+from dnc_dist.model.batch_norm import GlobalBatchNorm2d
+from dnc_dist.processes import distributed
 from dnc_dist.processes.transfer import Later, to_device, to_host
 from tests.engine_fixtures import config, damage, make_dataset
 from tests.simulated_device import DEVICE, Device, DeviceTensor
-from tests.step_counts import Asked, last_steps
+from tests.step_counts import Asked, held, last_steps
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "step.md"
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -108,6 +113,34 @@ def test_only_several_ranks_wait_to_know_whose_rows_they_have() -> None:
         assert [what for _, what, _ in simulated.waits] == ["copy to the host"]
         for found in (known, asked):
             assert {a: places.tolist() for a, places in found.items()} == {0: [2], 2: [0, 3]}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_layer_of_global_batch_norm_on_several_processes(monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)  # and this one has all rows
+    random = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(6, 4, 3, 5, generator=random).contiguous(memory_format=layout) for _ in range(2))
+
+    def run(place: torch.device) -> list[Tensor]:
+        layer = GlobalBatchNorm2d(nn.BatchNorm2d(4)).to(place)
+        rows, pulled = to_device(x, place).requires_grad_(), to_device(grad, place)
+        with counting("forward"):
+            y = layer(rows)
+        with counting("backward"):
+            gradients = torch.autograd.grad(y, [rows, *layer.parameters()], pulled)
+        return [y.detach(), *gradients, *layer.buffers()]
+
+    counting: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    expected = run(torch.device("cpu"))
+    with Device() as simulated:
+        counting = simulated.counting
+        found = run(DEVICE)
+    assert [wait for wait in simulated.waits if wait[0] != "elsewhere"] == []
+    (counted,) = re.findall(r"a layer takes (\d+) launches in the forward and (\d+) in the backward", PAGE.read_text())
+    print({part: dict(simulated.launches[part]) for part in ("forward", "backward")})
+    assert [sum(simulated.launches[part].values()) for part in ("forward", "backward")] == [*map(int, counted)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(held(one), other, rtol=1e-5, atol=1e-5)  # numbers of size 1, and sums of a few
 
 
 def test_a_value_that_is_read_later_waits_for_what_was_asked_before_it() -> None:

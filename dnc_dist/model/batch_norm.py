@@ -23,22 +23,63 @@ BatchNormKind = Literal["frozen", "global"]
 
 
 def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.to(like.dtype).view(1, -1, *[1] * (like.dim() - 2))
+    return vector.view(1, -1, *[1] * (like.dim() - 2))
 
 
 def _local_sums(x: Tensor, like: Tensor) -> Tensor:
     """(2C + 1,) float64: per channel the sum and the sum of squares of x (B, C, ...), and how many values a channel has."""
-    count = x.numel() // x.shape[1]
+    channels = x.shape[1]
+    count = x.numel() // channels
     if count == 0:
-        return x.new_zeros(2 * x.shape[1] + 1, dtype=torch.float64)
+        return x.new_zeros(2 * channels + 1, dtype=torch.float64)
     # The kernel of F.batch_norm. It wants running statistics to update, and their dtype makes it return fp32 for bf16 input.
-    mean, variance = (value.double() for value in torch.batch_norm_update_stats(x, torch.zeros_like(like), torch.ones_like(like), 0.0))
+    unread = like.new_zeros(2, channels)
+    moments = torch.stack(torch.batch_norm_update_stats(x, unread[0], unread[1], 0.0)).double()
     # In float64 the sum of squares loses nothing that matters unless |mean| exceeds the deviation by some 1e6.
-    return torch.cat([count * mean, count * (variance + mean * mean), mean.new_full((1,), count)])
+    moments[1].addcmul_(moments[0], moments[0])
+    return torch.cat([moments.flatten(), moments.new_ones(1)]).mul_(count)
+
+
+def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inverse: Tensor, pulls: Tensor, valid: Tensor | None) -> Tensor:
+    """dx = w / s * (dy - mean(dy) - x' mean(dy x')), x' = (x - mean) / s.
+
+    Every row's output moves with the statistics, and the statistics with every rank's valid rows.
+
+    Args:
+        grad: dy, as x (B, C, ...).
+        inverse: 1 / s, (C,) as weight and mean.
+        pulls: (2, C) float64, mean(dy x') and mean(dy) over the valid rows of all ranks.
+        valid: rows (V,) that the statistics are of, None: all. The others move no statistic: of them the last two terms are 0.
+    """
+    if x.device.type == "cuda" and valid is None:
+        # torch's own kernel: in fp32 whatever x is, and one pass over x. What it takes for sums are means here, of a count of 1.
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        return torch.batch_norm_backward_elemt(
+            grad.contiguous(memory_format=layout),
+            x.contiguous(memory_format=layout),
+            mean,
+            inverse,
+            weight,
+            pulls[1].to(mean.dtype),
+            (pulls[0] / inverse).to(mean.dtype),  # mean(dy (x - mean))
+            torch.ones(1, dtype=torch.int32, device=x.device),
+        )
+    scale = (weight * inverse).double()
+    slope = -scale * inverse * pulls[0]
+    shift = -scale * pulls[1] - slope * mean
+    scale, slope, shift = (_per_channel(factor.to(weight.dtype), x) for factor in (scale, slope, shift))
+    wide, wide_grad = x.to(weight.dtype), grad.to(weight.dtype)  # rounded to 16 bits once, at the end
+    dx = torch.addcmul(shift, wide, slope).addcmul_(wide_grad, scale)
+    if valid is not None:
+        dx = (wide_grad * scale).index_copy_(0, valid, dx.index_select(0, valid))
+    return dx.to(x.dtype)
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Normalise by the statistics of all ranks' valid rows. One all-reduce forward, one backward, whatever a rank holds."""
+    """Normalise by the statistics of all ranks' valid rows. One all-reduce forward, one backward, whatever a rank holds.
+
+    torch's SyncBatchNorm waits for the device in every layer, to leave out ranks without rows. Sums need no such care.
+    """
 
     @staticmethod
     def forward(
@@ -47,41 +88,33 @@ class _GlobalBatchNorm(torch.autograd.Function):
         channels = x.shape[1]
         sums = distributed.all_reduce_sum(_local_sums(x if valid_rows is None else x.index_select(0, valid_rows), weight))
         count = sums[-1].clamp(min=1)
-        mean = sums[:channels] / count
-        variance = (sums[channels:-1] / count - mean * mean).clamp(min=0)
-        mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
+        moments = sums[:-1].view(2, channels) / count
+        moments[1].addcmul_(moments[0], moments[0], value=-1.0).clamp_(min=0)
+        mean, variance = moments.to(weight.dtype)
         y = F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
         ctx.save_for_backward(x, weight, mean, variance, count, valid_rows)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance, count)
+        ctx.set_materialize_grads(False)
         return y, mean, variance, sums[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, weight, mean, variance, count, valid_rows = ctx.saved_tensors
-        grad = grads[0]
-        inverse = (variance + ctx.eps).rsqrt()
+        # None where nothing depends on y; the other ranks wait for this one's sums all the same.
+        grad, inverse = torch.zeros_like(x) if grads[0] is None else grads[0], (variance + ctx.eps).rsqrt()
         # In evaluation mode the native kernel gives sum(grad * normalised x) and sum(grad), over this rank's rows. It cannot have none.
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
         if len(x):
             _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
                 grad, x, weight, mean, variance, mean, inverse, False, ctx.eps, [False, True, True]
             )
+        else:
+            grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, grad_bias, None, None
-        # Every row's output moves with the statistics, and the statistics with every rank's valid rows:
-        # dx = w / s * (dy - mean(dy) - normalised(x) * mean(dy * normalised(x))), the means over the global batch.
-        total = distributed.all_reduce_sum(torch.cat([grad_weight, grad_bias]).double()) / count
-        scale = (weight * inverse).double()
-        slope = -scale * inverse * total[: len(mean)]
-        shift = -scale * total[len(mean) :] - slope * mean
-        scales = _per_channel(scale, x)
-        grad_x = torch.addcmul(_per_channel(shift, x), x, _per_channel(slope, x)).addcmul_(grad, scales)
-        if valid_rows is not None:  # the other rows are in no statistic: only the direct path
-            direct = grad * scales
-            grad_x = direct.index_copy_(0, valid_rows, grad_x.index_select(0, valid_rows))
-        return grad_x, grad_weight, grad_bias, None, None
+        pulls = distributed.all_reduce_sum(torch.stack([grad_weight, grad_bias]).double()) / count
+        return _input_gradient(grad, x, weight, mean, inverse, pulls, valid_rows), grad_weight, grad_bias, None, None
 
 
 class _ConvertedBatchNorm(nn.BatchNorm2d):
@@ -131,9 +164,9 @@ class GlobalBatchNorm2d(_ConvertedBatchNorm):
         with torch.no_grad():
             # A step without a valid row anywhere has no statistics: it must not move the running ones.
             momentum = 0.1 * (count > 0).to(mean.dtype)
-            unbiased = variance * (count / (count - 1).clamp(min=1)).to(mean.dtype)
-            self.running_mean += momentum * (mean - self.running_mean)
-            self.running_var += momentum * (unbiased - self.running_var)
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(unbiased, momentum)
             self.num_batches_tracked += 1
         return self.act(self.drop(y))
 
