@@ -96,7 +96,7 @@ class Event:
     def __init__(self) -> None:
         self.launches = -1
 
-    def record(self) -> None:
+    def record(self, stream: None = None) -> None:
         self.launches = _current().num_launches
 
     def synchronize(self) -> None:
@@ -144,7 +144,10 @@ class Device(TorchDispatchMode):
             (dispatch, "_why_not_triton", lambda device: None),
             (dispatch, "_is_current", lambda device: True),
             (dnc_kernels, "check_implementation", lambda device: None),
+            # Objects travel as bytes, of which each process makes a tensor on its device: how torch does that is not what is looked at.
+            *((distributed, name, _outside(getattr(distributed, name))) for name in ("broadcast_object", "gather_objects", "barrier")),
             (torch.cuda, "Event", Event),
+            (torch.cuda, "current_stream", lambda device=None: None),
             (torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state()),
             (torch.cuda, "set_rng_state", lambda state, device="cuda": None),
             (_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cuda", "meta"]),
@@ -200,7 +203,16 @@ class Device(TorchDispatchMode):
         wanted = kwargs.get("device")
         to = there[:1] if wanted is None else torch.device(wanted).type != "cpu"
         if not there and not to:
+            if func.namespace == "c10d" and tensors:
+                raise RuntimeError(f"{func} of tensors on the CPU, of which NCCL knows nothing")
             return func(*args, **kwargs)
+        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            # Without autograd, as in an evaluation, torch leaves it to us to take it apart.
+            TorchDispatchMode.__enter__(self)
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                TorchDispatchMode.__exit__(self, None, None, None)
         self._count(func, args, kwargs, tensors, there, bool(to))
         if wanted is not None:
             kwargs = kwargs | {"device": torch.device("cpu")}
@@ -273,6 +285,16 @@ class _Inside(TorchDispatchMode):
         elif not func.is_view and name not in _NO_LAUNCH:
             self.device._launched(name)
         return func(*args, **(kwargs or {}))
+
+
+def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which does not see the device."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def _unchanged(source: Tensor, options: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.clustering.centroids import Backend, KMeansOptions, KMeansResult, first_centroids, settled, split_empty
 from dnc_dist.clustering.features import Collective, Features
+from dnc_dist.processes.transfer import Later
 from dnc_kernels import implementation, implementation_note, lloyd_step
 
 BLOCK_ELEMENTS = 1 << 24
@@ -48,7 +49,7 @@ class _Step(NamedTuple):
     centroids: Tensor  # (k, D) float32 before the step
     assignment: Tensor  # (n,) int64 to these centroids
     updated: Tensor  # (k, D) float32 after it; an empty cluster keeps its centroid
-    read: Callable[[], np.ndarray]  # waits for the step; (k + 2,): rows of every cluster, objective, rows that moved, over all ranks
+    found: Later  # (k + 2,) float64: rows of every cluster, objective, rows that moved, over all ranks
 
 
 def lloyd_on_device(
@@ -83,7 +84,7 @@ def lloyd_on_device(
     for iteration in range(options.iterations):
         beat()
         ahead = start(step.updated, step.assignment)
-        *counts, now, moved = step.read().tolist()
+        *counts, now, moved = step.found.read().tolist()
         before, objective = objective, max(0.0, now)
         if moved == 0 or settled(before, objective, options.tolerance):
             break
@@ -112,23 +113,7 @@ def _start(x: Tensor, energy: Tensor, centroids: Tensor, parent: Tensor | None, 
     total = packed[: k * width].view(k, width)
     size = packed[k * width : -2, None]
     updated = torch.where(size > 0, total / size.clamp_min(1), c).float()
-    return _Step(centroids, assignment, updated, _read_later(packed[k * width :]))
-
-
-def _read_later(values: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy values to the host; the result waits for that copy, not for what is enqueued after it."""
-    if values.device.type != "cuda":
-        return values.numpy
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(values.device))  # where the copy is; the current device may be another one
-
-    def read() -> np.ndarray:
-        event.synchronize()
-        return copy.numpy()
-
-    return read
+    return _Step(centroids, assignment, updated, Later(packed[k * width :]))
 
 
 def _squared_distance(x: Tensor, centroids: Tensor, assignment: Tensor) -> Tensor:

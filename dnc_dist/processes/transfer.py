@@ -47,7 +47,7 @@ class Later:
         self._value = value.to("cpu", non_blocking=True)
         self._copied = None if value.device.type == "cpu" else torch.cuda.Event()
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(value.device))  # of its device, which need not be the current one
 
     def read(self) -> Tensor:
         """The value, on the CPU."""
