@@ -29,6 +29,7 @@ from dnc_dist.config import RunConfig
 from dnc_dist.data.images import DECODE_ERRORS, decode, upright_rgb, why_not
 from dnc_dist.data.listing import FileImages, list_images
 from dnc_dist.data.transforms import Geometry
+from dnc_dist.engine import plan
 from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network, on_device
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.zero import load_weights, read_model
@@ -49,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Exported:
-    """What an exported model says of where it is from: the run's name, the checkpoint, epochs trained, learners at the end."""
+    """What an exported model says of where it is from: the run's name, the checkpoint, epochs trained, learners that have a subspace."""
 
     run: str
     checkpoint: str
@@ -67,8 +68,8 @@ class Embedded(NamedTuple):
 class Embedder:
     """A trained network with its transform; ``load`` makes it.
 
-    ``dim``: D; ``checkpoint``: which one of the run; ``epoch``: epochs trained; ``num_learners``: learners that the embedding is divided
-    among; ``state``: what else the checkpoint says, None of an exported model.
+    ``dim``: D; ``checkpoint``: which one of the run; ``epoch``: epochs trained; ``num_learners``: learners that have a
+    subspace of the embedding, also after it was trained together; ``state``: what else the checkpoint says, None of an exported model.
     """
 
     def __init__(
@@ -232,8 +233,7 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
         source = folder / CHECKPOINTS / tag
         saved = read_model(source)
         weights, state = of_network(saved.weights), saved.state
-        learners = state.division.num_learners if state.division is not None else 1
-        origin = Exported(folder.resolve().name, tag, state.epoch, learners)
+        origin = Exported(folder.resolve().name, tag, state.epoch, plan.trained_learners(cfg, state))
     network = build_network(cfg, initial_weights=False, device=chosen)
     load_weights(network, weights, source)
     return Embedder(network, cfg, folder, origin, chosen, state)

@@ -138,6 +138,21 @@ def test_a_folder_is_read_at_any_depth_by_name(run: Path, pictures: list[Path], 
     np.testing.assert_array_equal(model.embed(tmp_path), model.embed(pictures[:4]))
 
 
+@pytest.mark.parametrize("mode", ["flat", "hierarchical"])
+def test_learners_keep_their_subspaces_when_the_whole_set_is_trained(mode: str, tmp_path: Path) -> None:
+    """The last division is then of one learner, and sliced masks have no subspace of one."""
+    make_dataset(tmp_path)
+    division = {"mode": mode, "num_learners": 2, "every": 1, "conquer_from": 2, "conquer_batches": "whole"}
+    masks = {"masks": "sliced" if mode == "flat" else "learned"}
+    model = dnc_dist.load(trained(tmp_path, tmp_path / "data", 0, division=division, schedule={"epochs": 3}, model=masks))
+    assert model.num_learners == 2
+    image = np.zeros((32, 32, 3), np.uint8)
+    parts = [model.embed(image, learner=learner) for learner in range(2)]
+    assert mode == "hierarchical" or not (parts[0] * parts[1]).any()
+    with pytest.raises(InputError, match=r"learner=2: the model has 2 learner"):
+        model.embed(image, learner=2)
+
+
 def test_the_subspace_of_a_learner(run: Path, pictures: list[Path]) -> None:
     model = dnc_dist.load(run)
     assert model.num_learners == 2

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import faiss
@@ -18,8 +19,9 @@ from PIL import Image
 
 import dnc_dist
 from dnc_dist import cli
+from dnc_dist.base.errors import InputError
 from dnc_dist.inference.index import VectorIndex
-from dnc_dist.inference.table import read_table
+from dnc_dist.inference.table import Keys, Origin, read_table, write_table
 from tests.run_fixtures import dnc, draw_folder, start, without_report, write_config
 
 CLASSES, PER_CLASS, DIM = 8, 12, 16
@@ -142,6 +144,30 @@ def test_after_a_kill_the_same_command_writes_the_same_file(place: Path, long_li
     if kind == "npy":
         assert out.with_suffix(".keys.json").read_bytes() == (tmp_path / "whole.keys.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir() if "parts" in path.name) == []
+
+
+def test_vectors_never_stand_under_the_name_of_another_model(tmp_path: Path) -> None:
+    """When a file cannot be written over another one, that one stays; and an array with the keys of another is refused."""
+    out = tmp_path / "found.npy"
+
+    def keys(model: str) -> Keys:
+        return Keys(Origin(model, "run", "step-00000001", []), ["a", "b"], [None] * 2, [None] * 2, [None] * 2)
+
+    def broken() -> Iterator[np.ndarray]:
+        yield np.zeros((1, 3), np.float32)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_table(out, keys("first"), 3, [np.ones((2, 3), np.float32)])
+    beside = out.with_suffix(".keys.json").read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        write_table(out, keys("second"), 3, broken())
+    found, vectors = read_table(out)
+    assert found == keys("first") and (vectors == 1).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.keys.json", "found.npy"]
+    write_table(out, keys("second"), 3, [np.zeros((2, 3), np.float32)])
+    out.with_suffix(".keys.json").write_bytes(beside)
+    with pytest.raises(InputError, match=r"found\.keys\.json belongs to another file; write it again"):
+        read_table(out)
 
 
 @pytest.mark.slow

@@ -74,6 +74,14 @@ def test_each_finding_where_it_holds(tmp_path: Path, lines: list[dict[str, Any]]
     assert says in story and says_not not in story
 
 
+def test_the_untrained_network_is_never_the_result(tmp_path: Path) -> None:
+    """Also where the best epoch is chosen and the untrained network is better than any."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"evaluation": {"select_on": "test"}}))
+    for recalls, epoch in (([0.9, 0.3, 0.2], 1), ([0.9], 0)):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations(*recalls)))
+        assert read_run(tmp_path).result()["epoch"] == epoch
+
+
 @pytest.mark.parametrize(
     ("twins", "pairs", "says", "says_not"),
     [

@@ -37,9 +37,21 @@ def trains_whole_set(cfg: RunConfig, epoch: int) -> bool:
 
 def learners_at(cfg: RunConfig, epoch: int) -> int:
     """How many learners there are in this epoch, 1 where the training set is whole."""
-    div = cfg.division
-    if trains_whole_set(cfg, epoch):
+    return 1 if trains_whole_set(cfg, epoch) else _divided_into(cfg, epoch)
+
+
+def trained_learners(cfg: RunConfig, state: TrainState) -> int:
+    """How many learners have a subspace in what is trained so far: those of the last division, or of the time before the whole set."""
+    if state.division is None:
         return 1
+    if not trains_whole_set(cfg, state.division.epoch):
+        return state.division.num_learners
+    assert cfg.division.conquer_epoch is not None
+    return _divided_into(cfg, max(cfg.division.conquer_epoch - 1, 0))
+
+
+def _divided_into(cfg: RunConfig, epoch: int) -> int:
+    div = cfg.division
     return div.num_learners if div.mode == "flat" else min(2 ** (epoch // div.every), div.num_learners)
 
 

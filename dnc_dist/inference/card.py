@@ -79,7 +79,7 @@ def _text(value: Metrics | float | int | str | None) -> str:
 def _training(cfg: RunConfig, model: Embedder) -> str:
     rows = {
         "backbone": f"{parts.name_of_chosen(cfg.model.backbone)}, weights at the start: {cfg.model.weights}",
-        "embedding": f"{model.dim} dimensions, masks {parts.name_of_chosen(cfg.model.masks)}, {model.num_learners} learner(s) at the end",
+        "embedding": f"{model.dim} dimensions, masks {parts.name_of_chosen(cfg.model.masks)}, {model.num_learners} learner(s)",
         "loss": parts.name_of_chosen(cfg.loss),
         "batch": f"{cfg.schedule.batch_size} images, {cfg.schedule.samples_per_class} of a class",
         "data": _data(cfg, model.state),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,10 +11,10 @@ import numpy as np
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.exact import squared_distance
-from dnc_dist.base.files import replacing, write_text
+from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import parse_json, read_bytes
 from dnc_dist.embedder import Embedder
-from dnc_dist.inference.table import MOST_KEY_BYTES, Keys
+from dnc_dist.inference.table import MOST_KEY_BYTES, Keys, as_json, hash_of
 
 Kind = Literal["flat", "ivf", "hnsw"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -72,10 +70,10 @@ def build_index(path: Path, kind: Kind, keys: Keys, vectors: np.ndarray) -> None
     index = _empty_index(kind, vectors)
     index.add(vectors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with replacing(keys_file(path)) as beside, replacing(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]
-    beside = IndexKeys(_hash(path), kind, vectors.shape[1], keys)
-    write_text(keys_file(path), json.dumps(asdict(beside), ensure_ascii=False, indent=0))
+        file.flush()
+        beside.write(as_json(IndexKeys(hash_of(Path(file.name)), kind, vectors.shape[1], keys)))
 
 
 def _empty_index(kind: Kind, vectors: np.ndarray) -> Any:
@@ -94,11 +92,6 @@ def _empty_index(kind: Kind, vectors: np.ndarray) -> Any:
     return lists
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
 class VectorIndex:
     """An index that was built. FAISS reads it: take one from those only whom you trust.
 
@@ -113,7 +106,7 @@ class VectorIndex:
         if not place.is_file():
             raise InputError(f"{path} is no index of `dnc-dist index`: {place} is missing; build one from a file of embeddings")
         self.path, self.keys = path, parse_json(read_bytes(place, MOST_KEY_BYTES), IndexKeys, place, _AGAIN)
-        if _hash(path) != self.keys.file:
+        if hash_of(path) != self.keys.file:
             raise InputError(f"{path} is damaged, or {place} belongs to another index; {_AGAIN}")
         try:
             self._index = faiss.read_index(str(path))

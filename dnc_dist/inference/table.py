@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.files import replacing, write_text
+from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import Array, parse_json, read_bytes, read_column, shorten
 
 SUFFIXES = (".parquet", ".npy")
@@ -51,6 +53,20 @@ class Keys:
         return len(self.keys)
 
 
+@dataclass(frozen=True)
+class ArrayKeys:
+    """What is beside an .npy file: which file it belongs to (see ``hash_of``), and the keys of its rows."""
+
+    file: str
+    table: Keys
+
+
+def hash_of(path: Path) -> str:
+    """A hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def check_place(out: Path) -> None:
     """Refuse a name that no file of embeddings can have.
 
@@ -68,16 +84,23 @@ def keys_file(out: Path) -> Path:
     return out.with_suffix(".keys.json")
 
 
+def as_json(keys: Any) -> bytes:
+    """A dataclass of keys as it is written beside a file; what is no UTF-8 is written with backslashes."""
+    return json.dumps(asdict(keys), ensure_ascii=False, indent=0).encode("utf-8", "backslashreplace")
+
+
 def write_table(out: Path, keys: Keys, dim: int, blocks: Iterable[np.ndarray]) -> None:
     """Write a file of embeddings, one block (n, D) of rows after the other: the whole file is there at the end, or the one before."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".npy":
-        write_text(keys_file(out), json.dumps(asdict(keys), ensure_ascii=False, indent=0))
-        with replacing(out) as file:
+        # Both take their places at the end, one right after the other; should only one get there, the hash tells.
+        with replacing(keys_file(out)) as beside, replacing(out) as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(keys), dim)}
             np.lib.format.write_array_header_1_0(file, header)
             for block in blocks:
                 file.write(np.ascontiguousarray(block, "<f4").tobytes())
+            file.flush()
+            beside.write(as_json(ArrayKeys(hash_of(Path(file.name)), keys)))
         return
     schema = pa.schema([*_COLUMNS.items(), ("embedding", pa.list_(pa.float32(), dim))])
     schema = schema.with_metadata({_METADATA: json.dumps(asdict(keys.origin), ensure_ascii=False)})
@@ -121,7 +144,10 @@ def read_table(path: Path) -> tuple[Keys, np.ndarray]:
 def _read_npy(path: Path) -> tuple[Keys, np.ndarray]:
     vectors = read_column(path, Array("f", 2), _AGAIN)
     place = keys_file(path)
-    return parse_json(read_bytes(place, MOST_KEY_BYTES), Keys, place, _AGAIN), np.array(vectors, np.float32)
+    beside = parse_json(read_bytes(place, MOST_KEY_BYTES), ArrayKeys, place, _AGAIN)
+    if hash_of(path) != beside.file:
+        raise InputError(f"{path} is damaged, or {place} belongs to another file; {_AGAIN}")
+    return beside.table, np.array(vectors, np.float32)
 
 
 def _read_parquet(path: Path) -> tuple[Keys, np.ndarray]:

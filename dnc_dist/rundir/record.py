@@ -165,8 +165,12 @@ class RunRecord:
         return None if values is None else Card.of(values, self.path / METRICS_FILE)
 
     def result(self) -> Line:
-        """The final metrics: those of the evaluation that the selection picked, or of the last one; empty without any."""
-        evaluations = [line for line in self.of("evaluation") if "recall@1" in line]
+        """The final metrics: those of the evaluation that the selection picked, or of the last one; empty without any.
+
+        The untrained network is no candidate; it counts while nothing else was measured.
+        """
+        measured = [line for line in self.of("evaluation") if "recall@1" in line]
+        evaluations = [line for line in measured if line["step"] > 0] or measured
         if not evaluations:
             return {}
         prefix = SELECTED_PREFIX.get(self.selected_on)
