@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from dnc_dist import __version__
 from dnc_dist.base.errors import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, RunError, Stopped, exit_code, explain
-from dnc_dist.base.output import end_quietly, open_streams, unheard
+from dnc_dist.base.output import end_quietly, open_streams, reader_left, unheard
 
 # Name of the command -> its line in --help. The command is the object of that name in dnc_dist/commands/NAME.py.
 COMMANDS = {
@@ -46,6 +47,15 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(f"dnc_dist.commands.{cmd_name}"), cmd_name)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. A pipe that breaks ends it without a word, as click does it, only if it is that of our reader."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if reader_left():
+                raise
+            raise explain(error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands of the help without importing them."""
@@ -89,10 +99,9 @@ def _run(args: Sequence[str] | None) -> int:
     except Stopped as error:
         print(f"stopped: {error}" if str(error) else "stopped", file=sys.stderr)
         return EXIT_STOPPED
-    except BrokenPipeError:
-        # The reader of our output left (`dnc-dist config … | head`).
-        return EXIT_FAILED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return EXIT_FAILED  # nothing to say: who reads our output wants no more of it
         explained = explain(error)
         if not isinstance(explained, InputError | RunError):
             raise

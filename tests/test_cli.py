@@ -330,3 +330,14 @@ def test_an_interrupt_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_a_reader_that_leaves_is_no_error() -> None:
     done = subprocess.run(f"{sys.executable} -m dnc_dist config --keys | head -1", shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("run: ") and done.stderr == ""
+
+
+def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a reader of our output may leave: a service or a worker that is gone is told of."""
+
+    def evaluate_run(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
+    assert cli.run(["evaluate", "runs/x"]) == 1
+    assert capsys.readouterr().err.startswith("error: Broken pipe")

@@ -219,6 +219,8 @@ def load(folder: Path, text: str) -> Any:
         ("run: {name: ~}", "run.name", "exp"),
         ("run: {dir: 3}", "run.dir", Path("3")),
         ("run: {dir: 12:30}", "run.dir", Path("12:30")),
+        ("  cache: 2024", "data.cache", Path("2024")),
+        ("  cache: null", "data.cache", None),
         ("model: {weights: none}", "model.weights", "none"),
         ("model: {backbone: 'no'}", "model.backbone.name", "no"),
         ("model: {backbone: 2024-02-20}", "model.backbone.name", "2024-02-20"),

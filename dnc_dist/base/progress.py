@@ -64,17 +64,14 @@ class Progress:
     Args:
         enabled: whether to write at all.
         stream: by default stderr, so that stdout holds results only.
-        interval: seconds between two lines; by default 0.1 on a terminal, 10 elsewhere.
         clock: seconds, for tests.
     """
 
-    def __init__(
-        self, enabled: bool, stream: TextIO | None = None, interval: float | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, enabled: bool, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._enabled, self._clock = enabled, clock
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
-        self._interval = interval if interval is not None else 0.1 if self._terminal else 10.0
+        self._interval = 0.1 if self._terminal else 10.0  # seconds between two lines
         self._last = clock()
         self._width = 0
 

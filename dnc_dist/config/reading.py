@@ -50,7 +50,7 @@ class _Texts:
 
 
 def _is_text(field: Any) -> bool:
-    return field is not None and field.annotation in (str, Path, Path | str)
+    return field is not None and field.annotation in (str, Path, Path | str, str | None, Path | None)
 
 
 def _name_at(tree: Any, path: str, choice: Choice) -> str | None:

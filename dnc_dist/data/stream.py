@@ -72,7 +72,6 @@ class TrainBatches:
         *,
         seed: int,
         workers: int = 0,
-        prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
         self.view = view
@@ -80,7 +79,6 @@ class TrainBatches:
         self._loader: DataLoader[Any] | None = loader(
             _StepDataset(index, geometry, seed),
             workers=workers,
-            prefetch=prefetch,
             pin_memory=pin_memory,
             sampler=self._requests,
             keep_workers=True,
@@ -195,7 +193,6 @@ class SequentialBatches:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
         lanes = max(workers, 1)
@@ -212,9 +209,7 @@ class SequentialBatches:
         self.num_batches = sum(len(part) for part in parts)
         starts = [*(block.start for block in blocks), len(view)]
         self.bounds = (starts[first], starts[first + self.num_batches])
-        self._loader = loader(
-            _SequentialDataset(index, view, geometry, parts, self.streaming), workers=workers, prefetch=prefetch, pin_memory=pin_memory
-        )
+        self._loader = loader(_SequentialDataset(index, view, geometry, parts, self.streaming), workers=workers, pin_memory=pin_memory)
 
     def __len__(self) -> int:
         return self.num_batches

@@ -19,7 +19,7 @@ from dnc_dist.data.segments import read_rows
 from dnc_dist.data.stream import load_batch
 from dnc_dist.data.stream_plan import StreamSchedule, lanes_of_ranks
 from dnc_dist.data.transforms import Geometry
-from dnc_dist.data.transport import batches_of, loader
+from dnc_dist.data.transport import PREFETCH, batches_of, loader
 
 
 class _Work(NamedTuple):
@@ -77,11 +77,10 @@ class StreamBatches:
         *,
         seed: int,
         workers: int = 0,
-        prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
         self.index, self.view, self.geometry, self.seed = index, view, geometry, seed
-        self.workers, self.prefetch, self.pin_memory = workers, prefetch, pin_memory
+        self.workers, self.pin_memory = workers, pin_memory
 
     def epoch(
         self,
@@ -107,7 +106,7 @@ class StreamBatches:
         source = loader(
             _LanesDataset(self.index, self.geometry, self.seed, works),
             workers=workers,
-            prefetch=self.prefetch * parts,  # a part is so much smaller than a batch
+            prefetch=PREFETCH * parts,  # a part is so much smaller than a batch
             pin_memory=self.pin_memory,
         )
         positives = schedule.max_rows_per_class(self.view.labels) - 1

@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 _SHARED_MEMORY = "/dev/shm"
 # What Linux reports when shared memory, open files or processes run out; torch wraps some of them in words of its own.
 _EXHAUSTED = {errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EAGAIN}
+PREFETCH = 2
+"""Batches that each worker has ready."""
 
 
 class _Packed(NamedTuple):
@@ -63,7 +65,7 @@ def loader(
     dataset: Dataset[Any],
     *,
     workers: int,
-    prefetch: int,
+    prefetch: int = PREFETCH,
     pin_memory: bool,
     sampler: Sampler[Any] | None = None,
     keep_workers: bool = False,

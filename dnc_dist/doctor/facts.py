@@ -38,6 +38,7 @@ _PACKAGES = {
     "simplejpeg": ("simplejpeg",),
 }
 ABSENT = "not installed"
+_ROUNDS = 11
 # The part of the program that needs nearly all the others.
 _WHOLE_PROGRAM = "dnc_dist.engine.trainer"
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -114,13 +115,13 @@ def existing_parent(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def clock_offsets(rounds: int = 11) -> list[float]:
+def clock_offsets() -> list[float]:
     """Collective. Seconds by which each rank's clock is ahead of rank 0's: the median over several rounds.
 
     A rank leaves a collective within about one round trip of the others, so they look at their clocks at nearly the same time.
     """
     seen = []
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         distributed.any_rank(False)
         seen.append(time.time())
     times = torch.tensor(distributed.gather_objects(seen), dtype=torch.float64)

@@ -201,7 +201,7 @@ def evaluate_run(
         run_dir: a run directory.
         data_root: of another prepared data set than the run's.
         protocol: instead of the configured one.
-        checkpoint: "best" (the last one, if no split selected a best), "last", or a tag.
+        checkpoint: "best" (the last one, if no split selected a best) or "last".
         per_query: where rank 0 writes what every query found, as CSV.
 
     Raises:

@@ -31,13 +31,12 @@ def check_place(path: Path) -> None:
         raise InputError(f"--per-query {path}: {path.parent} is no folder; make it, or name another one")
 
 
-def write_queries(path: Path, index: DatasetIndex, view: RowView, results: Mapping[str, RetrievalResult]) -> int:
-    """Write a line for every query of every list; the number of lines.
+def write_queries(path: Path, index: DatasetIndex, view: RowView, results: Mapping[str, RetrievalResult]) -> None:
+    """Write a line for every query of every list.
 
     Raises:
         InputError: the protocol does not look at single queries.
     """
-    count = 0
     with replacing(path) as file:
         lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
         table = csv.writer(lines)
@@ -50,10 +49,8 @@ def write_queries(path: Path, index: DatasetIndex, view: RowView, results: Mappi
                 )
             for row in _rows(result.queries, index, view):
                 table.writerow((name, *row))
-                count += 1
         lines.flush()
         lines.detach()
-    return count
 
 
 def _rows(found: Queries, index: DatasetIndex, view: RowView) -> Iterator[tuple[object, ...]]:

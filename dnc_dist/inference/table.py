@@ -22,6 +22,7 @@ MOST_KEY_BYTES = 1 << 34
 """Of a file of keys: those of ten million images."""
 _AGAIN = "write it again with `dnc-dist embed`"
 _METADATA = b"dnc_dist"
+_ROWS_IN_GROUP = 1 << 14
 _COLUMNS = {"key": pa.string(), "path": pa.string(), "class": pa.string(), "label": pa.int64()}
 
 
@@ -113,12 +114,12 @@ def write_table(out: Path, keys: Keys, dim: int, blocks: Iterable[np.ndarray]) -
             writer.write_table(pa.table([*arrays, vectors], schema=schema))
 
 
-def _row_groups(blocks: Iterable[np.ndarray], least: int = 1 << 14) -> Iterator[tuple[int, np.ndarray]]:
+def _row_groups(blocks: Iterable[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
     """Larger blocks, each with the row that it begins at: readers of Parquet like few groups."""
     start, waiting = 0, []
     for block in blocks:
         waiting.append(block)
-        if (rows := sum(map(len, waiting))) >= least:
+        if (rows := sum(map(len, waiting))) >= _ROWS_IN_GROUP:
             yield start, np.concatenate(waiting)
             start, waiting = start + rows, []
     if waiting:

@@ -73,6 +73,8 @@ class PmlLoss(BatchLoss):
             z = torch.nn.functional.normalize(torch.randn(len(labels), self.embedding_dim), dim=1)
             try:
                 copy.deepcopy(self)(z, labels)
+            except MemoryError:
+                raise
             # Nothing is known about what its classes raise.
             except Exception as error:
                 chosen = {key: value for key, value in self.options if key != "name" and value}

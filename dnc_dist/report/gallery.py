@@ -46,7 +46,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
-def gallery_image(gallery: PictureGallery, *, queries: int = 6, neighbours: int = 8, side: int = 96) -> bytes:
+def gallery_image(gallery: PictureGallery, *, queries: int, neighbours: int = 8, side: int = 96) -> bytes:
     """A PNG with a row for each of the first queries: the query, then its nearest neighbours framed green (right) or red (wrong).
 
     Args:

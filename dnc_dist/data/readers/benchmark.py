@@ -162,14 +162,14 @@ def read_rows(path: Path, columns: str, *, header: Sequence[str] = ()) -> Iterat
         raise InputError(f"{path} has {count:,} rows, but its first line says {said:,}; it is cut off or was changed: {_AGAIN}")
 
 
-def number(text: str, where: str, what: str, least: int = 1) -> int:
+def number(text: str, where: str, what: str) -> int:
     """A whole number of a list.
 
     Raises:
-        InputError: it is none, or below ``least``.
+        InputError: it is none, or below 1.
     """
-    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= least):
-        raise InputError(f"{where}: {what} is {shorten(text)}, not a whole number from {least}; correct the line")
+    if not (text.isascii() and text.isdigit() and len(text) < 19 and int(text) >= 1):
+        raise InputError(f"{where}: {what} is {shorten(text)}, not a whole number from 1; correct the line")
     return int(text)
 
 
