@@ -177,6 +177,9 @@ def test_names_survive_and_other_kinds_are_refused() -> None:
     assert list(converted.state_dict()) == names and isinstance(converted[1][0], GlobalBatchNorm2d)  # type: ignore[index]
     with pytest.raises(InputError, match=r"BatchNorm1d.*model\.batch_norm=frozen"):
         replace_batch_norm(nn.Sequential(nn.BatchNorm1d(4)), "global")
+    for options in ({"affine": False}, {"track_running_stats": False}):
+        with pytest.raises(InputError, match=r"a BatchNorm2d of this backbone has not; choose another model\.backbone"):
+            replace_batch_norm(nn.Sequential(nn.BatchNorm2d(4, **options)), "frozen")
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

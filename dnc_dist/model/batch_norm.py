@@ -122,10 +122,8 @@ class _ConvertedBatchNorm(nn.BatchNorm2d):
 
     def __init__(self, source: _BatchNorm) -> None:
         super().__init__(source.num_features, eps=source.eps, momentum=0.1, affine=True)
-        if source.affine:
-            self.weight, self.bias = source.weight, source.bias
-        if source.running_mean is not None and source.running_var is not None:
-            self.running_mean, self.running_var = source.running_mean, source.running_var
+        self.weight, self.bias = source.weight, source.bias
+        self.running_mean, self.running_var = source.running_mean, source.running_var
         self.drop: nn.Module = getattr(source, "drop", nn.Identity())
         self.act: nn.Module = getattr(source, "act", nn.Identity())
 
@@ -175,9 +173,14 @@ def replace_batch_norm(module: nn.Module, kind: BatchNormKind) -> nn.Module:
     """The module with every BatchNorm inside turned into the frozen or the global kind (parameters and names are kept).
 
     Raises:
-        InputError: kind "global" and a BatchNorm over something else than images.
+        InputError: a BatchNorm without scale or running statistics; for "global" also one over something else than images.
     """
     if isinstance(module, _BatchNorm):
+        if not module.affine or not module.track_running_stats:
+            raise InputError(
+                f"model.batch_norm={kind} needs a scale and running statistics, which a {type(module).__name__} of this backbone has not; "
+                "choose another model.backbone"
+            )
         if kind == "frozen":
             return FrozenBatchNorm2d(module)
         if not isinstance(module, nn.BatchNorm2d):
