@@ -7,8 +7,10 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -279,6 +281,35 @@ def test_an_index_that_was_copied_while_it_was_being_replaced(place: Path, tmp_p
             open_index(server.url)
         column.write_bytes(whole)
         same_rows(open_index(server.url), open_index(place / "data"))
+
+
+def at_once(act: Callable[[], object]) -> None:
+    """Four threads do the same. They stand for machines and containers: their processes may have equal pids, as threads have one."""
+    start = Barrier(4)
+
+    def wait_and_act(_: int) -> None:
+        start.wait()
+        act()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(wait_and_act, range(4)))
+
+
+def test_machines_that_share_a_home_copy_an_index_at_once(place: Path, server: Server, tmp_path: Path) -> None:
+    for number in range(5):
+        web = Web(5.0, tmp_path / str(number), 10**9)
+        at_once(lambda web=web: open_index(server.url, web))  # type: ignore[misc]
+        same_rows(open_index(server.url, web), open_index(place / "data"))
+
+
+def test_machines_that_share_a_cache_keep_a_block_at_once(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 10**6)
+    cache.recount()
+    for number in range(20):
+        at_once(lambda number=number: cache.write(cache.path("set", "shard", number), bytes(10_000)))  # type: ignore[misc]
+        assert cache.read(cache.path("set", "shard", number)) == bytes(10_000)
+    assert {path.suffix for path in (tmp_path / "set" / "shard").iterdir()} == {".block"}
+    assert cache.recount() == 20 * 10_016
 
 
 def test_before_anything_starts(place: Path, server: Server) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.files import replacing
 
 if TYPE_CHECKING:  # imported where a server is asked: most runs ask none
     import requests
@@ -243,10 +244,5 @@ def pieces(url: str, most: int, patience: float) -> Iterator[bytes]:
 def fetch(url: str, path: Path, most: int, patience: float) -> None:
     """Copy a file of a server, whole or not at all; others may do the same at the same time. Errors as of ``pieces``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(part, "wb") as file:
-            file.writelines(pieces(url, most, patience))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.writelines(pieces(url, most, patience))
