@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -242,6 +245,71 @@ def test_processes_share_a_cache(tmp_path: Path) -> None:
     assert len(blocks) == 50 and all(cache.read(path) is not None for path in blocks)
     assert cache.recount() == counted == 50 * 1016
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path not in blocks and path.name != "bytes"]
+
+
+def put(data: Path, folder: Path) -> None:
+    """Have a server's folder hold this data set."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(data, folder)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_the_same_images_in_other_shards(tmp_path: Path) -> None:
+    """They have the content hash of those that they replace; neither an index nor a block of these is taken for theirs. And back again."""
+    folder = draw_folder(tmp_path / "pictures", {f"c{number}": 4 for number in range(8)}, {"t0": 2, "t1": 2})
+    for count in (2, 4):
+        write_shards(read_folder("folder", folder), tmp_path / str(count), shards=count)
+    local = {count: open_index(tmp_path / str(count)) for count in (2, 4)}
+    assert local[2].content_hash == local[4].content_hash and len(local[4].manifest.shards) > len(local[2].manifest.shards)
+    with serving(tmp_path / "served") as server:
+        for count in (2, 4, 2):
+            put(tmp_path / str(count), tmp_path / "served")
+            same_rows(open_index(server.url, Web(5.0, tmp_path / "cache", 10**9)), local[count])
+        again = len(server.asked)
+        same_rows(open_index(server.url, Web(5.0, tmp_path / "cache", 10**9)), local[2])
+        assert server.asked[again:] == [("manifest.json", None)]
+
+
+def test_an_index_that_was_copied_while_it_was_being_replaced(place: Path, tmp_path: Path) -> None:
+    """It fits to no manifest, which is said; the next start copies it anew."""
+    put(place / "data", tmp_path / "served")
+    column = tmp_path / "served" / "index" / "label.npy"
+    whole = column.read_bytes()
+    with serving(tmp_path / "served") as server:
+        np.save(column, np.load(column)[:-1])
+        with pytest.raises(InputError, match=r"label\.npy is damaged: it has \d+ rows instead of"):
+            open_index(server.url)
+        column.write_bytes(whole)
+        same_rows(open_index(server.url), open_index(place / "data"))
+
+
+def at_once(act: Callable[[], object]) -> None:
+    """Four threads do the same. They stand for machines and containers: their processes may have equal pids, as threads have one."""
+    start = Barrier(4)
+
+    def wait_and_act(_: int) -> None:
+        start.wait()
+        act()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(wait_and_act, range(4)))
+
+
+def test_machines_that_share_a_home_copy_an_index_at_once(place: Path, server: Server, tmp_path: Path) -> None:
+    for number in range(5):
+        web = Web(5.0, tmp_path / str(number), 10**9)
+        at_once(lambda web=web: open_index(server.url, web))  # type: ignore[misc]
+        same_rows(open_index(server.url, web), open_index(place / "data"))
+
+
+def test_machines_that_share_a_cache_keep_a_block_at_once(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, 10**6)
+    cache.recount()
+    for number in range(20):
+        at_once(lambda number=number: cache.write(cache.path("set", "shard", number), bytes(10_000)))  # type: ignore[misc]
+        assert cache.read(cache.path("set", "shard", number)) == bytes(10_000)
+    assert {path.suffix for path in (tmp_path / "set" / "shard").iterdir()} == {".block"}
+    assert cache.recount() == 20 * 10_016
 
 
 def test_before_anything_starts(place: Path, server: Server) -> None:

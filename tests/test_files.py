@@ -9,8 +9,10 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 
@@ -112,3 +114,25 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("fcntl.lockf", without_locks)
     with lock(tmp_path / ".lock", "busy"):
         assert "this file system has no locks" in caplog.text
+
+
+def test_many_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """Threads stand for machines and containers, whose processes may have equal pids: all succeed, and one of them stays."""
+    start = Barrier(4)
+
+    def write(number: int) -> None:
+        for durable in (True, False) * 20:
+            start.wait()
+            with replacing(tmp_path / "a", durable=durable) as file:
+                file.write(bytes([number]) * 1000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    content = (tmp_path / "a").read_bytes()
+    assert len(content) == 1000 and len(set(content)) == 1 and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_private_file_is_private_from_the_beginning(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a", mode=0o600) as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600

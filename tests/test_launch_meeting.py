@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.files import replacing
 from dnc_dist.processes.launch import channel, host, meeting
 from dnc_dist.processes.launch.channel import Card, Channel, FromHost, FromMachine
 from dnc_dist.processes.launch.meeting import Meeting, MeetingError
@@ -473,6 +474,14 @@ def test_no_secret_is_one_message(endpoint: str, pool: ThreadPoolExecutor, tmp_p
         meet(endpoint, 2, {}, 1, tmp_path / "open")
     with pytest.raises(MeetingError):
         first.result()
+
+
+def test_a_file_system_without_permissions_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr("dnc_dist.processes.launch.secret.replacing", lambda path, mode: replacing(path, mode=0o644))
+    with pytest.raises(InputError, match=r"shared is on a file system where every file can be read by others; use another run\.dir"):
+        Secret(tmp_path / "shared" / "secret").renew()
+    assert list((tmp_path / "shared").iterdir()) == []
 
 
 def test_only_the_named_address_is_open() -> None:

@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TextIO
 
@@ -31,21 +32,30 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, mode: int = 0o666, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write the new content of ``path`` to, which takes its place at the end; after an error it is removed.
+
+    Any number of processes, of any machines, may do so at the same time: the last one's content stays.
+
+    Args:
+        path: the file.
+        mode: who may read and write the new one, less what the umask takes away.
+        durable: wait for the disk. Without, a crash of the machine may leave a torn file: for what has a checksum of its own.
 
     Raises:
         OSError: it cannot be written; names ``path``, as a full disk names no file.
     """
-    # A name that nobody can have planted a link under, and that no other process writes to.
+    # A name that nobody can have planted a link under, and that no other process writes to: pids are the same in other containers.
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with part.open("xb") as file:
+        with open(part, "xb", opener=partial(os.open, mode=mode)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         part.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except BaseException as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(part)):

@@ -10,10 +10,11 @@ import errno
 import fcntl
 import hashlib
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+from dnc_dist.base.files import replacing
 
 BLOCK = 2 << 20
 _DIGEST = 16
@@ -70,15 +71,13 @@ class BlockCache:
         self._count(reserve)
         if not fits:
             return
-        part = path.with_suffix(f".{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data + hashlib.blake2b(data, digest_size=_DIGEST).digest())
-            again = path.exists()
-            os.replace(part, path)
+            with replacing(path, durable=False) as file:
+                file.write(data + hashlib.blake2b(data, digest_size=_DIGEST).digest())
+                again = path.exists()
         except OSError as error:
             self._count(lambda count: count - length)
-            part.unlink(missing_ok=True)
             if error.errno not in _UNUSABLE:  # a full disk: the run does without
                 raise
             return

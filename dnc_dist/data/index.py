@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,7 +227,12 @@ def open_index(root: str | Path, web: Web = AS_USUAL) -> DatasetIndex:
         remote = RemoteShards(url, read_manifest(folder), web)
         if remote.cache is not None:
             remote.cache.recount()
-        return _open_folder(folder, remote)
+        try:
+            return _open_folder(folder, remote)
+        except InputError:
+            # Perhaps it was copied while the data set there was being replaced: the next start copies it anew.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     return _open_folder(Path(os.path.realpath(root)), None)
 
 

@@ -113,12 +113,24 @@ def read_manifest(root: Path, file: str = MANIFEST) -> Manifest:
         raise InputError(
             f"{root} holds no prepared data set ({file} is missing){begun}; write one with `dnc-dist data prepare`, or set data.root"
         )
-    data = read_bytes(path)
-    if parse_json(data, _Versioned, path, COPY_AGAIN).format != FORMAT:
-        raise InputError(f"{path} is no manifest of format {FORMAT}; prepare the data set again with `dnc-dist data prepare … --force`")
-    manifest = parse_json(data, Manifest, path, COPY_AGAIN)
+    return parse_manifest(read_bytes(path), path)
+
+
+def parse_manifest(data: bytes, source: str | Path) -> Manifest:
+    """The manifest that these bytes are.
+
+    Args:
+        data: as they were written.
+        source: where they are from, for the message.
+
+    Raises:
+        InputError: they belong to another version of the format, or are damaged.
+    """
+    if parse_json(data, _Versioned, source, COPY_AGAIN).format != FORMAT:
+        raise InputError(f"{source} is no manifest of format {FORMAT}; prepare the data set again with `dnc-dist data prepare … --force`")
+    manifest = parse_json(data, Manifest, source, COPY_AGAIN)
     if problem := _contradiction(manifest):
-        raise InputError(f"{path} is damaged: {problem}; {COPY_AGAIN}")
+        raise InputError(f"{source} is damaged: {problem}; {COPY_AGAIN}")
     return manifest
 
 

@@ -6,12 +6,14 @@ import io
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from dnc_dist.base.errors import InputError, RunError
+from dnc_dist.base.files import replacing
 
 if TYPE_CHECKING:  # imported where a server is asked: most runs ask none
     import requests
@@ -225,21 +227,22 @@ def open_url(url: str, start: int, stop: int, *, size: int, patience: float) -> 
     return io.BufferedReader(Download(url, start, stop, size=size, patience=patience), 1 << 18)
 
 
-def fetch(url: str, path: Path, most: int, patience: float) -> None:
-    """Copy a file of a server, whole or not at all; others may do the same at the same time.
+def pieces(url: str, most: int, patience: float) -> Iterator[bytes]:
+    """The bytes of a whole file, piece by piece.
 
     Raises:
         InputError: it is not there, or has more than ``most`` bytes.
         RunError: the server does not answer.
     """
+    with Download(url, patience=patience) as source:
+        while piece := source.read(1 << 20):
+            if source.position > most:
+                raise InputError(f"{url} has more than {most:,} bytes; it is not what it should be")
+            yield piece
+
+
+def fetch(url: str, path: Path, most: int, patience: float) -> None:
+    """Copy a file of a server, whole or not at all; others may do the same at the same time. Errors as of ``pieces``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with Download(url, patience=patience) as source, open(part, "wb") as file:
-            while piece := source.read(1 << 20):
-                if source.position > most:
-                    raise InputError(f"{url} has more than {most:,} bytes; it is not what it should be")
-                file.write(piece)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.writelines(pieces(url, most, patience))

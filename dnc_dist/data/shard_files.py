@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import MOST_BYTES, MOST_UNPACKED
 from dnc_dist.data.block_cache import BlockCache, CachedPart
-from dnc_dist.data.manifest import CLASSES, COLUMNS, INDEX, MANIFEST, Manifest, read_manifest
-from dnc_dist.data.remote import Web, fetch, open_url
+from dnc_dist.data.manifest import CLASSES, COLUMNS, INDEX, MANIFEST, Manifest, parse_manifest
+from dnc_dist.data.remote import Web, fetch, open_url, pieces
 
 
 class Shards(Protocol):
@@ -79,9 +80,8 @@ class RemoteShards:
     def __init__(self, url: str, manifest: Manifest, web: Web) -> None:
         self.url, self.web = url, web
         self.shards = [(shard.name, shard.bytes) for shard in manifest.shards]
-        self.key = hashlib.blake2b(
-            manifest.content_hash.encode(), digest_size=16
-        ).hexdigest()  # what a manifest says is no name of a folder
+        # Images and how they lie in shards: together they decide every byte of these. Hashed, as what a manifest says is no folder's name.
+        self.key = _short_hash(repr((manifest.content_hash, manifest.shards)).encode())
         self.cache = BlockCache(web.cache / "shards", web.cache_bytes) if web.cache is not None else None
 
     def name(self, shard: int) -> str:
@@ -103,26 +103,24 @@ class RemoteShards:
 def fetch_index(url: str, web: Web) -> Path:
     """The folder with this machine's copy of what a data set on a server says about itself: manifest, class names, columns.
 
-    Only the manifest is asked for every time; the others are copied once, for all processes of the machine.
+    Only the manifest is asked for every time; the others are copied once for each manifest, for all processes of the machine.
 
     Raises:
-        InputError: there is no data set.
+        InputError: there is no data set, or its manifest is damaged.
         RunError: the server does not answer.
     """
     home = web.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dnc-dist"
-    home = home.absolute() / "index"
-    first = home / f".manifest-{os.getpid()}"
-    try:
-        fetch(url + MANIFEST, first / MANIFEST, MOST_BYTES, web.patience)
-        manifest = read_manifest(first)
-        folder = home / hashlib.blake2b(f"{url} {manifest.content_hash}".encode(), digest_size=16).hexdigest()
-        folder.mkdir(exist_ok=True)
-        for name in (CLASSES, *(f"{INDEX}/{column}.npy" for column in (*COLUMNS, *manifest.extra_columns))):
-            if not (folder / name).exists():
-                fetch(url + name, folder / name, MOST_BYTES if name == CLASSES else MOST_UNPACKED, web.patience)
-        os.replace(first / MANIFEST, folder / MANIFEST)
-    finally:
-        (first / MANIFEST).unlink(missing_ok=True)
-        if first.exists():
-            first.rmdir()
+    data = b"".join(pieces(url + MANIFEST, MOST_BYTES, web.patience))
+    manifest = parse_manifest(data, url + MANIFEST)
+    # All of the manifest: the same images may lie in other shards, or have other sources.
+    folder = home.absolute() / "index" / _short_hash(url.encode() + data)
+    for name in (CLASSES, *(f"{INDEX}/{column}.npy" for column in (*COLUMNS, *manifest.extra_columns))):
+        if not (folder / name).exists():
+            fetch(url + name, folder / name, MOST_BYTES if name == CLASSES else MOST_UNPACKED, web.patience)
+    with replacing(folder / MANIFEST) as file:
+        file.write(data)
     return folder
+
+
+def _short_hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

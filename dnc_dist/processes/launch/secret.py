@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import read_bytes
 
 VARIABLE = "DNC_LAUNCH_SECRET"
@@ -50,28 +51,18 @@ class Secret:
         if self._given or self._file is None:
             return self._given
         self._written = secrets.token_hex(32).encode()
-        part = self._file.with_name(f"{self._file.name}.{secrets.token_hex(4)}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                with open(descriptor, "wb") as file:
-                    file.write(self._written)
-                    file.flush()
-                    os.fsync(descriptor)
-                    private = not os.fstat(descriptor).st_mode & 0o077
-                if private:
-                    os.replace(part, self._file)
-            finally:
-                part.unlink(missing_ok=True)
+            with replacing(self._file, mode=0o600) as file:
+                if os.fstat(file.fileno()).st_mode & 0o077:
+                    raise InputError(
+                        f"{self._file.parent} is on a file system where every file can be read by others; use another run.dir, {_CURE}"
+                    )
+                file.write(self._written)
         except OSError as error:
             raise InputError(
                 f"the secret of this launch cannot be written to {self._file} ({error.strerror}); make its folder writable, {_CURE}"
             ) from error
-        if not private:
-            raise InputError(
-                f"{self._file.parent} is on a file system where every file can be read by others; use another run.dir, {_CURE}"
-            )
         return self._written
 
     def read(self) -> bytes:
