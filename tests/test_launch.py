@@ -283,6 +283,11 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure
         ({0: 75, 1: None}, {}, True, (75, "")),
         ({0: 75, 1: 1}, {1: error(1.0)}, True, (1, "Traceback\nRuntimeError: x\nrank 1 failed: RuntimeError: x")),
         ({0: -15, 1: 1}, {1: error(1.0)}, True, (75, "")),
+        ({0: -15, 1: -6}, {}, True, (75, "")),
+        ({0: -15, 1: 75, 2: None}, {}, True, (75, "")),
+        ({0: 2, 1: -15, 2: 1}, {0: error(2.0, "InputError", "no data"), 2: error(1.0)}, True, (2, "error: no data")),
+        ({0: -15, 1: -11}, {}, True, (1, "rank 1 was killed by SIGSEGV")),
+        ({0: -15, 1: 1}, {}, True, (1, "rank 1 ended with exit code 1")),
         ({0: -15, 1: None}, {}, False, (1, "rank 0 was killed by SIGTERM")),
         (
             {0: None, 1: 0},
