@@ -192,6 +192,23 @@ def test_stopped_workers_end_with_75(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "stopped: saved at step 7\n"
 
 
+@pytest.mark.parametrize(("end", "code"), [("raise Stopped('saved')", 75), ("print('RESULT')", 0)])
+def test_a_library_that_hangs_does_not_keep_a_worker(end: str, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    body = f"""
+import atexit
+from dnc_dist.processes.worker import skip_shutdown
+def work():
+    atexit.register(time.sleep, 600)
+    skip_shutdown()
+    {end}
+sys.exit(run_worker(work))
+"""
+    started = time.monotonic()
+    assert launch_workers(command(body), 1) == code
+    assert time.monotonic() - started < 60
+    assert capfd.readouterr() == (("RESULT\n", "") if code == 0 else ("", "stopped: saved\n"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_signals_make_the_workers_save(tmp_path: Path, number: signal.Signals) -> None:
     with launcher(tmp_path, OBEDIENT) as (process, pids):
