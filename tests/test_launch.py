@@ -192,6 +192,23 @@ def test_stopped_workers_end_with_75(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "stopped: saved at step 7\n"
 
 
+@pytest.mark.parametrize(("end", "code"), [("raise Stopped('saved')", 75), ("print('RESULT')", 0)])
+def test_a_library_that_hangs_does_not_keep_a_worker(end: str, code: int, capfd: pytest.CaptureFixture[str]) -> None:
+    body = f"""
+import atexit
+from dnc_dist.processes.worker import skip_shutdown
+def work():
+    atexit.register(time.sleep, 600)
+    skip_shutdown()
+    {end}
+sys.exit(run_worker(work))
+"""
+    started = time.monotonic()
+    assert launch_workers(command(body), 1) == code
+    assert time.monotonic() - started < 60
+    assert capfd.readouterr() == (("RESULT\n", "") if code == 0 else ("", "stopped: saved\n"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_signals_make_the_workers_save(tmp_path: Path, number: signal.Signals) -> None:
     with launcher(tmp_path, OBEDIENT) as (process, pids):
@@ -283,6 +300,11 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure
         ({0: 75, 1: None}, {}, True, (75, "")),
         ({0: 75, 1: 1}, {1: error(1.0)}, True, (1, "Traceback\nRuntimeError: x\nrank 1 failed: RuntimeError: x")),
         ({0: -15, 1: 1}, {1: error(1.0)}, True, (75, "")),
+        ({0: -15, 1: -6}, {}, True, (75, "")),
+        ({0: -15, 1: 75, 2: None}, {}, True, (75, "")),
+        ({0: 2, 1: -15, 2: 1}, {0: error(2.0, "InputError", "no data"), 2: error(1.0)}, True, (2, "error: no data")),
+        ({0: -15, 1: -11}, {}, True, (1, "rank 1 was killed by SIGSEGV")),
+        ({0: -15, 1: 1}, {}, True, (1, "rank 1 ended with exit code 1")),
         ({0: -15, 1: None}, {}, False, (1, "rank 0 was killed by SIGTERM")),
         (
             {0: None, 1: 0},

@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
+from dnc_dist.data.stream import Batch
 from dnc_dist.engine import plan
-from dnc_dist.engine.dry_run import steps_at
+from dnc_dist.engine.dry_run import dry_run, steps_at
+from dnc_dist.engine.objective import DncObjective
 from dnc_dist.engine.state import TrainState
 from tests.engine_fixtures import config, make_dataset
 from tests.run_fixtures import dnc, metrics, without_report, write_config
@@ -64,6 +67,29 @@ def test_it_says_which_classes_share_a_batch(folder: Path) -> None:
         "skip_nearest=8 passes over more, but the training set has only 12 with at least 2 images"
         in dnc("launch", "hardest.yaml", "--dry-run", folder=folder).error
     )
+
+
+@pytest.mark.parametrize(
+    ("masks", "division", "trained"),
+    [
+        ("sliced", {"conquer_from": None}, {(2, False)}),
+        ("learned", {"conquer_from": None}, {(2, False)}),
+        ("sliced", {"conquer_from": 0, "conquer_batches": "whole"}, {(1, True)}),
+    ],
+)
+def test_it_measures_the_steps_that_the_first_epoch_takes(
+    masks: str, division: dict[str, object], trained: set[tuple[int, bool]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(folder / "data", folder / "runs" / "x", model={"masks": masks}, division={"mode": "flat", "num_learners": 2, **division})
+    forward, phases = DncObjective.forward, list[plan.Phase]()
+
+    def noted(self: DncObjective, batch: Batch, phase: plan.Phase) -> tuple[Tensor, dict[str, Tensor]]:
+        phases.append(phase)
+        return forward(self, batch, phase)
+
+    monkeypatch.setattr(DncObjective, "forward", noted)
+    assert dry_run(cfg, 1).endswith("nothing was written")
+    assert {(phase.level, phase.conquer) for phase in phases} == trained
 
 
 def test_it_refuses_what_the_run_would_refuse(folder: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from dnc_dist.processes.signals import StopRequest
 from dnc_dist.rundir.diagnosis import save_diagnosis
 from dnc_dist.rundir.gallery import PictureGallery, save_gallery
 from dnc_dist.rundir.tracker import Tracker, build_tracker, read_metrics
+from dnc_dist.trackers import background
 from dnc_dist.trackers import wandb as wandb_tracker
-from dnc_dist.trackers.background import values_of
+from dnc_dist.trackers.background import BackgroundTracker, values_of
 from dnc_dist.trackers.contents import panels_of
 from dnc_dist.trackers.panels import Histogram, Picture, Scatter, Table
 from tests import engine_fixtures
@@ -224,8 +227,6 @@ def test_an_unreachable_server_means_offline(tmp_path: Path, monkeypatch: pytest
 
 def test_the_training_does_not_wait_for_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that does not answer: lines are written while W&B begins."""
-    import threading
-
     import wandb
 
     answer = threading.Event()
@@ -240,6 +241,32 @@ def test_the_training_does_not_wait_for_wandb(tmp_path: Path, monkeypatch: pytes
     assert _lines(tmp_path) == [("train", 1)] and not answer.is_set()
     answer.set()
     tracker.close()
+
+
+def test_the_end_does_not_wait_for_a_wandb_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    import wandb
+
+    released = threading.Event()
+    skipped: list[bool] = []
+    monkeypatch.setattr(background, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(background, "skip_shutdown", lambda: skipped.append(True))
+    monkeypatch.setattr(_BrokenRun, "log", lambda self, values, **_: released.wait(60) if values["step"] == 3 else None)
+    monkeypatch.setattr(_BrokenRun, "finish", lambda self: None)
+    monkeypatch.setattr(wandb, "init", lambda **_: _BrokenRun())
+    tracker = _build(tmp_path, "wandb")
+    assert isinstance(tracker, BackgroundTracker)
+    for step in range(1, 6):
+        tracker.log("train", step, 0, {"loss": 1.0})
+    started = time.monotonic()
+    tracker.close()
+    try:
+        assert time.monotonic() - started < 30 and skipped
+        (said,) = _said(caplog)
+        assert said.startswith("W&B: logging takes longer than 0 s") and "metrics.jsonl has from step 3 on" in said, said
+        assert _lines(tmp_path) == [("train", step) for step in range(1, 6)]
+    finally:
+        released.set()
+        tracker._thread.join(30)
 
 
 def test_mode_follows_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

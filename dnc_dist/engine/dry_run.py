@@ -175,12 +175,14 @@ def _measure(cfg: RunConfig, data: RunData, objective: DncObjective) -> _Costs:
     optimizer = build_optimizer(objective, cfg)
     schedule = data.schedule(whole(data.train.labels), 0, conquer=False)
     batches = TimedBatches(data.train_batches(schedule, first_step=0, skip=0))
+    # As the first epoch trains, but that nothing is divided yet: the first learner takes every image.
+    level, conquer = plan.learners_at(cfg, 0), plan.conquering(cfg, 0)
     objective.train()
     seconds, waited, before = [], [], 0.0
     began = start = time.monotonic()
     for step, batch in enumerate(islice(batches, STEPS + 1)):
         seed_libraries(cfg.run.seed, step)
-        loss, _ = objective(batch.to(distributed.device()), plan.Phase(step, 1, conquer=False, backbone_frozen=False))
+        loss, _ = objective(batch.to(distributed.device()), plan.Phase(step, level, conquer, backbone_frozen=False))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

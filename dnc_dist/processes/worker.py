@@ -27,6 +27,8 @@ LAUNCHER_PID = "DNC_LAUNCHER_PID"
 STOP_TIMEOUT_SECONDS = 300.0
 # Set once another thread than the main one has said why this process ends.
 _ending = threading.Event()
+# Set once a library hangs, whose hooks the interpreter's shutdown would run.
+_no_shutdown = threading.Event()
 
 
 def is_worker() -> bool:
@@ -43,7 +45,10 @@ def run_worker(work: Callable[[], None]) -> int:
     """
     # A training outlives whoever reads its output: a terminal that is closed, `| head`.
     with unheard(results=True):
-        return _run(work)
+        code = _run(work)
+        if _no_shutdown.is_set():
+            _end_at_once(code)
+        return code
 
 
 def _run(work: Callable[[], None]) -> int:
@@ -75,10 +80,19 @@ def _run(work: Callable[[], None]) -> int:
             elif explained is not error or not isinstance(error, ConfigError | RunError):
                 print(f"error on rank {rank}: {explained}", file=sys.stderr)
         if world_size > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            _end_at_once(code)
         return code
+
+
+def _end_at_once(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def skip_shutdown() -> None:
+    """Let this worker end with its work, without the interpreter's shutdown: a library hangs, and so would its part of that."""
+    _no_shutdown.set()
 
 
 def end_process(message: str, speak: bool, after_seconds: float) -> NoReturn:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from dnc_dist.base import parts
+from dnc_dist.processes.worker import skip_shutdown
 from dnc_dist.rundir import METRICS_FILE
 from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.tracker import JsonlTracker, Kind, TrackedRun, Tracker, plain, read_metrics
@@ -34,6 +35,9 @@ DEBUG = {
 """Kind -> counts that are 0 unless something is unusual: they are shown apart, under ``debug/``."""
 RETRIEVAL = ("map@r", "map", "r_precision", "nmi")
 """Beside recall@k, what is better the higher it is."""
+CLOSE_SECONDS = 120.0
+"""So long the end of a run waits for what is left to be sent: W&B gives itself 30 s to begin and 60 s to finish, and after a stop a
+worker has 300 s for everything."""
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class Best(NamedTuple):
 
 class BackgroundTracker(Tracker, ABC):
     """Base of trackers that show a run elsewhere, in a thread of their own: ``metrics.jsonl`` is written at once, the training waits for
-    nothing else, and whatever goes wrong is one warning.
+    nothing else, its end not for ever, and whatever goes wrong is one warning.
 
     What is shown are the lines of ``metrics.jsonl``, in their order, and at the end the panels. A resume begins with the lines that are
     in the file: those that have been shown are passed over, those that a kill has kept from being shown are not.
@@ -67,6 +71,7 @@ class BackgroundTracker(Tracker, ABC):
         """By the name of the metric."""
         self.step = 0
         """Of the newest line."""
+        self._doing = "starting it"
         self._jsonl = JsonlTracker(options, run=run)
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # A daemon: nothing that it waits for may keep a process from ending.
@@ -108,21 +113,32 @@ class BackgroundTracker(Tracker, ABC):
     def close(self) -> None:
         self._jsonl.close()
         self._tasks.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            newest = max(self.shown.get(kind, 0) for kind in get_args(Kind))
+            _log.warning(
+                "%s: %s takes longer than %.0f s, so it is given up; what %s has from step %d on, and what is shown at the end of a run, "
+                "may be missing there",
+                self.title,
+                self._doing,
+                CLOSE_SECONDS,
+                METRICS_FILE,
+                newest,
+            )
+            skip_shutdown()
 
     def _work(self) -> None:
-        doing = "starting it"
         try:
             self.begin()
-            doing = "logging"
+            self._doing = "logging"
             for line in read_metrics(self.run.folder / METRICS_FILE):
                 self._take(line)
             while (task := self._tasks.get()) is not None:
                 task()
-            doing = "finishing"
+            self._doing = "finishing"
             self.end()
         except Exception as error:  # whatever a library of others raises, it must never stop a training
-            _log.warning("%s: %s failed (%s); the training goes on with %s alone", self.title, doing, first_line(error), METRICS_FILE)
+            _log.warning("%s: %s failed (%s); the training goes on with %s alone", self.title, self._doing, first_line(error), METRICS_FILE)
 
     def _take(self, line: Line) -> None:
         """A line from the file or from the run; one that comes from both is shown once."""

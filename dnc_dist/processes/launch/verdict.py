@@ -59,24 +59,33 @@ def _kind(code: int, recorded: bool) -> int:
     return 3 if code == -signal.SIGABRT else 0 if code < 0 else 1
 
 
+def _own_fault(code: int, recorded: bool) -> bool:
+    """Whether a worker failed for another reason than that a peer, or itself, was stopped at its start."""
+    return code == EXIT_INPUT or (_kind(code, recorded) < 2 and code != -signal.SIGTERM)
+
+
 def verdict(report: LaunchReport, *, stopping: bool = False, hosts: Mapping[int, str] | None = None) -> tuple[int, str]:
     """Exit code and message for the whole launch: the cause, not what it did to the other ranks.
 
     A worker that was killed or that left without a record of its error comes first, since a Python error elsewhere is then a
     consequence; then a machine that is gone; then the earliest recorded error; then aborts, with which communication libraries
-    react to lost peers.
+    react to lost peers. A worker that SIGTERM kills in a requested stop was still starting: then the errors and aborts of others are
+    consequences, too, but not wrong input, which every start finds again.
 
     Args:
         report: how the workers of all machines ended.
-        stopping: whether a stop was requested; a worker that SIGTERM kills was then still starting.
+        stopping: whether a stop was requested.
         hosts: rank -> its machine, if there are several.
     """
     codes, errors = report.codes, report.errors
     failed = {rank: code for rank, code in codes.items() if code}
+    stopped = set(failed.values()) == {EXIT_STOPPED}
+    if stopping and -signal.SIGTERM in failed.values():
+        causes = {rank: code for rank, code in failed.items() if _own_fault(code, rank in errors)}
+        stopped, failed = not causes, causes or failed
     rank = min(
         failed, key=lambda rank: (_kind(failed[rank], rank in errors), errors[rank].time if rank in errors else 0.0, rank), default=None
     )
-    stopped = (stopping and -signal.SIGTERM in failed.values()) or set(failed.values()) == {EXIT_STOPPED}
     if report.lost and codes.get(0) != 0 and (rank is None or _kind(failed[rank], rank in errors) > 1 or stopped):
         gone = "\n".join(f"{machine}: {why}" for machine, why in report.lost.items())
         if stopped:
