@@ -19,15 +19,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import parse_json, shorten
 from dnc_dist.base.progress import Progress
 from dnc_dist.config import RunConfig
-from dnc_dist.data.images import DECODE_ERRORS, decode, upright_rgb, why_not
-from dnc_dist.data.listing import FileImages, list_images
+from dnc_dist.data.given import Decoded, decoded, each_image, read
+from dnc_dist.data.images import DECODE_ERRORS, why_not
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.engine import plan
 from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network, on_device
@@ -44,7 +43,6 @@ METADATA = "dnc_dist"
 _MOST_THREADS = 8
 _AHEAD = 2
 """Batches that are decoded ahead of the network."""
-Decoded = Callable[[], Image.Image]
 _log = logging.getLogger(__name__)
 
 
@@ -138,7 +136,7 @@ class Embedder:
 
     def embed_bytes(self, readers: Sequence[Callable[[], bytes]]) -> Embedded:
         """The embeddings of encoded images; each reader is called once, in some thread, and may raise OSError or InputError."""
-        return self._run([partial(_read, reader) for reader in readers], self.network.embeddings, self.dim, self.batch_size, None)
+        return self._run([partial(read, reader) for reader in readers], self.network.embeddings, self.dim, self.batch_size, None)
 
     def _embed(
         self, images: Any, compute: Callable[[Tensor], Tensor], dim: int, batch_size: int | None, unreadable: str, progress: bool
@@ -147,14 +145,19 @@ class Embedder:
             raise InputError(f"batch_size={batch_size}: at least 1 image")
         if unreadable not in ("raise", "nan"):
             raise InputError(f'unreadable={shorten(unreadable)}: "raise" or "nan"')
-        given = _each(images)
+        given = each_image(images)
         total = len(given) if isinstance(given, Sized) else None
         names: list[str] = []
 
-        def named() -> Iterator[Decoded]:
+        def named() -> Iterator[Decoded | Tensor | str]:
+            stays = isinstance(given, Sequence | np.ndarray)
             for one in given:
-                names.append(str(one) if isinstance(one, str | os.PathLike) else f"image {len(names)}")
-                yield _decoded(one, names[-1])
+                named = isinstance(one, str | os.PathLike)
+                names.append(str(one) if named else f"image {len(names)}")
+                source = decoded(one, names[-1])
+                # A PIL image may be opened yet unread, and stand there twice, which threads must not share. And whoever makes images
+                # one by one may use their memory for the next.
+                yield source if named or (stays and isinstance(one, np.ndarray)) else self._pixels(source)
 
         with Progress(progress and total is not None).phase("embedding", total or 0, "img") as phase:
             found = self._run(named(), compute, dim, batch_size or self.batch_size, phase.update)
@@ -165,7 +168,7 @@ class Embedder:
 
     def _run(
         self,
-        sources: Iterable[Decoded],
+        sources: Iterable[Decoded | Tensor | str],
         compute: Callable[[Tensor], Tensor],
         dim: int,
         batch_size: int,
@@ -187,17 +190,22 @@ class Embedder:
                 update(len(rows))
         return Embedded(np.concatenate(vectors), failed)
 
-    def _batches(self, sources: Iterable[Decoded], size: int) -> Iterator[list[Tensor | str]]:
-        """Pixels (3, S, S) of each image, or why it cannot be read; decoded by threads, a few batches ahead."""
+    def _batches(self, sources: Iterable[Decoded | Tensor | str], size: int) -> Iterator[list[Tensor | str]]:
+        """Pixels (3, S, S) of each image, or why it cannot be read; what is not there yet is decoded by threads, a few batches ahead."""
         cores = len(usable_cores())
         with ThreadPoolExecutor(min(_MOST_THREADS, cores)) as pool:
-            waiting: deque[Future[Tensor | str]] = deque()
+            waiting: deque[Future[Tensor | str] | Tensor | str] = deque()
+
+            def first(count: int) -> list[Tensor | str]:
+                taken = [waiting.popleft() for _ in range(count)]
+                return [one.result() if isinstance(one, Future) else one for one in taken]
+
             for source in sources:
-                waiting.append(pool.submit(self._pixels, source))
+                waiting.append(source if isinstance(source, Tensor | str) else pool.submit(self._pixels, source))
                 if len(waiting) == (_AHEAD + 1) * size:
-                    yield [waiting.popleft().result() for _ in range(size)]
+                    yield first(size)
             while waiting:
-                yield [waiting.popleft().result() for _ in range(min(size, len(waiting)))]
+                yield first(min(size, len(waiting)))
 
     def _pixels(self, source: Decoded) -> Tensor | str:
         try:
@@ -252,46 +260,3 @@ def _read_export(path: Path) -> tuple[dict[str, Tensor], Exported]:
     if text is None:
         raise InputError(f"{path} was not written by `dnc-dist export`; export the run again")
     return weights, parse_json(text, Exported, path, "export the run again")
-
-
-def _each(images: Any) -> Iterable[Any]:
-    """The single images that somebody may mean by ``images``."""
-    if isinstance(images, str | os.PathLike):
-        path = Path(images)
-        if not path.is_dir():
-            return [path]
-        listed = list_images(path)
-        if not isinstance(listed, FileImages):
-            raise InputError(f"{path} is a prepared data set; `dnc-dist embed` embeds one, or give a folder of images")
-        return listed.files
-    if isinstance(images, Image.Image) or (isinstance(images, np.ndarray) and images.ndim != 4):
-        return [images]
-    if isinstance(images, np.ndarray | Sequence):
-        return images
-    if isinstance(images, Iterable) and not isinstance(images, Tensor | bytes):
-        return images
-    raise InputError(f"{type(images).__name__} is no image; {_ALLOWED}")
-
-
-_ALLOWED = "give paths, PIL images or arrays (H, W, 3) of uint8"
-
-
-def _decoded(one: Any, name: str) -> Decoded:
-    """What gives the pixels of an image.
-
-    Raises:
-        InputError: it is none.
-    """
-    if isinstance(one, str | os.PathLike):
-        (reader,) = FileImages([name], [os.fspath(one)], [None]).readers(0, 1)
-        return partial(_read, reader)
-    if isinstance(one, Image.Image):
-        return partial(upright_rgb, one)
-    if isinstance(one, np.ndarray) and one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3 and one.size:
-        return partial(Image.fromarray, one)
-    what = f"an array {one.shape} of {one.dtype}" if isinstance(one, np.ndarray) else type(one).__name__
-    raise InputError(f"{name} is {what}; {_ALLOWED}")
-
-
-def _read(reader: Callable[[], bytes]) -> Image.Image:
-    return decode(reader())

@@ -172,9 +172,10 @@ def test_launch_hands_everything_to_the_workers(config_file: str, monkeypatch: p
     )
     arguments = ["launch", config_file, "--set", "optim.lr=1", "--set", "run.seed=2", "--resume", "never", "--nnodes", "2", "--rdzv", "a:1"]
     assert cli.run(arguments) == 75
-    command = [sys.executable, "-m", "dnc_dist", "train", config_file, "--resume", "never", "--set", "optim.lr=1", "--set", "run.seed=2"]
-    ((given, options, terms),) = calls
-    assert given == (command, 3) and options == {
+    options = ["--resume", "never", "--set", "optim.lr=1", "--set", "run.seed=2"]
+    command = [sys.executable, "-m", "dnc_dist", "train", *options, "--", config_file]  # its name may begin with a dash
+    ((given, others, terms),) = calls
+    assert given == (command, 3) and others == {
         "nnodes": 2,
         "rendezvous": "a:1",
         "wait": 600,

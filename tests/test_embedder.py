@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,29 @@ def test_learners_keep_their_subspaces_when_the_whole_set_is_trained(mode: str, 
     assert mode == "hierarchical" or not (parts[0] * parts[1]).any()
     with pytest.raises(InputError, match=r"learner=2: the model has 2 learner"):
         model.embed(image, learner=2)
+
+
+def test_images_in_memory_may_be_shared_and_reused(run: Path, pictures: list[Path]) -> None:
+    """One opened file many times, and makers of images that use one buffer or one object for all."""
+    model, arrays = dnc_dist.load(run), [np.array(Image.open(path).convert("RGB")) for path in pictures[:4]] * 5
+    expected = model.embed(arrays)
+
+    def in_one_buffer() -> Iterator[np.ndarray]:
+        buffer = np.empty_like(arrays[0])
+        for array in arrays:
+            buffer[:] = array
+            yield buffer
+
+    def in_one_image() -> Iterator[Image.Image]:
+        image = Image.new("RGB", arrays[0].shape[1::-1])
+        for array in arrays:
+            image.paste(Image.fromarray(array))
+            yield image
+
+    for made in (in_one_buffer(), in_one_image()):
+        np.testing.assert_array_equal(model.embed(made), expected)
+    once, *others = model.embed([Image.open(pictures[0])] * 16)
+    np.testing.assert_array_equal(others, np.broadcast_to(once, (15, DIM)))
 
 
 def test_the_subspace_of_a_learner(run: Path, pictures: list[Path]) -> None:

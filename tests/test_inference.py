@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -20,6 +21,8 @@ from PIL import Image
 import dnc_dist
 from dnc_dist import cli
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.files import replacing
+from dnc_dist.inference import export as inference_export
 from dnc_dist.inference.index import VectorIndex
 from dnc_dist.inference.table import Keys, Origin, read_table, write_table
 from tests.run_fixtures import dnc, draw_folder, start, without_report, write_config
@@ -144,6 +147,32 @@ def test_after_a_kill_the_same_command_writes_the_same_file(place: Path, long_li
     if kind == "npy":
         assert out.with_suffix(".keys.json").read_bytes() == (tmp_path / "whole.keys.json").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir() if "parts" in path.name) == []
+
+
+@pytest.mark.parametrize("name", ["found.npy", "found", "./found.npy"])
+def test_an_index_never_replaces_its_embeddings(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`found` would: its keys go to found.keys.json, where those of found.npy are."""
+    source = tmp_path / "found.npy"
+    keys = Keys(Origin("model", "run", "step-00000001", []), ["a"], [None], [None], [None])
+    write_table(source, keys, 2, [np.ones((1, 2), np.float32)])
+    assert "which the embeddings are in; give another name" in refused(capsys, "index", source, "--out", f"{tmp_path}/{name}")
+    assert read_table(source)[0] == keys
+
+
+def test_an_export_that_cannot_be_written_leaves_the_one_before(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "model"
+    assert run("export", place / "runs/one", "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*given: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference_export, "replacing", lambda path: full() if path.name == "README.md" else replacing(path))
+        assert run("export", place / "runs/two", "--out", out) == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run("export", out, "--out", out) == 2
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_vectors_never_stand_under_the_name_of_another_model(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,27 @@ def test_a_file_with_a_reason_for_every_value(tmp_path: Path, monkeypatch: pytes
     changes = ["--set", "schedule.epochs=2", "--set", "tracker.kind=jsonl", "--set", "data.workers=0"]
     result = dnc("train", "other.yaml", *changes, folder=tmp_path, before=without_report).result
     assert result["epoch"] == 2 and "untrained_recall@1" in result and len(metrics(tmp_path / "runs/other", "evaluation")) == 2
+
+
+def test_a_file_that_could_not_be_written_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or the next try would find it there."""
+    monkeypatch.chdir(tmp_path)
+    make_dataset(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert cli.run(["init", "data"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large" in capsys.readouterr().err and not (tmp_path / "data.yaml").exists()
+    # What begins with a dash is told with a folder, as it would be an option else.
+    assert cli.run(["init", "data", "--out", "./-mine.yaml"]) == 0
+    assert "`dnc-dist launch ./-mine.yaml`" in capsys.readouterr().out
+    os.symlink("data", bad := os.fsdecode(b"bad\xff"))
+    assert cli.run(["init", bad]) == 2
+    assert "no UTF-8 cannot stand in a configuration" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:

@@ -116,9 +116,11 @@ def test_evaluate_on_other_data(launched: tuple[Path, Done, Done], place: Path) 
     assert (found["num_queries"], found["card"]["num_classes"]) == (48, 8)
     assert found["card"]["data_hash"] == json.loads((place / "data/manifest.json").read_text())["content_hash"]
     assert found["card"]["checkpoint"] == f"step-{32:08d}"
+    (folder / "folder.csv").mkdir()
     for arguments, message in (
         (["--per-query", "q.parquet"], "the table is written as CSV"),
         (["--per-query", "nowhere/q.csv"], "nowhere is no folder"),
+        (["--per-query", "folder.csv"], "folder.csv is a folder"),
     ):
         assert message in dnc("evaluate", "runs/run", *arguments, folder=folder).error
 

@@ -233,6 +233,8 @@ def test_unreadable_images_are_counted_and_named_and_cost_no_more(workers: int, 
     assert metrics(run, "evaluation")[-1]["num_queries"] == 47
     log = (run / "log.txt").read_text()
     assert all(index.key(row) in log for row in rows) and "2 image(s) cannot be decoded" in log
+    evaluated = dnc("evaluate", run, folder=place)
+    assert evaluated.code == 0 and f"1 image(s) cannot be decoded and take part in nothing: {index.key(rows[1])}" in evaluated.err
     with np.load(run / "divisions" / "epoch-0001.npz") as division:
         assert division["learner_of"][5] == -1
 

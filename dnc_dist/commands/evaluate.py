@@ -52,9 +52,10 @@ def evaluate(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from dnc_dist.processes.launch import launch_workers, workers_here
 
-    command = [sys.executable, "-m", "dnc_dist", "evaluate", str(run), *([str(data)] if data else []), "--checkpoint", checkpoint]
+    command = [sys.executable, "-m", "dnc_dist", "evaluate", "--checkpoint", checkpoint]
     command += [*(["--protocol", protocol] if protocol else []), *(["--per-query", str(per_query)] if per_query else [])]
-    return launch_workers([*command, *(["--json"] if as_json else [])], workers_here(nproc))
+    command += [*(["--json"] if as_json else []), "--", str(run), *([str(data)] if data else [])]
+    return launch_workers(command, workers_here(nproc))
 
 
 def _work(run: Path, data: Path | None, protocol: str | None, checkpoint: str, per_query: Path | None, as_json: bool) -> None:

@@ -19,9 +19,13 @@ import click
 )
 def index(embeddings: Path, out: Path, kind: str) -> None:
     """Build a FAISS index of EMBEDDINGS, a file that `embed` wrote."""
-    from dnc_dist.inference.index import KINDS, build_index
-    from dnc_dist.inference.table import read_table
+    from dnc_dist.base.errors import InputError
+    from dnc_dist.inference import table
+    from dnc_dist.inference.index import KINDS, build_index, keys_file
 
-    keys, vectors = read_table(embeddings)
+    sources = {path.resolve() for path in (embeddings, table.keys_file(embeddings))}
+    if lost := {out.resolve(), keys_file(out).resolve()} & sources:
+        raise InputError(f"--out {out} would replace {lost.pop().name}, which the embeddings are in; give another name")
+    keys, vectors = table.read_table(embeddings)
     build_index(out, next(known for known in KINDS if known == kind), keys, vectors)
     click.echo(f"index ({kind}) of {len(keys):,} embedding(s) of {vectors.shape[1]} dimensions written to {click.format_filename(out)}")

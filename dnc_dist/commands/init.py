@@ -16,6 +16,7 @@ def init(data: Path, out: Path | None) -> None:
     Number and size of the images, classes and images per class decide it. A file that is there is never overwritten.
     """
     from dnc_dist.base.errors import InputError
+    from dnc_dist.base.foreign import printable
     from dnc_dist.config import load_config
     from dnc_dist.data.index import open_index
     from dnc_dist.engine.proposal import as_yaml, facts_of, propose
@@ -24,13 +25,22 @@ def init(data: Path, out: Path | None) -> None:
     taken = f"{path} is there already and is not overwritten; name another file with --out, or remove it"
     if path.exists():  # before the data is looked at
         raise InputError(taken)
-    facts = facts_of(open_index(data))
-    text = as_yaml(data, facts, propose(data, facts))
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+        str(data).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{printable(str(data))}: a name that is no UTF-8 cannot stand in a configuration; rename the folder") from None
+    facts = facts_of(open_index(data))
+    content = as_yaml(data, facts, propose(data, facts)).encode()
+    try:
+        with path.open("xb") as file:
+            try:
+                file.write(content)
+                file.flush()
+            except OSError:
+                path.unlink()  # or the next try would find it there
+                raise
     except FileExistsError:
         raise InputError(taken) from None
     load_config(path)
-    place = click.format_filename(path)
+    place = click.format_filename(f"./{path}" if str(path).startswith("-") else path)
     click.echo(f"written to {place}; look at it, then train with `dnc-dist launch {place}`")

@@ -88,8 +88,8 @@ def _launch(config: Path, cfg: RunConfig, overrides: tuple[str, ...], resume: st
     """One run to its end; the exit code."""
     from dnc_dist.processes.launch import launch_workers
 
-    command = [sys.executable, "-m", "dnc_dist", "train", str(config), "--resume", resume]
-    command += [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, "-m", "dnc_dist", "train", "--resume", resume]
+    command += [*(part for override in overrides for part in ("--set", override)), "--", str(config)]
     terms = {"--resume": resume, **dict(_flat(cfg.model_dump(mode="json")))}
     # Each machine may have its own copy of the data, which workers compare.
     del terms["data.root"]

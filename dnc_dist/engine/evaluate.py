@@ -25,6 +25,7 @@ from dnc_dist.engine.dataset import Passes, columns_of
 from dnc_dist.engine.extract import extract
 from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network, on_device
 from dnc_dist.engine.per_query import check_place, write_queries
+from dnc_dist.engine.steplog import report_failed
 from dnc_dist.engine.subspaces import Searched
 from dnc_dist.engine.zero import load_weights, read_model
 from dnc_dist.processes import distributed, watchdog
@@ -235,6 +236,7 @@ def evaluate_run(
         epoch=saved.state.epoch,
         protocol=protocol,
     )
+    report_failed(set(evaluation.failed))
     if per_query is not None:
         distributed.on_main(write_queries, per_query, data.index, data.test, evaluation.lists)
     # Without validation classes nothing selects but the test split, and then only if it was told to.

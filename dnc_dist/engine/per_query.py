@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -23,12 +24,16 @@ def check_place(path: Path) -> None:
     """Refuse a file that could not be written once the evaluation is through.
 
     Raises:
-        InputError: it is no .csv file, or its folder does not exist.
+        InputError: it is no .csv file, or cannot be written there.
     """
     if path.suffix != ".csv":
         raise InputError(f"--per-query {path}: the table is written as CSV; give a name that ends in .csv")
     if not path.parent.is_dir():
         raise InputError(f"--per-query {path}: {path.parent} is no folder; make it, or name another one")
+    if path.is_dir():
+        raise InputError(f"--per-query {path} is a folder; give the name of a file")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--per-query {path}: {path.parent} cannot be written to; change its permissions, or name another folder")
 
 
 def write_queries(path: Path, index: DatasetIndex, view: RowView, results: Mapping[str, RetrievalResult]) -> None:

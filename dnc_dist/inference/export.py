@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
 
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.files import is_part_of, replacing, write_text
+from dnc_dist.base.files import is_part_of, replacing
 from dnc_dist.config import RunConfig, dump_config
 from dnc_dist.embedder import METADATA, WEIGHTS_FILE, Embedder
 from dnc_dist.inference.card import card
@@ -25,7 +26,7 @@ def export(model: Embedder, out: Path, *, onnx: bool, tell: Callable[[str], None
     """Write ``model.safetensors``, ``config.yaml`` and ``README.md`` into the folder ``out``, with ``onnx`` also ``model.onnx``.
 
     Raises:
-        InputError: the folder holds something else, or the packages for ONNX are not installed.
+        InputError: the folder holds something else, or the model itself, or the packages for ONNX are not installed.
         RunError: the ONNX model computes something else than this one.
     """
     if onnx:
@@ -35,20 +36,28 @@ def export(model: Embedder, out: Path, *, onnx: bool, tell: Callable[[str], None
             raise InputError(f"--out {out} holds {other[0]}, which no export has; give a new folder, or one that was exported into before")
     elif out.exists():
         raise InputError(f"--out {out} is a file; give a folder")
+    if out.resolve() == model.source.resolve():
+        raise InputError(f"--out {out} is the model that is exported; give another folder")
     graph, difference = onnx_bytes(model) if onnx else (None, None)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in out.iterdir():
-        path.unlink()
-    if graph is not None:
-        with replacing(out / ONNX_FILE) as file:
-            file.write(graph)
-        tell(f"{out / ONNX_FILE}: largest difference from torch in a coordinate {difference:.1e}")
-    write_text(out / CONFIG_FILE, dump_config(_without_places(model.cfg)))
-    write_text(out / CARD_FILE, card(model, difference))
     weights = {name: value.detach().cpu().contiguous() for name, value in model.network.state_dict().items()}
-    # Last: a folder that has them is whole.
-    with replacing(out / WEIGHTS_FILE) as file:
-        file.write(safetensors.torch.save(weights, {METADATA: json.dumps(asdict(model.origin))}))
+    contents = {
+        WEIGHTS_FILE: safetensors.torch.save(weights, {METADATA: json.dumps(asdict(model.origin))}),
+        CONFIG_FILE: dump_config(_without_places(model.cfg)).encode(),
+        CARD_FILE: card(model, difference).encode("utf-8", "backslashreplace"),
+    }
+    if graph is not None:
+        contents[ONNX_FILE] = graph
+        tell(f"{out / ONNX_FILE}: largest difference from torch in a coordinate {difference:.1e}")
+    out.mkdir(parents=True, exist_ok=True)
+    before = list(out.iterdir())
+    with ExitStack() as stack:
+        # All is written before anything of an earlier export goes. The weights take their place last: a folder that has them is whole.
+        for name, content in contents.items():
+            file = stack.enter_context(replacing(out / name))
+            file.write(content)
+            file.flush()
+        for path in before:
+            path.unlink()
 
 
 def _ours(path: Path) -> bool:
