@@ -184,8 +184,9 @@ class Divider(nn.Module):
         return self.masks.whole(embeddings)
 
     def penalty(self) -> Tensor:
-        """Mean cosine between learned masks, to be added to the loss (times 0.01, as published), so that learners specialise.
+        """Mean cosine between learned masks, to be added to the loss (times 0.01, as published).
 
+        Equal masks get no gradient from it, so it separates only masks that differ already.
         0 for one learner, for masks that are not learned, and while conquering.
         """
         if self.conquering or not self.masks.learned:

@@ -106,12 +106,18 @@ def main() -> None:
         if arguments.action == "settings":
             print(cfg.run.path.absolute())
             return
+        place = os.environ.get("STAGE_DIR")
+        if place and isinstance(cfg.data.root, str):
+            fail(
+                f"STAGE_DIR={place} copies a data set from a folder, but data.root={cfg.data.root} is on a web server; "
+                "take STAGE_DIR out of slurm/site.sh, and set data.cache to a folder on the disks of the nodes"
+            )
         from dnc_dist.data.index import open_index
 
         text, devices, job_dir = versions(), gpus(), Path(os.environ["DNC_JOB_DIR"])
         rows, data = len(open_index(cfg.data.root)), cfg.data.root
         meet(job_dir, text)
-        if place := os.environ.get("STAGE_DIR"):
+        if place:
             data = stage(data, Path(place))
             if os.environ["SLURM_NODEID"] == "0":
                 (job_dir / "data").write_text(f"{data}\n")

@@ -29,6 +29,7 @@ def test_published_values(name: str) -> None:
         1.2,
     )
     assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.optim.mask_lr_mult, cfg.division.mask_penalty) == (1e-5, 1e-4, 100, 0.01)
+    assert cfg.optim.clip_gradient == 0
     assert (cfg.schedule.epochs, cfg.schedule.batch_size, cfg.schedule.decay, cfg.schedule.epoch_length) == (180, 80, "constant", "over")
     assert (cfg.division.every, cfg.division.conquer_from, cfg.division.conquer_batches) == (2, 80, "clustered")
     assert (cfg.division.backbone_frozen_epochs, cfg.division.mode) == (1, "hierarchical")

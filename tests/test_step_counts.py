@@ -28,7 +28,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "margin, conquering": (4, "triton", {"division": {"mode": "flat", "conquer_from": 0}}),
     "margin, plain torch": (4, "reference", {}),
     "margin, dropout, colours": (4, "reference", {"model": {"dropout": 0.5}, "data": {"augment": "color"}}),
-    "triplet": (4, "reference", {"loss": {"name": "triplet"}, "division": {"learners_per_step": 2}}),
+    "triplet, 2 learners a step": (4, "reference", {"loss": {"name": "triplet"}, "division": {"learners_per_step": 2}}),
     "multi_similarity": (4, "reference", {"loss": {"name": "multi_similarity"}}),
     "proxy_anchor, 2 learners a step": (4, "reference", {"loss": {"name": "proxy_anchor"}, "division": {"learners_per_step": 2}}),
     "soft_triple, conquering": (4, "reference", {"loss": {"name": "soft_triple"}, "division": {"mode": "flat", "conquer_from": 0}}),

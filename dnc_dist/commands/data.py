@@ -59,7 +59,7 @@ class _Prepare(click.Command):
     type=click.IntRange(1, 100_000),
     default=64,
     show_default=True,
-    help="At least so many for each split; more where 256 MB would not hold one, and no more than classes.",
+    help="Least number of shards for each split. A shard holds about 256 MB at most. There are never more shards than classes.",
 )
 @_options_of_readers
 @click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the reader; repeatable.")

@@ -39,8 +39,8 @@ def launch(
 ) -> int:
     """Train what CONFIG describes.
 
-    Rank 0's output is shown, on the machine that --rdzv names; if a worker fails, the first error of any rank is shown once on
-    every machine, and all end. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 make the workers of all machines save and stop (exit code
+    Rank 0's output is shown, on the machine that --rdzv names. If a worker fails, every machine prints the first error, and all
+    workers stop. SIGTERM, SIGINT, SIGHUP, SIGUSR1 and SIGUSR2 make the workers of all machines save and stop (exit code
     75); `--resume auto` continues.
 
     --dry-run reads data and weights as the run would, measures a few steps and a piece of a pass in one process with its share of

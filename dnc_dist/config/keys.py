@@ -173,7 +173,7 @@ class DivisionConfig(Section):
     """What computes k-means: `triton` on the GPU; on the CPU `faiss` or `numpy`, which give the same result bit for bit; `auto`: triton
     where there is a GPU that it serves, else numpy, whose products were faster where both were measured (docs/scale.md)."""
     trials: int = Field(30, ge=1)
-    """k-means runs with other seeds until every cluster can be trained on."""
+    """How often k-means is run at most: again with another seed while a cluster is too small to train on."""
 
     @field_validator("conquer_from", mode="before")
     @classmethod
@@ -235,7 +235,7 @@ class Optim(Section):
     loss_lr_mult: float = Field(1.0, ge=0)
     """Learning rate of the loss's own parameters (beta, proxies), as a multiple of lr."""
     clip_gradient: float = Field(1.0, ge=0)
-    """The norm of all gradients together is at most this; 0: as large as it is. A mask that m leaves share counts m times."""
+    """The norm of all gradients together is at most this; 0: as large as it is."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's decay rates."""
 
@@ -250,7 +250,8 @@ class Engine(Section):
     grad_cache_chunks: int = Field(1, ge=1)
     """Parts in which a rank's rows go through the backbone: memory of one part, the same gradient, one forward pass more; 1: at once."""
     compile: bool = False
-    """Training steps run the backbone through torch.compile: faster from the first step of each kind on, which takes a minute or more."""
+    """Training steps run the backbone through torch.compile. The first step of each kind takes a minute or more. What it gains has not been
+    measured."""
     timeout: float = Field(1800.0, gt=0)
     """Seconds that ranks wait for one that starts, compiles in a first step, divides, evaluates or writes a checkpoint, maybe alone."""
     stall_timeout: float = Field(600.0, gt=0)

@@ -85,9 +85,9 @@ def drawing() -> str:
         (796, "at the end the whole\nembedding is trained together"),
     )
     parts += [text(x, 304, words, "small") for x, words in captions]
-    parts.append(text(470, 304, "each learns its part of the embedding\non batches of its own cluster", "small"))
+    parts.append(text(470, 304, "each trains on its own cluster,\nthrough a mask (here: fixed masks)", "small"))
     parts.append(text(796, 359, "colour: cluster, shape: class", "small"))
-    label = "Divide the training set into clusters, train a part of the embedding on each, then train the whole embedding together."
+    label = "Divide the training set into clusters, train a learner with a mask on each, then train the whole embedding together."
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 940 390" role="img" aria-label="{label}">'
     return f"{head}<style>{STYLE}</style>\n" + "\n".join(parts) + "\n</svg>\n"
 

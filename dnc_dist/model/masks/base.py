@@ -26,7 +26,7 @@ class SubspaceMasks(nn.Module, ABC):
         """Default, range and meaning of every option."""
 
     learned: ClassVar[bool] = False
-    """Whether the masks are trained, and kept apart by the penalty."""
+    """Whether the masks are trained, with the penalty on their cosines."""
 
     def __init__(self, options: parts.Options, *, num_learners: int, embedding_dim: int) -> None:
         super().__init__()

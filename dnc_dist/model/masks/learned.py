@@ -14,7 +14,7 @@ from dnc_dist.model.masks.base import SubspaceMasks, blocks
 
 
 class LearnedMasks(SubspaceMasks):
-    """Ones at the start, trained; a penalty keeps the learners' masks apart."""
+    """Ones at the start, trained, with a penalty on their mean cosine. Equal masks get no gradient from it."""
 
     learned = True
 
