@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--resume")
     arguments = parser.parse_args()
     try:
-        from dnc_dist.base.errors import InputError
+        from dnc_dist.base.errors import InputError, explain
         from dnc_dist.config import load_config
     except ImportError as error:
         fail(f"{sys.executable} cannot import dnc_dist ({error}); load the environment that has it in slurm/site.sh")
@@ -121,8 +121,8 @@ def main() -> None:
             data = stage(data, Path(place))
             if os.environ["SLURM_NODEID"] == "0":
                 (job_dir / "data").write_text(f"{data}\n")
-    except InputError as error:
-        fail(error)
+    except (InputError, OSError, MemoryError) as error:
+        fail(explain(error))
     print(f"{socket.gethostname()}: {text}, {devices}; {rows} images in {data}", file=sys.stderr)
 
 

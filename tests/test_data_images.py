@@ -15,7 +15,9 @@ from PIL import Image
 from dnc_dist.data import images
 from dnc_dist.data.images import DECODE_ERRORS, decode, encode, normalise
 from dnc_dist.data.jpeg import plain_size
+from dnc_dist.data.loading import load_image
 from dnc_dist.data.pixels import pixels_of, to_image
+from dnc_dist.data.transforms import Geometry
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -112,6 +114,21 @@ def test_an_image_that_pillow_finds_too_large_is_left_to_it(monkeypatch: pytest.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 599)  # an error from twice as many on
     assert not assert_as_pillow(data)
     assert plain_size(data) == (40, 30)
+
+
+def test_a_process_that_is_short_of_memory_leaves_no_image_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else Pillow raises, over a damaged file, is a reason to."""
+    data, raised = saved(picture(8, 8), "PNG"), [MemoryError, RecursionError, TypeError]
+
+    def fail(*told: object) -> None:
+        raise raised[0]
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(MemoryError):
+        load_image(data, Geometry(None, 8), None)
+    while len(raised) > 1:
+        del raised[0]
+        assert load_image(data, Geometry(None, 8), None) is None
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": "4:2:0", "restart_marker_blocks": 2}])

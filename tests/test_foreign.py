@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import (
-    JSON_OBJECT,
-    Array,
-    environment_int,
-    parse_json,
-    printable,
-    read_arrays,
-    read_bytes,
-    read_column,
-    read_json,
-    read_lines,
-    read_text,
-    shorten,
-)
+from dnc_dist.base.arrays import Array, read_arrays, read_column, read_tensors
+from dnc_dist.base.errors import InputError, RunError, explain
+from dnc_dist.base.foreign import JSON_OBJECT, environment_int, parse_json, printable, read_bytes, read_json, read_lines, read_text, shorten
 
 
 @dataclass
@@ -126,6 +117,56 @@ def test_arrays(tmp_path: Path) -> None:
     for content in (b"", b"PK", whole[:100], whole[:-30], whole.replace(b"NUMPY", b"numpy"), b"\0" * 1000):
         path.write_bytes(content)
         assert refused(lambda: read_arrays(path, shapes)).startswith(f"{path} is damaged (")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), RunError, "{}: Stale file handle; check the shared folder"),
+        (OSError(errno.EIO, "Input/output error"), RunError, "{}: Input/output error; check the disk"),
+        (OSError(errno.EACCES, "Permission denied"), InputError, "{}: Permission denied; change its permissions"),
+        (MemoryError("Unable to allocate 3 TiB"), RunError, "out of memory (Unable to allocate 3 TiB); use a machine with more"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RunError, "out of memory (DefaultCPUAllocator: can't"),
+        (OSError(errno.EINVAL, "Invalid argument"), InputError, "{} is damaged ([Errno 22] Invalid argument); do this"),
+        (OSError("no more bytes"), InputError, "{} is damaged (no more bytes); do this"),
+    ],
+    ids=["stale", "disk", "permission", "memory", "torch's memory", "a place that is none", "a library's"],
+)
+def test_what_the_machine_refuses_is_no_damage(
+    error: Exception, kind: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each ends a command with one message that is true and, where the machine does not say it, names the file."""
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    torch.save({"x": torch.zeros(3)}, tmp_path / "a.pt")
+
+    def fail(*told: object, **options: object) -> None:
+        raise copy(error)  # an error that was raised once knows a file
+
+    for place in ("torch.load", "numpy.lib.format.open_memmap", "numpy.lib.format.read_array"):
+        monkeypatch.setattr(place, fail)
+    for name, read in {
+        "a.npz": lambda path: read_arrays(path, {"x": Array("f", 1)}, "do this"),
+        "a.npy": lambda path: read_column(path, Array("f", 1), "do this"),
+        "a.pt": lambda path: read_tensors(path, "do this"),
+    }.items():
+        with pytest.raises((InputError, OSError, MemoryError)) as caught:
+            read(tmp_path / name)
+        said = explain(caught.value)
+        assert type(said) is kind and str(said).startswith(says.format(tmp_path / name)), said
+
+
+def test_a_disk_that_fails_at_the_end_of_an_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There zipfile looks first, and calls every failure a file of another kind."""
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+
+    def fail(file: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile, "_EndRecData", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        read_arrays(tmp_path / "a.npz", {"x": Array("f", 1)})
+    assert caught.value.filename == str(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("reader", ["npz", "npy"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import multiprocessing
@@ -184,6 +185,19 @@ def test_a_mirror_of_the_hub_is_asked(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"cannot be had from http://127\.0\.0\.1:9/timm/mobilenetv3_small_050.*Connection refused"):
         build_backbone("mobilenetv3_small_050", "pretrained", batch_norm="frozen")
+
+
+def test_a_disk_that_fails_is_not_said_to_hold_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({}, path)
+
+    def fail(*told: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        build_backbone("conv4", str(path), batch_norm="global")
+    assert caught.value.filename == str(path)
 
 
 def test_weights_in_the_cache_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

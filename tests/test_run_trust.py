@@ -20,8 +20,8 @@ import torch
 import yaml
 
 import dnc_dist
+from dnc_dist.base.arrays import read_tensors
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import read_tensors
 from dnc_dist.clustering.division import Division
 from dnc_dist.config import load_config
 from dnc_dist.engine.state import TrainState

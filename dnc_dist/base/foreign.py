@@ -1,7 +1,8 @@
 """Bytes that may come from elsewhere: a data set, a run directory or an environment that somebody else made.
 
 Each kind of content has one reader. It bounds what it reads, checks the type of every value, executes nothing, and raises
-InputError with the file's name, whatever the bytes are. Code that gets its values from here needs no check of its own.
+InputError with the file's name, whatever the bytes are. Code that gets its values from here needs no check of its own. Those of
+arrays and tensors are in ``arrays``.
 """
 
 from __future__ import annotations
@@ -9,36 +10,20 @@ from __future__ import annotations
 import csv
 import io
 import os
-import pickle
 import stat
-import sys
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from dnc_dist.base.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 T = TypeVar("T")
 JSON_OBJECT = TypeAdapter(dict[str, Any])
 """For ``parse_json``: an object of any values."""
 MOST_BYTES = 1 << 28
 """A text file beyond this size is none of ours: the class names of ten million classes fit."""
-MOST_UNPACKED = 1 << 32
-"""Arrays beyond this size are none of ours: a division of a billion images fits."""
-
-
-class Array(NamedTuple):
-    """What an array of a file has to be: kinds of its dtype (as ``numpy.dtype.kind``), dimensions, and whether it has to be there."""
-
-    kinds: str
-    ndim: int
-    required: bool = True
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -131,118 +116,6 @@ def read_lines(path: Path, most: int = 1 << 20) -> Iterator[bytes]:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def read_arrays(path: Path, shapes: Mapping[str, Array], cure: str = "", most: int = MOST_UNPACKED) -> dict[str, np.ndarray]:
-    """The named arrays of an .npz file that unpacks to at most ``most`` bytes. No object is unpickled.
-
-    Raises:
-        InputError: it cannot be read, or an array is missing or of another kind.
-    """
-    import numpy as np  # only here: a command that prints help or a configuration does without
-
-    if not path.is_file():
-        read_bytes(path)  # says why
-    tail = f"; {cure}" if cure else ""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > most:
-            raise InputError(f"{path} unpacks to {size:,} bytes, at most {most:,} are read; it is not what it should be{tail}")
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name, shape in shapes.items() if shape.required or name in arrays}
-    except InputError:
-        raise
-    except Exception as error:  # bytes that no array file has make numpy, zipfile and zlib raise almost anything
-        raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
-    check_arrays(found, shapes, path, cure)
-    return found
-
-
-def check_arrays(found: Mapping[str, np.ndarray], shapes: Mapping[str, Array], source: str | Path, cure: str = "") -> None:
-    """Refuse arrays that are not what they should be.
-
-    Raises:
-        InputError: an array has another type or number of dimensions.
-    """
-    import numpy as np
-
-    tail = f"; {cure}" if cure else ""
-    for name, array in found.items():
-        kinds, ndim, _ = shapes[name]
-        # Items of no bytes could be any number of them.
-        if array.dtype.kind not in kinds or array.ndim != ndim or not array.dtype.itemsize:
-            raise InputError(f"{source} is damaged: {name} is an array of {array.dtype} with {array.ndim} dimension(s){tail}")
-        if array.dtype.kind == "U" and array.size:
-            codes = np.frombuffer(array.tobytes(), np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
-            if codes.max() > sys.maxunicode:
-                raise InputError(f"{source} is damaged: {name} holds numbers that are no characters{tail}")
-
-
-def read_tensors(path: Path, cure: str = "", *, mapped: bool = False) -> Any:
-    """What ``torch.save`` wrote: tensors, numbers and text in lists and dictionaries. No object is unpickled.
-
-    Args:
-        path: the file.
-        cure: what the user can do about a damaged one.
-        mapped: leave the tensors' bytes on disk until they are used.
-
-    Raises:
-        InputError: it cannot be read, or holds something else.
-    """
-    import torch  # 1.5 s: commands that read no tensors do without
-
-    if not path.is_file():
-        read_bytes(path)  # says why
-    tail = f"; {cure}" if cure else ""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(member.file_size != member.compress_size for member in archive.infolist()):
-                    raise InputError(f"{path} is compressed, as torch never writes it; it is not what it should be{tail}")
-        found = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError:
-        raise InputError(f"{path} holds something else than tensors, numbers and text; it could run code and is not read{tail}") from None
-    except Exception as error:  # foreign bytes make torch, zipfile and the unpickler raise almost anything
-        raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
-    waiting, seen = [found], set()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            # A tensor of another kind has no bytes, and one that repeats its bytes may have any size.
-            if (
-                value.layout != torch.strided
-                or value.device.type != "cpu"
-                or value.is_quantized
-                or value.nbytes > value.untyped_storage().nbytes()
-            ):
-                raise InputError(f"{path} is damaged: it holds a sparse, quantized or expanded tensor{tail}")
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            waiting += value.values() if isinstance(value, dict) else value
-    return found
-
-
-def read_column(path: Path, kind: Array, cure: str = "") -> np.ndarray:
-    """The array of an .npy file, mapped instead of read. No object is unpickled.
-
-    Raises:
-        InputError: it cannot be read, or is an array of another kind.
-    """
-    import numpy as np
-
-    if not path.is_file():
-        read_bytes(path)  # says why
-    tail = f"; {cure}" if cure else ""
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # bytes that no array file has make numpy raise almost anything
-        raise InputError(f"{path} is damaged ({_brief(error)}){tail}") from error
-    if array.dtype.kind not in kind.kinds or array.ndim != kind.ndim or not array.dtype.itemsize:
-        raise InputError(f"{path} is damaged: an array of {array.dtype} with {array.ndim} dimension(s){tail}")
-    return array
-
-
 def environment_int(name: str, default: int | None = None, least: int = 0, most: int = 1 << 31) -> int:
     """A whole number from the environment.
 
@@ -292,9 +165,3 @@ def shorten(value: Any, most: int = 80) -> str:
     """A foreign value for a message: on one line, without control characters, not too long."""
     text = repr(value)
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _brief(error: BaseException) -> str:
-    """An error of a library, on one line."""
-    lines = str(error).strip().splitlines()
-    return shorten(lines[0], 200).strip("'\"") if lines else type(error).__name__

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dnc_dist.base.arrays import Array, check_arrays, read_arrays
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.exact import contingency
 from dnc_dist.base.files import replacing
-from dnc_dist.base.foreign import Array, check_arrays, read_arrays, shorten
+from dnc_dist.base.foreign import shorten
 from dnc_dist.clustering.repair import class_sizes
 
 _SHAPES = {"learner_of": Array("i", 1), "centroids": Array("f", 2), "sizes": Array("i", 1)}

@@ -64,7 +64,7 @@ def _load(data: bytes) -> _Loaded:
             was_upright = image.getexif().get(0x0112, 1) == 1
             marked = "exif" in image.info or "xmp" in image.info or image.format != "JPEG"
             return _Loaded(ImageOps.exif_transpose(image) if marked else image, image.format, was_upright)
-    except DECODE_ERRORS:
+    except (*DECODE_ERRORS, MemoryError):  # that is of this process, and says nothing of the image
         raise
     except Exception as error:  # a damaged tag of a TIFF makes Pillow raise anything
         raise ValueError(f"damaged ({error})") from error

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dnc_dist.base.arrays import Array, read_column
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import Array, printable, read_column, read_json
+from dnc_dist.base.foreign import printable, read_json
 from dnc_dist.base.web import folder_url, is_url
 from dnc_dist.data.manifest import CLASSES, COLUMNS, COPY_AGAIN, INDEX, MANIFEST, SPLITS, Manifest, read_manifest, shard_problems
 from dnc_dist.data.remote import AS_USUAL, Web

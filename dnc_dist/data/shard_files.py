@@ -8,8 +8,9 @@ import os
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from dnc_dist.base.arrays import MOST_UNPACKED
 from dnc_dist.base.files import replacing
-from dnc_dist.base.foreign import MOST_BYTES, MOST_UNPACKED
+from dnc_dist.base.foreign import MOST_BYTES
 from dnc_dist.data.block_cache import BlockCache, CachedPart
 from dnc_dist.data.manifest import CLASSES, COLUMNS, INDEX, MANIFEST, Manifest, parse_manifest
 from dnc_dist.data.remote import Web, fetch, open_url, pieces

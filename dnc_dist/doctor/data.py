@@ -83,7 +83,7 @@ def _look_at_server(cfg: RunConfig) -> _Copy:
     host = socket.gethostname()
     try:
         return _Copy(host, open_data(cfg).content_hash, [])
-    except InputError as error:
+    except (InputError, OSError) as error:
         return _Copy(host, "", [str(error)])
 
 
@@ -98,7 +98,7 @@ def _look(root: Path, named: Path) -> _Copy:
         problems = list(shard_problems(root, manifest))
         if not problems:
             open_index(root)
-    except InputError as error:
+    except (InputError, OSError) as error:
         return _Copy(host, "", [str(error)])
     return _Copy(host, content_hash, problems)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dnc_dist.base.arrays import Array, read_arrays
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.files import is_part_of, lock, replacing, write_text
-from dnc_dist.base.foreign import Array, read_arrays, read_json
+from dnc_dist.base.foreign import read_json
 from dnc_dist.embedder import Embedded
 
 _PLAN, _LOCK = "plan.json", ".lock"

@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dnc_dist.base.arrays import Array, read_column, reading
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.files import replacing
-from dnc_dist.base.foreign import Array, parse_json, read_bytes, read_column, shorten
+from dnc_dist.base.foreign import parse_json, read_bytes
 
 SUFFIXES = (".parquet", ".npy")
 MOST_KEY_BYTES = 1 << 34
@@ -152,12 +153,8 @@ def _read_npy(path: Path) -> tuple[Keys, np.ndarray]:
 
 
 def _read_parquet(path: Path) -> tuple[Keys, np.ndarray]:
-    if not path.is_file():
-        read_bytes(path)  # says why
-    try:
+    with reading(path, _AGAIN):
         table = pq.read_table(path, memory_map=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({shorten(str(error).splitlines()[0], 120)}); {_AGAIN}") from error
     kinds = {field.name: field.type for field in table.schema}
     vectors = kinds.pop("embedding", None)
     text = (table.schema.metadata or {}).get(_METADATA)

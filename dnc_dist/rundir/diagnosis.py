@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dnc_dist.base.arrays import Array, read_arrays
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.files import replacing
-from dnc_dist.base.foreign import Array, read_arrays
 from dnc_dist.rundir import DIAGNOSIS_FILE
 
 _MOST_BYTES = 1 << 27

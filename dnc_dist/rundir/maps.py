@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dnc_dist.base.arrays import Array, read_arrays
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.files import replacing
-from dnc_dist.base.foreign import Array, read_arrays
 from dnc_dist.rundir import MAPS
 
 MOST_POINTS = 4096

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dnc_dist.base.foreign import read_tensors, shorten
+from dnc_dist.base.arrays import read_tensors
+from dnc_dist.base.foreign import shorten
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.zero.layout import (
     BASE_OPTIMIZER_STATE,

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from dnc_dist.base.foreign import read_tensors
+from dnc_dist.base.arrays import read_tensors
 from dnc_dist.engine.zero.layout import BASE_OPTIMIZER_STATE, CURE, OPTIMIZER_STATE_DICT, SINGLE_PARTITION_OF_FP32_GROUPS
 
 

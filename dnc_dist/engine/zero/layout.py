@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from dnc_dist.base.arrays import read_tensors
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import read_tensors
 
 MODEL = "mp_rank_00_model_states.pt"
 PARTITION = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"

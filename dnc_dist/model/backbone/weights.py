@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dnc_dist.base.arrays import read_tensors
 from dnc_dist.base.errors import InputError
-from dnc_dist.base.foreign import read_tensors
 from dnc_dist.processes import distributed
 
 _KINDS = {"weight", "bias", "running_mean", "running_var"}
@@ -25,6 +25,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         state = read_tensors(path)
+    except (OSError, MemoryError):  # the machine's
+        raise
     except Exception as error:  # foreign bytes make the reader of .safetensors raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
