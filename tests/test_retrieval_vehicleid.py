@@ -18,6 +18,7 @@ from dnc_dist.base.rng import seed_for
 from dnc_dist.config import load_config
 from dnc_dist.processes import distributed
 from dnc_dist.retrieval import Columns, Protocol, RetrievalResult, place_of_match, search, topk
+from dnc_dist.retrieval import places as retrieval_places
 from dnc_dist.retrieval.protocols.vehicleid_random10 import TRIALS
 from tests.run_fixtures import dnc, make_dataset, metrics, without_report, write_config
 from tests.spawn import spawn
@@ -113,6 +114,21 @@ def test_loo_equals_brute_force() -> None:
         result = found[name]
         assert (result.num_queries, result.num_gallery, result.num_left_out) == (asking.sum(), len(rows), (~asking).sum())
         assert result.protocol == "vehicleid-loo"
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, "auto"])
+def test_every_block_of_a_search_is_a_sign_of_life(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels, lists = sample()
+    monkeypatch.setattr(retrieval_places, "VISITING_ELEMENTS", 512)
+    monkeypatch.setattr(search, "CANDIDATES", 400)
+    built: Protocol = parts.build("protocol", protocol)
+    ticks: list[tuple[int, int]] = []
+    built.tick = lambda done, total: ticks.append((done, total))
+    built.measure(x, torch.arange(N), columns_of(labels, lists, SOURCES), (1,))
+    every = sum(int(members.sum()) for members in lists.values())
+    assert ticks == sorted(ticks) and {total for _, total in ticks} == {every}
+    assert [done for done, _ in ticks].count(every) == 1, "the last line of progress is written once"
+    assert len(ticks) > every / 32, "each block of each list"
 
 
 def test_galleries_do_not_depend_on_the_order_of_rows() -> None:
@@ -237,6 +253,7 @@ def test_a_run_from_prepare_to_evaluate(tmp_path: Path) -> None:
     assert line["validation/card"]["parameters"]["list"] == "validation"
     answer = dnc("evaluate", "runs/run", "--protocol", "vehicleid-loo", "--json", folder=tmp_path)
     found = json.loads(answer.out)
+    assert "search on test: 60/60 queries" in answer.err, "the rows of all three lists"
     assert (found["protocol"], found["list"], found["num_queries"]) == ("vehicleid-loo", "large", 28) and "recall@5" in found
     assert found["card"]["parameters"] == {"recall_at": [1, 2, 5], "list": "large"}
     last = json.loads(dnc("evaluate", "runs/run", "--checkpoint", "last", "--json", folder=tmp_path).out)

@@ -7,7 +7,7 @@ The gallery is never copied as a whole: beside it, memory holds blocks of bounde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import faiss
@@ -85,7 +85,13 @@ def topk_blocks(
         yield slice(at, at + len(block)), Neighbours(*(torch.from_numpy(part) for part in merged))
 
 
-def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor, gallery_ids: Tensor) -> Tensor:
+def place_of_match(
+    query_local: Tensor,
+    match_ids: Tensor,
+    gallery_local: Tensor,
+    gallery_ids: Tensor,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
     """Collective. For each query of this rank, the place of one given gallery row in the order that ``topk`` would give.
 
     Nearer rows are counted and never listed, so memory does not grow with queries x gallery. The gallery travels to every rank
@@ -96,6 +102,7 @@ def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor
         match_ids: (q,) int64 the gallery row, of any rank, whose place is wanted.
         gallery_local: (g, D) gallery rows of this rank; g may be 0.
         gallery_ids: (g,) int64 global rows, no row on two ranks.
+        tick: called before each block of this rank's work, with how much of how much is done.
 
     Returns:
         (q,) int64, 1 for the nearest.
@@ -104,7 +111,7 @@ def place_of_match(query_local: Tensor, match_ids: Tensor, gallery_local: Tensor
     ids = distributed.gather_rows(gallery_ids.to(device)).cpu()
     rows = distributed.gather_rows(gallery_local.detach().float().to(device)).cpu()
     gallery = _Candidates(rows.numpy(), ids.numpy())
-    return torch.from_numpy(gallery.places(query_local.detach().float().cpu().numpy(), match_ids.cpu().numpy()))
+    return torch.from_numpy(gallery.places(query_local.detach().float().cpu().numpy(), match_ids.cpu().numpy(), tick))
 
 
 class _Candidates(Gallery):
@@ -152,12 +159,13 @@ class _Candidates(Gallery):
         nearest_other = best.D[:, -1] - gram_error(queries.shape[1], np.sqrt(squares(centred)), self.longest)
         return ids, distance, distance[:, -1] < nearest_other.astype(np.float32)
 
-    def places(self, queries: np.ndarray, match: np.ndarray) -> np.ndarray:
+    def places(self, queries: np.ndarray, match: np.ndarray, tick: Callable[[int, int], None]) -> np.ndarray:
         """(Q,) places, from 1, of the rows with the ids ``match`` (Q,)."""
         places, at_match = np.ones(len(queries), np.int64), np.searchsorted(self.ids, match)
         for first, block in self.centred_blocks():
             step = max(1, CANDIDATES // len(block))
             for at in range(0, len(queries), step):
+                tick(first * len(queries) + at * len(block), len(self) * len(queries))
                 places[at : at + step] += self._num_before(queries[at : at + step], at_match[at : at + step], first, block)
         return places
 

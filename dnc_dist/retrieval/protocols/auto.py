@@ -14,6 +14,7 @@ class Auto(Protocol):
     def for_data(self, columns: Columns) -> Protocol:
         name = next(name for name in parts.TABLE["protocol"] if parts.load("protocol", name).suits(columns))
         chosen: Protocol = parts.build("protocol", name)
+        chosen.tick = self.tick
         return chosen.for_data(columns)
 
     def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:

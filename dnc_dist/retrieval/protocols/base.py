@@ -63,7 +63,8 @@ def silent(done: int, total: int) -> None:
 class Protocol(ABC):
     """Base of retrieval protocols.
 
-    ``tick`` may be called again and again while ``measure`` works, with how many queries are done, and of how many.
+    ``measure`` calls ``tick`` again and again, with how many queries are done, and of how many: what shows progress also tells the
+    watchdog that a long search is none that hangs. Whoever measures may set it; a protocol that stands for another hands it on.
     """
 
     class Options(parts.Options):

@@ -6,7 +6,8 @@ With one right answer per query, recall@k is what re-identification calls CMC@k,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,16 +55,30 @@ class VehicleId(Protocol):
     def measure(self, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> dict[str, RetrievalResult]:
         """Collective. The results of each list; recall@k besides the protocols' own 1 and 5."""
         check_finite(embeddings)
-        at, rows = _with_own(recall_at), rows.cpu()
-        results = {}
-        for name, members in self.lists(columns).items():
-            mine = torch.from_numpy(members)[rows]
-            results[name] = self.measure_list(name, embeddings[mine.to(embeddings.device)], rows[mine], columns, at)
+        at, rows, lists = _with_own(recall_at), rows.cpu(), self.lists(columns)
+        results, before, every = {}, 0, sum(int(members.sum()) for members in lists.values())
+        for name, members in lists.items():
+            mine, size = torch.from_numpy(members)[rows], int(members.sum())
+            tick = partial(self._tick, before, size, every)
+            results[name] = self.measure_list(name, embeddings[mine.to(embeddings.device)], rows[mine], columns, at, tick)
+            before += size
         return results
 
+    def _tick(self, before: int, size: int, every: int, done: int, total: int) -> None:
+        """A list counts as many queries as it has rows, however often each of them asks."""
+        self.tick(before + size * done // total, every)
+
     @abstractmethod
-    def measure_list(self, name: str, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> RetrievalResult:
-        """Collective. The result of one list from the embeddings (n, D) of this rank's rows (n,) of it.
+    def measure_list(
+        self,
+        name: str,
+        embeddings: Tensor,
+        rows: Tensor,
+        columns: Columns,
+        recall_at: tuple[int, ...],
+        tick: Callable[[int, int], None],
+    ) -> RetrievalResult:
+        """Collective. The result of one list from the embeddings (n, D) of this rank's rows (n,) of it; ``tick`` hears how far it is.
 
         Raises:
             InputError: no query has a gallery row of its class.

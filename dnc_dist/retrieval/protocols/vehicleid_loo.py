@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from torch import Tensor
 
@@ -17,6 +19,14 @@ class VehicleIdLeaveOneOut(VehicleId):
     def suits(cls, columns: Columns) -> bool:
         return bool(columns.lists)
 
-    def measure_list(self, name: str, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> RetrievalResult:
+    def measure_list(
+        self,
+        name: str,
+        embeddings: Tensor,
+        rows: Tensor,
+        columns: Columns,
+        recall_at: tuple[int, ...],
+        tick: Callable[[int, int], None],
+    ) -> RetrievalResult:
         everything = np.ones(len(columns), bool)
-        return evaluate(embeddings, rows, columns.labels, everything, everything, protocol=self.name, recall_at=recall_at)
+        return evaluate(embeddings, rows, columns.labels, everything, everything, protocol=self.name, recall_at=recall_at, tick=tick)

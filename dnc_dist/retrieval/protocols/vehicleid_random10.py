@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,16 @@ class VehicleIdRandom10(VehicleId):
         self._drawn = draw_numbers(columns.sources())
         return super().measure(embeddings, rows, columns, recall_at)
 
-    def measure_list(self, name: str, embeddings: Tensor, rows: Tensor, columns: Columns, recall_at: tuple[int, ...]) -> RetrievalResult:
-        return _measure(name, embeddings, rows, columns.labels, self._drawn, recall_at)
+    def measure_list(
+        self,
+        name: str,
+        embeddings: Tensor,
+        rows: Tensor,
+        columns: Columns,
+        recall_at: tuple[int, ...],
+        tick: Callable[[int, int], None],
+    ) -> RetrievalResult:
+        return _measure(name, embeddings, rows, columns.labels, self._drawn, recall_at, tick)
 
 
 def draw_numbers(sources: Sequence[str]) -> np.ndarray:
@@ -53,7 +62,13 @@ def _gallery_of(labels: np.ndarray, present: np.ndarray, numbers: np.ndarray) ->
 
 
 def _measure(
-    name: str, embeddings: Tensor, rows: Tensor, labels: np.ndarray, drawn: np.ndarray, recall_at: tuple[int, ...]
+    name: str,
+    embeddings: Tensor,
+    rows: Tensor,
+    labels: np.ndarray,
+    drawn: np.ndarray,
+    recall_at: tuple[int, ...],
+    tick: Callable[[int, int], None],
 ) -> RetrievalResult:
     """Collective. The trials on the rows of one list."""
     present = present_rows(rows, len(labels))
@@ -67,7 +82,7 @@ def _measure(
         offered = gallery_of[rows] == rows
         gallery, gallery_rows = embeddings[offered.to(embeddings.device)], rows[offered]
         queries, query_rows = embeddings[~offered.to(embeddings.device)], rows[~offered]
-        place = place_of_match(queries, gallery_of[query_rows], gallery, gallery_rows)
+        place = place_of_match(queries, gallery_of[query_rows], gallery, gallery_rows, partial(_tick, tick, trial))
         # In the order of the rows, so that the sums are the same sums whichever rank held what.
         all_rows, places = in_row_order(query_rows, place)
         values[trial] = [*((places <= k).mean() for k in recall_at), (1 / places).mean()]
@@ -79,7 +94,13 @@ def _measure(
             )
             sample_queries, neighbours = in_row_order(ids, near.ids)
             _, distances = in_row_order(ids, near.distance)
+        tick(trial + 1, TRIALS)
     trials = dict(zip([*(f"recall@{k}" for k in recall_at), "map"], values.T, strict=True))
     metrics = {key: float(value.mean()) for key, value in trials.items()}
     metrics |= {f"{key}_std": float(value.std(ddof=1)) for key, value in trials.items()}
     return RetrievalResult("vehicleid-random10", metrics, num_queries, num_gallery, 0, sample_queries, neighbours, distances, trials)
+
+
+def _tick(tick: Callable[[int, int], None], trial: int, done: int, total: int) -> None:
+    """So much of a trial is done."""
+    tick(trial * total + done, TRIALS * total)
