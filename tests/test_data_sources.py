@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import DECODE_ERRORS, decode, normalise
 from dnc_dist.data.index import open_index
 from dnc_dist.data.jpeg import without_metadata
+from dnc_dist.data.listing import list_images
 from dnc_dist.data.readers import Reading, Sample, read
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
@@ -92,6 +94,31 @@ def test_a_damaged_tag_of_a_tiff_is_a_reason() -> None:
     for at, value in itertools.product(range(len(whole)), (0, 2, 5, 7, 11, 12, 255)):
         with contextlib.suppress(DECODE_ERRORS):
             normalise(whole[:at] + bytes([value]) + whole[at + 1 :])
+
+
+@pytest.mark.parametrize("look", [lambda root: prepared(root), list_images], ids=["prepare", "embed"])
+def test_a_folder_that_cannot_be_read_is_not_passed_over(
+    look: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, scandir = make_folder(tmp_path / "src", LAYOUT), os.scandir
+
+    def forbidden(path: Any) -> Any:
+        if str(path).endswith("train/a"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(PermissionError, match="train/a"):
+        look(root)
+
+
+def test_prepared_data_among_the_images_is_no_class(tmp_path: Path) -> None:
+    """As when `--out` is in the folder of the images, and `data inspect` has drawn its contact sheet."""
+    root = make_folder(tmp_path / "src", LAYOUT)
+    make_folder(root / "train/out", {"a": 1})
+    (root / "train/out/manifest.json").write_text("{}")
+    _, notes = prepared(root)
+    assert notes == ["skipped, as they are no images that can be read: 1 prepared data set(s)"]
 
 
 def test_other_endings_are_counted(tmp_path: Path) -> None:
@@ -301,6 +328,7 @@ BAD_TABLES: dict[str, tuple[str | bytes, str]] = {
     "Latin-1": (OML.replace("shoe", "caf\xe9").encode("latin-1"), "is not UTF-8 text .*; save it as UTF-8"),
     "null": (OML.replace("3.jpg", "3\0.jpg"), "line 5: a null character"),
     "a field without end": (OML.replace("images/3", '"' + "x" * 200_000), r"line \d+: field larger than field limit"),
+    "half a box": (OML.replace("0,6,0,12", "0,,0,12"), "line 2: the box .* has 3 of four numbers"),
     "a box without end": (OML.replace("0,6,0,12", "0,inf,0,12"), "line 2: the box .* is not four numbers"),
     "too few fields": (OML + "8,images/6.jpg\n", "line 9: split=''"),
 }

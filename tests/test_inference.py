@@ -237,7 +237,7 @@ def test_wrong_input_of_embed(place: Path, tmp_path: Path, capsys: pytest.Captur
         (tmp_path / "broken", out, "can be read; the first is a.jpg (UnidentifiedImageError"),
         (tmp_path / "list.txt", out, "1 of 1 files that "),
         (tmp_path / "table.csv", out, "has no column path; it has file, label"),
-        (tmp_path / "noise.bin", out, "is not UTF-8 text"),
+        (tmp_path / "noise.bin", out, "noise.bin is neither an image nor a list of paths; give"),
         (place / "pictures", tmp_path / "empty.npy" / "x.txt", "does not end in .parquet or .npy"),
         (place / "pictures", tmp_path / "taken.parquet", "is in the way, and no `dnc-dist embed` made it"),
     ):
@@ -247,6 +247,8 @@ def test_wrong_input_of_embed(place: Path, tmp_path: Path, capsys: pytest.Captur
     assert "folder.npy is a folder" in refused(capsys, "embed", one, place / "pictures", "--out", tmp_path / "folder.npy")
     assert "--split test needs a data set" in refused(capsys, "embed", one, place / "pictures", "--split", "test", "--out", out)
     assert "is no run directory" in refused(capsys, "embed", place, place / "pictures", "--out", out)
+    message = "data is a prepared data set; give images, or folders of images"  # its contact sheet is no query
+    assert message in refused(capsys, "search", one, place / "data", "--index", place / "all.index")
     assert "has no checkpoint step-9" in refused(capsys, "embed", one, place / "pictures", "--checkpoint", "step-9", "--out", out)
 
 

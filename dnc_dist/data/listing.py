@@ -17,7 +17,7 @@ from dnc_dist.base.foreign import printable, read_bytes, read_table, read_text
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import NO_LABEL, open_index, row_key, text
 from dnc_dist.data.manifest import MANIFEST, SPLITS
-from dnc_dist.data.readers.folder import SPLIT_NAMES
+from dnc_dist.data.readers.folder import SPLIT_NAMES, walk
 from dnc_dist.data.rows import ShardReader
 
 MOST_BYTES = 1 << 30
@@ -183,6 +183,8 @@ def list_queries(images: Sequence[str | Path]) -> FileImages:
     keys: list[str] = []
     paths: list[Path] = []
     for image in map(Path, images):
+        if (image / MANIFEST).is_file():
+            raise InputError(f"{image} is a prepared data set; give images, or folders of images")
         if image.is_dir():
             found = [image / name for name in _below(image)]
             if not found:
@@ -219,7 +221,7 @@ def _below(folder: Path) -> list[Path]:
     """The images in a folder and all folders below, relative to it, sorted; links are followed, into each real folder once."""
     found: list[Path] = []
     seen = {os.path.realpath(folder)}
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in walk(folder):
         kept = []
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(place, name))
@@ -252,7 +254,12 @@ def _of_list(file: Path) -> FileImages:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    content = read_text(file)
+    try:
+        content = read_text(file)
+    except InputError as error:
+        if not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        content = "\0"
     if "\0" in content:
         raise InputError(f"{file} is neither an image nor a list of paths; give {_KINDS}")
     return iter(content.splitlines())

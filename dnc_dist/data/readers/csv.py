@@ -35,8 +35,11 @@ def _role(row: dict[str, str], columns: tuple[str, ...], default: bool, where: s
 def _box(row: dict[str, str], where: str) -> tuple[int, int, int, int] | None:
     """The box (left, top, right, bottom), None where its columns are missing or empty."""
     values = [(row.get(column) or "").strip() for column in _BOX]
-    if any(value in ("", "nan") for value in values):
+    empty = [value in ("", "nan") for value in values]
+    if all(empty):
         return None
+    if any(empty):
+        raise InputError(f"{where}: the box {', '.join(_BOX)} = {shorten(', '.join(values))} has {4 - sum(empty)} of four numbers")
     try:
         left, top, right, bottom = (round(float(value)) for value in values)
     except (ValueError, OverflowError) as error:  # OverflowError: inf

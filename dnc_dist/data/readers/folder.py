@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -14,6 +14,7 @@ from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import hashed_share
+from dnc_dist.data.manifest import MANIFEST
 from dnc_dist.data.readers import NO_CLASS, TEST, TRAIN, VALIDATION, Reader, Reading, Sample, plain
 
 # Folder name (lower case) -> split, asked as a query, searched as gallery.
@@ -24,6 +25,19 @@ SPLIT_NAMES = {
     **dict.fromkeys(("query", "queries", "probe"), (TEST, True, False)),
     "gallery": (TEST, False, True),
 }
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """As ``os.walk``, through links, too. A folder that cannot be read is an error: its images must not be missing in silence.
+
+    Raises:
+        OSError: that.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return os.walk(folder, onerror=refuse, followlinks=True)
 
 
 class _Walk:
@@ -39,7 +53,9 @@ class _Walk:
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
-            if path.is_dir():
+            if (path / MANIFEST).is_file():
+                self.skipped["prepared data set(s)"] += 1
+            elif path.is_dir():
                 found += [] if self._leads_up(path) else [path]
             elif path.suffix.lower() in SUFFIXES:
                 self.skipped[f"{path.suffix.lower()} outside of class folders"] += 1
@@ -51,7 +67,7 @@ class _Walk:
         """The images in a folder and its subfolders by name, sorted. Links are followed, into each real folder once."""
         found: list[Path] = []
         seen = {os.path.realpath(folder)}
-        for place, folders, files in os.walk(folder, followlinks=True):
+        for place, folders, files in walk(folder):
             followed = []
             for name in sorted(folders):
                 path = Path(place, name)
