@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +87,7 @@ def prepare(
     from dnc_dist.data.readers import read
     from dnc_dist.data.shards import write_shards
     from dnc_dist.data.summary import describe
+    from dnc_dist.processes.cores import usable_cores
 
     options: dict[str, str] = {key: value for key, value in flags.items() if value is not None}
     for setting in settings:
@@ -105,7 +105,7 @@ def prepare(
         out,
         seed=seed,
         form=Form(max_side, quality, subsampling),
-        processes=processes or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1),
+        processes=processes or len(usable_cores()),
         shards=shards,
         force=force,
         progress=progress.counter("images", "img"),

@@ -17,6 +17,7 @@ from dnc_dist.base.foreign import printable, read_bytes, read_table, read_text
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import NO_LABEL, open_index, row_key, text
 from dnc_dist.data.manifest import MANIFEST, SPLITS
+from dnc_dist.data.readers import plain
 from dnc_dist.data.readers.folder import SPLIT_NAMES, walk
 from dnc_dist.data.rows import ShardReader
 
@@ -77,7 +78,7 @@ class FileImages(Images):
     def __init__(self, keys: Sequence[str], paths: Sequence[str | Path], classes: Sequence[str | None]) -> None:
         self.files = [os.path.abspath(path) for path in paths]
         self.keys, self.classes = list(keys), list(classes)
-        self.paths: list[str | None] = [_plain(path) for path in self.files]
+        self.paths: list[str | None] = [plain(path) for path in self.files]
         self.labels: list[int | None] = [None] * len(self.keys)
 
     def readers(self, start: int, stop: int) -> list[Callable[[], bytes]]:
@@ -168,7 +169,7 @@ def list_images(data: str | Path, split: str | None = None) -> Images:
     if not place.is_file():
         raise InputError(f"{data} does not exist or is no regular file; give {_KINDS}")
     if place.suffix.lower() in SUFFIXES:
-        return FileImages([_plain(place.name)], [place], [None])
+        return FileImages([plain(place.name)], [place], [None])
     if place.suffix.lower() == ".csv":
         return _of_table(place)
     return _of_list(place)
@@ -193,7 +194,7 @@ def list_queries(images: Sequence[str | Path]) -> FileImages:
             found = [image]
         else:
             raise InputError(f"{image} does not exist; give images, or folders of images")
-        keys += [_plain(path) for path in found]
+        keys += [plain(path) for path in found]
         paths += found
     return FileImages(keys, paths, [None] * len(keys))
 
@@ -202,7 +203,7 @@ def _of_folder(folder: Path) -> FileImages:
     names = _below(folder)
     if not names:
         raise InputError(_no_image(folder))
-    return FileImages([_plain(name.as_posix()) for name in names], [folder / name for name in names], [_class_of(name) for name in names])
+    return FileImages([plain(name.as_posix()) for name in names], [folder / name for name in names], [_class_of(name) for name in names])
 
 
 def _class_of(name: Path) -> str | None:
@@ -210,7 +211,7 @@ def _class_of(name: Path) -> str | None:
     folders = name.parent.parts
     if len(folders) > 1 and folders[0].lower() in SPLIT_NAMES:
         folders = folders[1:]
-    return _plain("/".join(folders)) or None
+    return plain("/".join(folders)) or None
 
 
 def _no_image(folder: Path) -> str:
@@ -272,12 +273,7 @@ def _listed(file: Path, names: list[str], classes: list[str | None]) -> FileImag
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(names)} files that {file} lists are missing, first {_plain(missing[0])}; "
+            f"{len(missing)} of {len(names)} files that {file} lists are missing, first {plain(missing[0])}; "
             "paths are absolute, or relative to the folder of the list"
         )
     return FileImages([printable(name) for name in names], paths, classes)
-
-
-def _plain(path: str | Path) -> str:
-    """A path as text that can be printed and written: what is no UTF-8, or would control a terminal, is shown with backslashes."""
-    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))

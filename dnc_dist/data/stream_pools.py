@@ -158,7 +158,8 @@ class Gathered:
         # The one of two with more rows to come: large classes, which take many steps, should not be left for the end.
         label = one if stock.rest[one] >= stock.rest[other] else other
         count = min(stock.portion(label), room)
-        count -= stock.rest[label] - count == 1
+        if stock.rest[label] - count == 1:
+            count -= 1  # no class is left with a single row, which would have no partner
         if count < 2:
             return 0
         self.parts[label] = (at, lane.take(self.learner, label, count, self.random))
@@ -173,7 +174,8 @@ class Gathered:
             for label, (at, taken) in self.parts.items():
                 stock = lanes[at].stocks[self.learner]
                 more = min(self._room(at), len(stock.arrived[label]), samples_per_class)
-                more -= stock.rest[label] - more == 1
+                if stock.rest[label] - more == 1:
+                    more -= 1
                 if more > 0:
                     taken += lanes[at].take(self.learner, label, more, self.random)
                     self._took(at, more)

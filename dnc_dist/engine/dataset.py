@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +119,13 @@ class Passes:
 
     def thumbnails(self, rows: NDArray[np.int64], side: int, crop: float = 1.0) -> NDArray[np.uint8]:
         """(n..., side, side, 3) pictures of rows of the index; black for -1 and for a row that cannot be decoded."""
-        geometry, reader = Geometry(None, side, crop), ShardReader(self.index)
+        geometry = Geometry(None, side, crop)
         pictures = np.zeros((rows.size, side, side, 3), np.uint8)
-        for at, row in enumerate(rows.ravel().tolist()):
-            image = _decoded(reader.read(row)) if row >= 0 else None
-            if image is not None:
-                pictures[at] = geometry(image).permute(1, 2, 0).numpy()
+        with closing(ShardReader(self.index)) as reader:
+            for at, row in enumerate(rows.ravel().tolist()):
+                image = _decoded(reader.read(row)) if row >= 0 else None
+                if image is not None:
+                    pictures[at] = geometry(image).permute(1, 2, 0).numpy()
         return pictures.reshape(*rows.shape, side, side, 3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,15 @@ def facts_of(index: DatasetIndex) -> Facts:
 
 def _median_side(index: DatasetIndex, view: RowView) -> int:
     """The median shorter side of images spread over the view; only their headers are read."""
-    reader, sides = ShardReader(index), []
-    for at in np.unique(np.linspace(0, len(view) - 1, _SAMPLED).astype(int)):
-        try:
-            with Image.open(io.BytesIO(reader.read(int(view.rows[at])))) as image:
-                sides.append(min(image.size))
-        except DECODE_ERRORS:
-            continue  # training passes over it, too, and reports it
-    reader.close()
+    sides = []
+    with closing(ShardReader(index)) as reader:
+        for at in np.unique(np.linspace(0, len(view) - 1, _SAMPLED).astype(int)):
+            data = reader.read(int(view.rows[at]))
+            try:
+                with Image.open(io.BytesIO(data)) as image:
+                    sides.append(min(image.size))
+            except DECODE_ERRORS:
+                continue  # training passes over it, too, and reports it
     if not sides:
         raise InputError(f"no image of {index.root} can be decoded, of {_SAMPLED} that were tried; prepare the data set again")
     return int(np.median(sides))
