@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -123,20 +123,21 @@ def launch_workers(
         except MeetingError as error:
             say(f"error: {error}")
             return EXIT_FAILED
-        if nnodes > 1:
-            interfaces = interface_settings(peers.address)
-            environment |= interfaces
-            say(_place(peers, nproc, interfaces))
-        work = Work(command, nproc, environment, Path(name))
-        agent = Agent(work, peers, ignored, stop_timeout, failure_grace)
-        for number in STOP_SIGNALS:
-            signal.signal(number, agent.on_signal)
-        try:
-            agent.run()
-        finally:
-            agent.end()
-        whole = _conclude(agent, peers, _report(agent.codes, Path(name)))
-        peers.close()
+        # However it ends, the others shall not wait for this machine.
+        with closing(peers):
+            if nnodes > 1:
+                interfaces = interface_settings(peers.address)
+                environment |= interfaces
+                say(_place(peers, nproc, interfaces))
+            work = Work(command, nproc, environment, Path(name))
+            agent = Agent(work, peers, ignored, stop_timeout, failure_grace)
+            for number in STOP_SIGNALS:
+                signal.signal(number, agent.on_signal)
+            try:
+                agent.run()
+            finally:
+                agent.end()
+            whole = _conclude(agent, peers, _report(agent.codes, Path(name)))
     hosts = {rank: machine for number, machine in enumerate(peers.machines) for rank in range(number * nproc, (number + 1) * nproc)}
     code, message = verdict(whole, stopping=agent.stopping, hosts=hosts if nnodes > 1 else {})
     if message:
