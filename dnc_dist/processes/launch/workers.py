@@ -19,12 +19,13 @@ from dnc_dist import __version__
 from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
 from dnc_dist.base.foreign import read_json
 from dnc_dist.processes.cores import quota, usable_cores
-from dnc_dist.processes.launch.agent import STOP_SIGNALS, Agent, Work
+from dnc_dist.processes.launch.agent import Agent, Work
 from dnc_dist.processes.launch.console import say
 from dnc_dist.processes.launch.network import interface_settings
 from dnc_dist.processes.launch.peers import Alone, MeetingError, Peers
 from dnc_dist.processes.launch.secret import Secret
 from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
+from dnc_dist.processes.signals import STOP_SIGNALS
 from dnc_dist.processes.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
 
 WORKERS_WITHOUT_GPU = 2
