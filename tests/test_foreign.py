@@ -20,6 +20,7 @@ import torch
 from dnc_dist.base.arrays import Array, read_arrays, read_column, read_tensors
 from dnc_dist.base.errors import InputError, RunError, explain
 from dnc_dist.base.foreign import JSON_OBJECT, environment_int, parse_json, printable, read_bytes, read_json, read_lines, read_text, shorten
+from dnc_dist.base.wording import listed
 
 
 @dataclass
@@ -230,3 +231,8 @@ def test_a_number_of_the_environment(text: str, expected: int | None, monkeypatc
 def test_a_foreign_value_in_a_message() -> None:
     assert shorten("a\n\x1b[31m") == r"'a\n\x1b[31m'"
     assert len(shorten("x" * 1000)) == 80
+
+
+def test_of_many_things_the_first_are_listed() -> None:
+    assert listed(["a"]) == "a" and listed(["a", "b", "c"]) == "a; b; c"
+    assert listed([f"{number}\x1b" for number in range(1234)], 2) == "0\\x1b; 1\\x1b; and 1,232 more"

@@ -16,6 +16,7 @@ import torch
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import environment_int
 from dnc_dist.processes import distributed, rendezvous
+from dnc_dist.processes.launch import workers
 from dnc_dist.processes.launch.peers import Alone
 from tests.run_fixtures import dnc, make_dataset, start, write_config
 from tests.spawn import spawn
@@ -125,6 +126,26 @@ def test_the_launcher_of_one_machine_holds_its_store_on_the_loopback() -> None:
     alone = Alone(2)
     alone.open_store()
     assert alone.store[0] == "127.0.0.1" and set(_listening()) - before <= {"127.0.0.1"} and "127.0.0.1" in _listening()
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_launcher_of_one_machine_leaves_no_port(opened: bool) -> None:
+    alone = Alone(2)
+    if opened:
+        alone.open_store()
+    socket.create_connection(alone.store).close()
+    alone.close()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(alone.store)
+
+
+def test_a_launch_that_fails_leaves_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Alone] = []
+    monkeypatch.setattr(workers, "Alone", lambda count: made.append(Alone(count)) or made[0])
+    with pytest.raises(FileNotFoundError):
+        workers.launch_workers(["/nowhere/python"], 2)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(made[0].store)
 
 
 @pytest.mark.slow

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dnc_dist.base.settings import dotted
 from dnc_dist.commands.train import overrides_option, resume_option
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _launch(config: Path, cfg: RunConfig, overrides: tuple[str, ...], resume: st
 
     command = [sys.executable, "-m", "dnc_dist", "train", "--resume", resume]
     command += [*(part for override in overrides for part in ("--set", override)), "--", str(config)]
-    terms = {"--resume": resume, **dict(_flat(cfg.model_dump(mode="json")))}
+    terms = {"--resume": resume, **dict(dotted(cfg.model_dump(mode="json")))}
     # Each machine may have its own copy of the data, which workers compare.
     del terms["data.root"]
     secret_file = cfg.run.path.with_name(f".{cfg.run.path.name}.launch-secret")
@@ -102,12 +102,3 @@ def _dry_run(cfg: RunConfig, world: int) -> int:
 
     click.echo(dry_run(cfg, world))
     return 0
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a tree."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

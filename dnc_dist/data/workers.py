@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.util import Finalize
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+from dnc_dist.processes.signals import STOP_SIGNALS
 
 
 def worker_context(workers: int) -> BaseContext | None:
@@ -67,7 +67,7 @@ def _start(trainer: int, worker: int) -> None:
 
 def leave_signals() -> None:
     """Leave signals to the training process: SLURM and terminals send them to every process, and the last batches are still needed."""
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

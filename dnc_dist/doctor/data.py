@@ -17,6 +17,7 @@ from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable
 from dnc_dist.base.progress import Progress
+from dnc_dist.base.wording import listed
 from dnc_dist.clustering.division import check_num_learners
 from dnc_dist.config import RunConfig
 from dnc_dist.data.images import DECODE_ERRORS, decode, why_not
@@ -31,7 +32,6 @@ from dnc_dist.processes import distributed
 
 # Rows of each shard that a sample decodes, its first and its last among them.
 _SAMPLE = 8
-_SHOWN = 3
 _COPY_AGAIN = "copy the dataset again, or prepare it again with `dnc-dist data prepare … --force`"
 
 
@@ -60,7 +60,7 @@ def check_data(cfg: RunConfig, *, decode_all: bool) -> Section:
     problems = {f"rank {rank} ({copy.host}): {problem}": None for rank, copy in enumerate(copies) for problem in copy.problems}
     values: dict[str, object] = {"root": str(root), "content_hash": copies[0].content_hash, "problems": list(problems)}
     if problems:
-        checks.append(Check("files", _listed(list(problems)), "failed", f"{_COPY_AGAIN}; what it holds was not looked at"))
+        checks.append(Check("files", listed(list(problems)), "failed", f"{_COPY_AGAIN}; what it holds was not looked at"))
         return Section("data", str(root), checks, {"data": values})
     index = open_data(cfg)
     size = sum(shard.bytes for shard in index.manifest.shards) / 1e9
@@ -137,7 +137,7 @@ def _contents(index: DatasetIndex, cfg: RunConfig) -> Iterator[Check]:
     yield _fits("division", lambda: _learners(train, cfg.division.num_learners))
     yield _stored_twice(index)
     if lost := index.manifest.unreadable:
-        named = _listed([f"{entry.source}: {entry.reason}" for entry in lost])
+        named = listed([f"{entry.source}: {entry.reason}" for entry in lost])
         yield Check("left out", f"{len(lost):,} images", "warning", f"unreadable when it was prepared: {named}; all in {MANIFEST}")
     if skipped := [note for note in index.manifest.notes if note.startswith("skipped")]:
         yield Check("skipped", printable("; ".join(skipped)), "warning", "convert what should be in the dataset, and prepare it again")
@@ -152,7 +152,7 @@ def _stored_twice(index: DatasetIndex) -> Check:
         return Check("duplicates", "not looked for", "ok", "prepared by an earlier version; prepare it again to know")
     if not found.groups:
         return Check("duplicates", "none")
-    groups = _listed([" = ".join(group) for group in found.examples])
+    groups = listed([" = ".join(group) for group in found.examples])
     spoils = found.across_splits or found.across_classes
     hint = f"{groups}; all in {DUPLICATES}" + ("; remove them from one of the two, and prepare again" if spoils else "")
     return Check("duplicates", told_duplicates(found), "warning" if spoils else "ok", hint)
@@ -207,7 +207,7 @@ def _decoded(readings: list[_Reading], total: int, decode_all: bool) -> Check:
     rate = count / max(max(reading.seconds for reading in readings), 1e-9)
     undecodable = sorted({key for reading in readings for key in reading.undecodable})
     if undecodable:
-        value = f"{len(undecodable):,} of {count:,} cannot be decoded: {_listed(undecodable)}"
+        value = f"{len(undecodable):,} of {count:,} cannot be decoded: {listed(undecodable)}"
         return Check("images", value, "failed", f"they could when the dataset was prepared, so its files have changed; {_COPY_AGAIN}")
     more = "" if decode_all else "; --decode all reads every one"
     return Check("images", f"{count:,} of {total:,} decoded, {rate:,.0f} a second on all ranks{more}")
@@ -219,8 +219,3 @@ def _metadata(readings: list[_Reading]) -> Check:
         return Check("metadata", "none in the images that were read")
     hint = "EXIF may tell where and when a picture was taken; prepare the dataset again with --force before giving it to others"
     return Check("metadata", f"in {count:,} of the images that were read", "warning", hint)
-
-
-def _listed(parts: list[str]) -> str:
-    more = f"; and {len(parts) - _SHOWN:,} more" if len(parts) > _SHOWN else ""
-    return printable("; ".join(parts[:_SHOWN]) + more)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from itertools import groupby, islice
@@ -26,11 +24,11 @@ from dnc_dist.engine.setup import build_optimizer, kernels_note, libraries_note,
 from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.steplog import TimedBatches
 from dnc_dist.processes import distributed
+from dnc_dist.processes.memory import MB, peak_memory_mb
 
 STEPS = 4
 """Steps that are timed, after one that is not; fewer, at least one, where they take longer than SECONDS."""
 SECONDS = 20.0
-MB = 1e6
 
 
 class _Costs(NamedTuple):
@@ -199,7 +197,7 @@ def _measure(cfg: RunConfig, data: RunData, objective: DncObjective) -> _Costs:
         statistics.median(waited[at:]),
         _seconds_of_an_image(data, objective),
         int(schedule.starts[1]),
-        _peak_mb(),
+        peak_memory_mb(),
     )
 
 
@@ -220,11 +218,3 @@ def _seconds_of_an_image(data: RunData, objective: DncObjective) -> float:
 def _wait() -> None:
     if distributed.device().type == "cuda":
         torch.cuda.synchronize()
-
-
-def _peak_mb() -> float:
-    """Of this process's own memory, or of the GPU's if it computes there."""
-    if distributed.device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / MB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dnc_dist.base.wording import listed
 from dnc_dist.data.stream import Batch
 from dnc_dist.engine.finite import FiniteGuard
 from dnc_dist.processes import distributed, watchdog
+from dnc_dist.processes.memory import peak_memory_mb
 from dnc_dist.processes.transfer import to_host
 from dnc_dist.rundir.tracker import Tracker
 
@@ -138,13 +139,5 @@ def report_failed(failed: set[str]) -> int:
     keys = sorted({key for part in distributed.gather_objects(failed) for key in part})
     failed.clear()
     if keys:
-        shown = "; ".join(keys[:10]) + (f"; and {len(keys) - 10} more" if len(keys) > 10 else "")
-        _log.warning("%d image(s) cannot be decoded and take part in nothing: %s", len(keys), shown)
+        _log.warning("%d image(s) cannot be decoded and take part in nothing: %s", len(keys), listed(keys, 10))
     return len(keys)
-
-
-def peak_memory_mb() -> float:
-    """Peak memory of this process: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -22,6 +22,7 @@ from torch.distributed import DistError
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import parse_json, shorten
+from dnc_dist.base.wording import listed
 from dnc_dist.processes import distributed
 from dnc_dist.processes.traces import main_thread, remember_sources
 
@@ -31,7 +32,6 @@ _VERDICT = "verdict"
 _MOST_BYTES = 1 << 16
 # The timeout of the process groups is a safety net behind this thread, which knows more.
 _GROUP_MARGIN_SECONDS = 60.0
-_SHOWN = 3
 _GO_ON = "`--resume auto` goes on from the last checkpoint"
 
 
@@ -87,7 +87,7 @@ def diagnose(reports: Sequence[RankReport], silent: Collection[int]) -> str | No
         keeps = ""
         if any(report.waits for report in answering):
             keeps = ", and keeps the other ranks waiting" if len(lost + stuck) == 1 else "; the other ranks wait for them"
-        return _listed(lost + stuck) + keeps + "".join(f"; raise {key} if that is legitimate" for key in _keys(working))
+        return listed(lost + stuck) + keeps + "".join(f"; raise {key} if that is legitimate" for key in _keys(working))
     if not all(report.overdue for report in answering):
         return None
     places: dict[str, list[RankReport]] = {}
@@ -96,12 +96,7 @@ def diagnose(reports: Sequence[RankReport], silent: Collection[int]) -> str | No
     # The odd one first.
     waiting = sorted(places.items(), key=lambda item: len(item[1]))
     said = [f"{ranks[0].name}{f' and {len(ranks) - 1} more' if len(ranks) > 1 else ''} {place}" for place, ranks in waiting]
-    return f"all ranks wait for each other: {_listed(said)}; a device or the network between them is stuck"
-
-
-def _listed(parts: Sequence[str]) -> str:
-    more = len(parts) - _SHOWN
-    return "; ".join(parts[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    return f"all ranks wait for each other: {listed(said)}; a device or the network between them is stuck"
 
 
 def _keys(reports: Sequence[RankReport]) -> list[str]:

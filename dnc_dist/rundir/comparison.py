@@ -7,7 +7,7 @@ falls out of it, so that it deviates less than the groups themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,6 +15,7 @@ from typing import Any
 
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable, shorten
+from dnc_dist.base.settings import dotted
 from dnc_dist.rundir.card import CARD, Card
 from dnc_dist.rundir.record import RunRecord, number, read_run
 
@@ -157,22 +158,13 @@ def _measured(run: RunRecord) -> Measured:
     planned, seed = run.setting("schedule.epochs"), run.setting("run.seed")
     return Measured(
         run.path,
-        {key: value for section, tree in run.config.items() if section not in _FREE_SECTIONS for key, value in _flat(tree, section)},
+        {key: value for key, value in dotted(run.config) if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS},
         card,
         metrics,
         card.seed if card else seed if isinstance(seed, int) else None,
         max((line["epoch"] for line in run.of("evaluation")), default=0),
         planned if isinstance(planned, int) else None,
     )
-
-
-def _flat(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values below a key, but those that decide nothing."""
-    if isinstance(tree, dict):
-        for name, value in tree.items():
-            yield from _flat(value, f"{path}.{name}")
-    elif path not in _FREE_KEYS:
-        yield path, tree
 
 
 def _common(runs: Sequence[Measured]) -> dict[str, Any]:

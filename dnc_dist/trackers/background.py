@@ -202,14 +202,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def settings_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration as dotted keys and their values."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= settings_of(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
-
-
 def first_line(error: Exception) -> str:
     """An error of a library, in one line."""
     return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__

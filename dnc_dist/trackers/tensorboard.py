@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.settings import dotted
 from dnc_dist.rundir.record import read_run
-from dnc_dist.trackers.background import BackgroundTracker, Line, is_number, is_retrieval, settings_of, values_of
+from dnc_dist.trackers.background import BackgroundTracker, Line, is_number, is_retrieval, values_of
 from dnc_dist.trackers.panels import Histogram, Panel, Picture, Scatter, Table
 
 FOLDER = "tensorboard"
@@ -78,9 +79,7 @@ class TensorBoardTracker(BackgroundTracker):
         )
 
     def show_end(self) -> None:
-        settings = {
-            key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings_of(self.run.config).items()
-        }
+        settings = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in dotted(self.run.config)}
         record = read_run(self.run.folder, with_gallery=False)
         metrics: dict[str, Any] = {f"best/{name}": one.value for name, one in self.best.items()}
         metrics |= {f"result/{name}": value for name, value in record.result().items() if is_retrieval(name) and is_number(value)}

@@ -15,11 +15,12 @@ import numpy as np
 from dnc_dist.base import parts
 from dnc_dist.base.files import write_text
 from dnc_dist.base.foreign import read_json
+from dnc_dist.base.settings import dotted
 from dnc_dist.rundir import CONFIG_FILE, REPORT_FILE
 from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.record import read_run
 from dnc_dist.rundir.tracker import TrackedRun
-from dnc_dist.trackers.background import BackgroundTracker, Line, first_line, is_retrieval, settings_of, values_of
+from dnc_dist.trackers.background import BackgroundTracker, Line, first_line, is_retrieval, values_of
 from dnc_dist.trackers.panels import Histogram, Panel, Picture, Scatter, Table
 
 INIT_SECONDS = 30.0
@@ -153,7 +154,7 @@ def _settings(wandb: Any) -> Any:
 
 def tags_of(run: TrackedRun) -> list[str]:
     """What one looks for among many runs: data set, backbone, loss, learners, seed."""
-    settings = settings_of(run.config)
+    settings = dict(dotted(run.config))
     # A part without options of its own stands there by its name alone.
     settings |= {f"{key}.name": value for key, value in settings.items() if key == "model.backbone"}
     tags = [f"{name}: {settings[key]}" for key, name in _TAGS.items() if key in settings]

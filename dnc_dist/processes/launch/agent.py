@@ -21,7 +21,6 @@ from dnc_dist.processes.launch.console import say
 from dnc_dist.processes.launch.peers import Alarm, Peers
 from dnc_dist.processes.worker import ERROR_FILE
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 _LOOK_SECONDS = 0.1
 # A killed process is gone at once, unless the kernel itself is stuck for it.
 _END_SECONDS = 10.0

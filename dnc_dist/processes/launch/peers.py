@@ -101,4 +101,7 @@ class Alone:
         return self._report
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Close the port of the store; torch does so once nobody holds the store."""
+        self._store = None
+        if self._listener is not None:
+            self._listener.close()

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,13 @@ from dnc_dist import __version__
 from dnc_dist.base.errors import EXIT_FAILED, EXIT_STOPPED, InputError, Stopped
 from dnc_dist.base.foreign import read_json
 from dnc_dist.processes.cores import quota, usable_cores
-from dnc_dist.processes.launch.agent import STOP_SIGNALS, Agent, Work
+from dnc_dist.processes.launch.agent import Agent, Work
 from dnc_dist.processes.launch.console import say
 from dnc_dist.processes.launch.network import interface_settings
 from dnc_dist.processes.launch.peers import Alone, MeetingError, Peers
 from dnc_dist.processes.launch.secret import Secret
 from dnc_dist.processes.launch.verdict import Failure, LaunchReport, verdict
+from dnc_dist.processes.signals import STOP_SIGNALS
 from dnc_dist.processes.worker import LAUNCHER_PID, STOP_TIMEOUT_SECONDS
 
 WORKERS_WITHOUT_GPU = 2
@@ -123,20 +124,21 @@ def launch_workers(
         except MeetingError as error:
             say(f"error: {error}")
             return EXIT_FAILED
-        if nnodes > 1:
-            interfaces = interface_settings(peers.address)
-            environment |= interfaces
-            say(_place(peers, nproc, interfaces))
-        work = Work(command, nproc, environment, Path(name))
-        agent = Agent(work, peers, ignored, stop_timeout, failure_grace)
-        for number in STOP_SIGNALS:
-            signal.signal(number, agent.on_signal)
-        try:
-            agent.run()
-        finally:
-            agent.end()
-        whole = _conclude(agent, peers, _report(agent.codes, Path(name)))
-        peers.close()
+        # However it ends, the others shall not wait for this machine.
+        with closing(peers):
+            if nnodes > 1:
+                interfaces = interface_settings(peers.address)
+                environment |= interfaces
+                say(_place(peers, nproc, interfaces))
+            work = Work(command, nproc, environment, Path(name))
+            agent = Agent(work, peers, ignored, stop_timeout, failure_grace)
+            for number in STOP_SIGNALS:
+                signal.signal(number, agent.on_signal)
+            try:
+                agent.run()
+            finally:
+                agent.end()
+            whole = _conclude(agent, peers, _report(agent.codes, Path(name)))
     hosts = {rank: machine for number, machine in enumerate(peers.machines) for rank in range(number * nproc, (number + 1) * nproc)}
     code, message = verdict(whole, stopping=agent.stopping, hosts=hosts if nnodes > 1 else {})
     if message:
