@@ -122,6 +122,23 @@ def same(left: Any, right: Any) -> bool:
     return torch.equal(left, right) if isinstance(left, Tensor) else left == right
 
 
+def test_images_that_cannot_be_decoded_are_zeros_whatever_the_network_makes_of_them(roots: dict[str, str], tmp_path: Path) -> None:
+    data = RunData(cfg := config(Path(roots["broken"]), tmp_path / "run"))
+    network = build_objective(cfg, data.train.num_classes)
+    found = extract(
+        network,
+        lambda images: torch.full((len(images), 16), float("nan")),
+        data.sequential(data.train),
+        name="",
+        num_rows=len(data.train),
+        stop=StopRequest(),
+        progress=silent(),
+    )
+    data.close()
+    assert int((~found.valid).sum()) == len(BROKEN_TRAIN)
+    assert (found.values[~found.valid] == 0).all() and found.values[found.valid].isnan().all()
+
+
 @pytest.mark.parametrize("kind", [*AUGMENTS, "broken"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_same_augmented_pixels(results: dict[int, list[Result]], world: int, kind: str) -> None:

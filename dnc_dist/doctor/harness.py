@@ -141,7 +141,7 @@ def mean_outcome(loss: Tensor, stats: dict[str, Tensor], gradients: Mapping[str,
 
 
 def engine_outcome(objective: DncObjective, cfg: RunConfig, steps: Iterable[tuple[Batch, Phase]]) -> Outcome:
-    """Collective. Losses of steps of the real DeepSpeed engine, which knows no float64, and what they changed in the parameters."""
+    """Collective. Losses of steps of a run's own engine (DeepSpeed's; of one process the plain one), in float32, and what they changed."""
     before = {name: value.detach().clone() for name, value in objective.named_parameters()}
     engine: Any = build_engine(objective, cfg)
     for group in engine.optimizer.param_groups:

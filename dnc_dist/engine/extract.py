@@ -69,7 +69,8 @@ def extract(
                     with torch.inference_mode(False):
                         values = torch.zeros(end - start, result.shape[1])
                 at = block.places - start
-                values[at], valid[at] = result * block.valid[:, None], block.valid
+                # Not a product: what the network makes of no image may be NaN.
+                values[at], valid[at] = result.masked_fill(~block.valid[:, None], 0.0), block.valid
                 failed += block.failed
                 # Of the other ranks it is only known that they do about as much.
                 advance = min(len(at) * distributed.world_size(), num_rows - seen)

@@ -37,13 +37,16 @@ class StepLog:
         self._traffic_before = distributed.traffic()
 
     def step(self, step: int, epoch: int, stats: dict[str, Tensor], rates: dict[str, float], rows: int, waited: float) -> None:
-        """Take in one step; log if it is time.
+        """Collective. Take in one step; log if it is time.
 
         Args:
             stats: what the objective returned.
             rates: learning rate of each parameter group.
             rows: of the global batch.
             waited: seconds that this rank has waited for data in this epoch.
+
+        Raises:
+            RunError: something was not finite in the steps that are logged now.
         """
         self._stats.append(stats)
         self._rows, self._waited, self._rates = self._rows + rows, waited, rates
@@ -52,7 +55,7 @@ class StepLog:
             self.flush(step, epoch)
 
     def flush(self, step: int, epoch: int) -> None:
-        """Log the steps since the last line.
+        """Collective. Log the steps since the last line.
 
         Raises:
             RunError: something was not finite; the line is logged before.
