@@ -136,7 +136,7 @@ class Embedder:
 
     def embed_bytes(self, readers: Sequence[Callable[[], bytes]]) -> Embedded:
         """The embeddings of encoded images; each reader is called once, in some thread, and may raise OSError or InputError."""
-        return self._run([partial(read, reader) for reader in readers], self.network.embeddings, self.dim, self.batch_size, None)
+        return self._run([partial(read, reader) for reader in readers], self.network.embeddings, self.dim, self.batch_size)
 
     def _embed(
         self, images: Any, compute: Callable[[Tensor], Tensor], dim: int, batch_size: int | None, unreadable: str, progress: bool
@@ -159,12 +159,14 @@ class Embedder:
                 # one by one may use their memory for the next.
                 yield source if named or (stays and isinstance(one, np.ndarray)) else self._pixels(source)
 
+        def refuse(at: int, why: str) -> None:
+            if unreadable == "raise":
+                raise InputError(
+                    f'{names[at]} is no image that can be read: {why}; leave it out, or give unreadable="nan" to get a row of NaN'
+                )
+
         with Progress(progress and total is not None).phase("embedding", total or 0, "img") as phase:
-            found = self._run(named(), compute, dim, batch_size or self.batch_size, phase.update)
-        if found.failed and unreadable == "raise":
-            at, why = next(iter(found.failed.items()))
-            raise InputError(f'{names[at]} is no image that can be read: {why}; leave it out, or give unreadable="nan" to get a row of NaN')
-        return found.vectors
+            return self._run(named(), compute, dim, batch_size or self.batch_size, phase.update, refuse).vectors
 
     def _run(
         self,
@@ -172,11 +174,16 @@ class Embedder:
         compute: Callable[[Tensor], Tensor],
         dim: int,
         batch_size: int,
-        update: Callable[[int], None] | None,
+        update: Callable[[int], None] = lambda count: None,
+        unread: Callable[[int, str], None] = lambda at, why: None,
     ) -> Embedded:
+        """``update`` is told how many images are done, ``unread`` of each that cannot be read, before its batch is computed."""
         vectors, failed, seen = [np.empty((0, dim), np.float32)], {}, 0
         empty = torch.zeros(3, self.cfg.data.image_size, self.cfg.data.image_size, dtype=torch.uint8)
         for pixels in self._batches(sources, batch_size):
+            for at, one in enumerate(pixels):
+                if isinstance(one, str):
+                    unread(seen + at, one)
             # What cannot be read is black, as in the evaluation: the other rows of its batch see the same batch.
             images = torch.stack([empty if isinstance(one, str) else one for one in pixels]).to(self.device)
             with torch.inference_mode():
@@ -186,8 +193,7 @@ class Embedder:
                     rows[at], failed[seen + at] = np.nan, one
             vectors.append(rows)
             seen += len(rows)
-            if update is not None:
-                update(len(rows))
+            update(len(rows))
         return Embedded(np.concatenate(vectors), failed)
 
     def _batches(self, sources: Iterable[Decoded | Tensor | str], size: int) -> Iterator[list[Tensor | str]]:

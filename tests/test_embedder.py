@@ -228,6 +228,14 @@ def test_what_is_no_image_is_refused_by_name(run: Path, pictures: list[Path], tm
     broken.write_bytes(pictures[0].read_bytes()[:-300])
     with pytest.raises(InputError, match=r"broken.jpg is no image that can be read: OSError: .*; leave it out, or give unreadable=\"nan\""):
         model.embed([pictures[0], broken])
+
+    def endless() -> Iterator[Path]:
+        yield broken
+        while True:
+            yield pictures[0]
+
+    with pytest.raises(InputError, match=r"broken.jpg is no image that can be read"):
+        model.embed(endless())  # at once, and not when all others are done
     found = model.embed([pictures[0], broken, tmp_path / "none.jpg", pictures[1]], unreadable="nan")
     assert np.isnan(found).any(1).tolist() == [False, True, True, False]
     np.testing.assert_array_equal(found[[0, 3]], model.embed([pictures[0], pictures[0], pictures[0], pictures[1]])[[0, 3]])

@@ -249,7 +249,7 @@ def test_commands_on_what_is_no_run(place: Path, tmp_path: Path, capsys: pytest.
     for name in ("young", "rotten", "edited"):
         shutil.copytree(place / "runs" / "run", place / "runs" / name)
     shutil.rmtree(place / "runs" / "young" / "checkpoints")
-    assert "runs/young has no checkpoint yet" in dnc("evaluate", "runs/young", folder=place).error
+    assert "runs/young has no checkpoint; train it" in dnc("evaluate", "runs/young", folder=place).error
     model = place / "runs" / "rotten" / "checkpoints" / "step-00000008" / "mp_rank_00_model_states.pt"
     model.write_bytes(bytes(model.stat().st_size))
     for arguments in (["evaluate", "runs/rotten"], ["train", "run.yaml", *change("run.name=rotten")]):

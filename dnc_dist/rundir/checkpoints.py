@@ -206,7 +206,9 @@ class Checkpoints:
         """
         last = which == "last" or (which == "best" and not self.has_best())
         if (found := self.find("latest" if last else which)) is None:
-            raise InputError(f"{self.folder.parent} has no checkpoint yet; train it with `dnc-dist launch`")
+            raise InputError(
+                f"{self.folder.parent} has no checkpoint; train it with `dnc-dist launch`, or give the run that a model was exported from"
+            )
         return found
 
     def empty(self) -> bool:
