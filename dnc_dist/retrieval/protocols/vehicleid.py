@@ -66,7 +66,7 @@ class VehicleId(Protocol):
 
     def _tick(self, before: int, size: int, every: int, done: int, total: int) -> None:
         """A list counts as many queries as it has rows, however often each of them asks."""
-        self.tick(before + size * done // total, every)
+        self.tick(before + size * done // max(total, 1), every)
 
     @abstractmethod
     def measure_list(
