@@ -207,7 +207,7 @@ def _of_folder(folder: Path) -> FileImages:
 
 
 def _class_of(name: Path) -> str | None:
-    """The folder of an image, below that of its split if there is one: the class that `data prepare folder` gives it."""
+    """The folder of an image, below that of its split if there is one, also where only the test part of a data set is embedded."""
     folders = name.parent.parts
     if len(folders) > 1 and folders[0].lower() in SPLIT_NAMES:
         folders = folders[1:]
