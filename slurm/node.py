@@ -71,7 +71,7 @@ def stage(source: Path, place: Path) -> Path:
     """A copy of the prepared data in ``place``; one that is already there is used again."""
     from dnc_dist.data.manifest import read_manifest
 
-    target = place / f"dnc-dist-{os.getuid()}" / read_manifest(source).content_hash[:16]
+    target = place / f"dnc-dist-{os.getuid()}" / read_manifest(source).layout_hash[:16]
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

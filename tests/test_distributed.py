@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 
 import pytest
 import torch
 
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.processes import distributed
 from tests.spawn import spawn
 
@@ -56,6 +57,31 @@ def _everything(counts: list[int]) -> dict[str, object]:
         "main": distributed.is_main(),
         "world": (world, distributed.group_size()),
     }
+
+
+def _refused_on_main(error: Exception) -> str:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises((InputError, RunError)) as caught:
+        distributed.on_main(fail)
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (InputError("the message"), "InputError: the message"),
+        (RunError("the message"), "RunError: the message"),
+        (OSError(errno.ESTALE, "Stale file handle", "a/file"), "RunError: a/file: Stale file handle; check the shared folder"),
+        (PermissionError(errno.EACCES, "Permission denied", "a/file"), "InputError: a/file: Permission denied; change its permissions"),
+    ],
+    ids=["input", "run", "machine", "permission"],
+)
+def test_why_rank_0_failed_is_known_to_every_rank(error: Exception, says: str) -> None:
+    """None waits for what never comes."""
+    first, second = spawn(_refused_on_main, 2, error)
+    assert first == second and first.startswith(says)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -15,13 +15,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dnc_dist.config import parse_tree
+from dnc_dist.base.errors import InputError
+from dnc_dist.config import RunConfig, load_config, parse_tree
 from dnc_dist.data.index import open_index
+from dnc_dist.data.readers import read
+from dnc_dist.data.shards import write_shards
 from dnc_dist.doctor import env, facts
 from dnc_dist.doctor.table import Check, Section, as_json, render
+from dnc_dist.engine.dataset import Passes
+from dnc_dist.processes import distributed
 from tests.doctor_fixtures import ALONE, found, ranks, row
 from tests.engine_fixtures import damage, make_dataset
 from tests.run_fixtures import dnc, draw_folder, write_config
+from tests.spawn import spawn
 
 
 @pytest.fixture(scope="module")
@@ -267,10 +273,30 @@ def test_another_dataset_on_one_rank_is_found(place: Path) -> None:
     assert "holds another dataset than data.root" in row(values, "files")["value"]
 
 
-def test_what_does_not_fit_the_configuration_is_found(place: Path) -> None:
-    from dnc_dist.data.readers import read
-    from dnc_dist.data.shards import write_shards
+def _refused(cfg: RunConfig, other: Path) -> str:
+    if distributed.rank() == 1:
+        os.environ["DNC_LOCAL_DATA"] = str(other)
+    with pytest.raises(InputError) as caught:
+        Passes(cfg)
+    return str(caught.value)
 
+
+def test_the_same_images_in_other_shards_on_one_rank(tmp_path: Path) -> None:
+    """What is read from front to back is planned by the shards. The images are the same, so the copy is one of data.root."""
+    drawn = draw_folder(tmp_path / "drawn", {"a": 4, "b": 4}, {"c": 3, "d": 3})
+    for shards in (1, 2):
+        write_shards(read("folder", drawn), tmp_path / f"in-{shards}", shards=shards)
+    one, two = (open_index(tmp_path / f"in-{shards}") for shards in (1, 2))
+    assert one.content_hash == two.content_hash
+    write_config(tmp_path, tmp_path / "in-1")
+    first, second = spawn(_refused, 2, load_config(tmp_path / "run.yaml"), tmp_path / "in-2")
+    assert first == second and "the same in other shards, on rank 1 than on rank 0" in first
+    done, _ = ranks("data", "run.yaml", "--json", folder=tmp_path, env_of_1={"DNC_LOCAL_DATA": str(tmp_path / "in-2")})
+    value = row(found(done, code=1), "manifest")["value"]
+    assert value.startswith(f"rank 0 has content {one.content_hash}, rank 1 (") and value.endswith(") the same in other shards")
+
+
+def test_what_does_not_fit_the_configuration_is_found(place: Path) -> None:
     write_shards(read("folder", draw_folder(place / "few", {"a": 4, "b": 4, "c": 1}, {"d": 2})), place / "few" / "data")
     done, *_ = ranks("data", "run.yaml", "--set", "data.root=few/data", "--json", folder=place, world=1)
     values = found(done, code=1)

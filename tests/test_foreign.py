@@ -170,6 +170,18 @@ def test_a_disk_that_fails_at_the_end_of_an_archive(tmp_path: Path, monkeypatch:
     assert caught.value.filename == str(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+def test_what_the_machine_cannot_read_is_not_wrong_input(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, flags: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", fail)
+    for read in (read_bytes, read_text, lambda path: read_json(path, Entry), lambda path: list(read_lines(path))):
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            read(tmp_path / "file")
+        assert caught.value.filename == str(tmp_path / "file")
+
+
 @pytest.mark.parametrize("reader", ["npz", "npy"])
 def test_items_without_bytes_are_not_made(tmp_path: Path, reader: str) -> None:
     """Texts of length 0: a header alone would mean ten billion of them."""

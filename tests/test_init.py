@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -15,6 +16,7 @@ from dnc_dist.clustering.division import check_num_learners
 from dnc_dist.config import RunConfig, load_config
 from dnc_dist.data.index import open_index, train_view
 from dnc_dist.data.readers import read
+from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
 from dnc_dist.engine.proposal import Facts, as_yaml, facts_of, propose
 from tests.engine_fixtures import make_dataset
@@ -127,6 +129,15 @@ def test_a_file_that_could_not_be_written_does_not_stay(
     os.symlink("data", bad := os.fsdecode(b"bad\xff"))
     assert cli.run(["init", bad]) == 2
     assert "no UTF-8 cannot stand in a configuration" in capsys.readouterr().err
+
+
+def test_a_shard_that_cannot_be_read_is_not_said_to_hold_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(reader: ShardReader, row: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", "a shard")
+
+    monkeypatch.setattr(ShardReader, "read", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        facts_of(open_index(make_dataset(tmp_path)))
 
 
 def test_data_that_cannot_be_trained_on(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ arrays and tensors are in ``arrays``.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,22 +26,34 @@ JSON_OBJECT = TypeAdapter(dict[str, Any])
 """For ``parse_json``: an object of any values."""
 MOST_BYTES = 1 << 28
 """A text file beyond this size is none of ours: the class names of ten million classes fit."""
+_LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """The content of a regular file.
 
     Raises:
-        InputError: it is missing, no regular file (a pipe would wait for ever), unreadable, or longer than ``most`` bytes.
+        InputError: it is missing, no regular file (a pipe would wait for ever), or longer than ``most`` bytes.
+        OSError: the machine cannot read it.
     """
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise InputError(f"{path} has {size:,} bytes, at most {most:,} are read; it is not what it should be")
+        return file.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file to read. A path that leads to none is wrong input. Other errors are those of the machine, and name the file."""
     try:
         with _open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > most:
-                raise InputError(f"{path} has {size:,} bytes, at most {most:,} are read; it is not what it should be")
-            return file.read()
+            yield file
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        if error.errno in _LEADS_NOWHERE:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _open_regular(path: Path) -> BinaryIO:
@@ -58,7 +72,8 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
     """The content of a UTF-8 file; a byte-order mark is passed over.
 
     Raises:
-        InputError: it cannot be read, or is not UTF-8.
+        InputError: as of ``read_bytes``, or it is not UTF-8.
+        OSError: as of ``read_bytes``.
     """
     try:
         return read_bytes(path, most).decode("utf-8-sig")
@@ -93,7 +108,8 @@ def read_json(path: Path, shape: type[T] | TypeAdapter[T], cure: str = "") -> T:
     """A JSON file as a value of the given type; see ``parse_json``.
 
     Raises:
-        InputError: it cannot be read, or holds something else.
+        InputError: as of ``read_bytes``, or it holds something else.
+        OSError: as of ``read_bytes``.
     """
     return parse_json(read_bytes(path), shape, path, cure)
 
@@ -102,18 +118,15 @@ def read_lines(path: Path, most: int = 1 << 20) -> Iterator[bytes]:
     """The complete lines of a file one by one, without keeping the whole; those longer than ``most`` bytes are passed over.
 
     Raises:
-        InputError: it cannot be read.
+        InputError, OSError: as of ``read_bytes``.
     """
-    try:
-        with _open_regular(path) as file:
-            long = False
-            while line := file.readline(most):
-                whole = line.endswith(b"\n")
-                if whole and not long:
-                    yield line
-                long = not whole
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    with _opened(path) as file:
+        long = False
+        while line := file.readline(most):
+            whole = line.endswith(b"\n")
+            if whole and not long:
+                yield line
+            long = not whole
 
 
 def environment_int(name: str, default: int | None = None, least: int = 0, most: int = 1 << 31) -> int:

@@ -81,7 +81,7 @@ class DatasetIndex:
 
     @property
     def content_hash(self) -> str:
-        """Hash of every image, label, split and role; ranks compare it at start."""
+        """Hash of every image, label, split and role."""
         return self.manifest.content_hash
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -81,6 +82,11 @@ class Manifest:
     shards: list[Shard]
     unreadable: list[Unreadable]
     duplicates: Duplicates | None = None
+
+    @property
+    def layout_hash(self) -> str:
+        """Hash of the images and of how they lie in shards: where it is equal, every byte of the shards is."""
+        return hashlib.blake2b(repr((self.content_hash, self.shards)).encode(), digest_size=16).hexdigest()
 
     def to_json(self) -> str:
         """As it is written."""

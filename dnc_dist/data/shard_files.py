@@ -81,8 +81,7 @@ class RemoteShards:
     def __init__(self, url: str, manifest: Manifest, web: Web) -> None:
         self.url, self.web = url, web
         self.shards = [(shard.name, shard.bytes) for shard in manifest.shards]
-        # Images and how they lie in shards: together they decide every byte of these. Hashed, as what a manifest says is no folder's name.
-        self.key = _short_hash(repr((manifest.content_hash, manifest.shards)).encode())
+        self.key = manifest.layout_hash
         self.cache = BlockCache(web.cache / "shards", web.cache_bytes) if web.cache is not None else None
 
     def name(self, shard: int) -> str:
@@ -114,14 +113,10 @@ def fetch_index(url: str, web: Web) -> Path:
     data = b"".join(pieces(url + MANIFEST, MOST_BYTES, web.patience))
     manifest = parse_manifest(data, url + MANIFEST)
     # All of the manifest: the same images may lie in other shards, or have other sources.
-    folder = home.absolute() / "index" / _short_hash(url.encode() + data)
+    folder = home.absolute() / "index" / hashlib.blake2b(url.encode() + data, digest_size=16).hexdigest()
     for name in (CLASSES, *(f"{INDEX}/{column}.npy" for column in (*COLUMNS, *manifest.extra_columns))):
         if not (folder / name).exists():
             fetch(url + name, folder / name, MOST_BYTES if name == CLASSES else MOST_UNPACKED, web.patience)
     with replacing(folder / MANIFEST) as file:
         file.write(data)
     return folder
-
-
-def _short_hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()

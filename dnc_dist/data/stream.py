@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -167,11 +168,10 @@ class _SequentialDataset(IterableDataset[DecodedBlock]):
             yield DecodedBlock(pixels, torch.arange(block.start, block.stop), valid, failed, block.number)
 
     def _indexed(self, blocks: list[_Block]) -> Iterator[bytes]:
-        reader = ShardReader(self.index)
-        for block in blocks:
-            for row in self.view.rows[block.start : block.stop]:
-                yield reader.read(int(row))
-        reader.close()
+        with closing(ShardReader(self.index)) as reader:
+            for block in blocks:
+                for row in self.view.rows[block.start : block.stop]:
+                    yield reader.read(int(row))
 
 
 class SequentialBatches:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
@@ -66,15 +68,14 @@ def told_duplicates(found: Duplicates) -> str:
 
 def contact_sheet(index: DatasetIndex, seed: int = 0) -> Image.Image:
     """Some classes of each split, chosen by the seed: a class a row, its name above up to ten of its images; or images without classes."""
-    reader = ShardReader(index)
     height = _CELL + _LABEL
     lines = [line for split in index.splits for line in _lines(index.view(split), seed)]
     sheet = Image.new("RGB", (_IMAGES * _CELL, len(lines) * height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
-    for number, (title, rows) in enumerate(lines):
-        draw.text((3, number * height + 1), title, fill=(60, 60, 60))
-        _draw_line(sheet, index, rows, reader, number * height + _LABEL)
-    reader.close()
+    with closing(ShardReader(index)) as reader:
+        for number, (title, rows) in enumerate(lines):
+            draw.text((3, number * height + 1), title, fill=(60, 60, 60))
+            _draw_line(sheet, index, rows, reader, number * height + _LABEL)
     return sheet
 
 
@@ -90,8 +91,9 @@ def _lines(view: RowView, seed: int) -> list[tuple[str, NDArray[np.int64]]]:
 
 def _draw_line(sheet: Image.Image, index: DatasetIndex, rows: NDArray[np.int64], reader: ShardReader, top: int) -> None:
     for column, row in enumerate(rows):
+        data = reader.read(int(row))
         try:
-            image = decode(reader.read(int(row)))
+            image = decode(data)
         except DECODE_ERRORS as error:
             raise OSError(f"{index.key(int(row))} can no longer be decoded: {error}") from error
         image.thumbnail((_CELL - 4, _CELL - 4))

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +37,11 @@ _COPY_AGAIN = "copy the dataset again, or prepare it again with `dnc-dist data p
 
 
 class _Copy(NamedTuple):
-    """The dataset as one rank sees it: its content hash (empty without a manifest) and what is wrong."""
+    """The dataset as one rank sees it: its hashes (empty without a manifest) and what is wrong."""
 
     host: str
     content_hash: str
+    layout_hash: str
     problems: list[str]
 
 
@@ -82,9 +84,10 @@ def _look_at_server(cfg: RunConfig) -> _Copy:
     """What a server, or this machine's own copy, says of the data set; its shards are compared with that when they are read."""
     host = socket.gethostname()
     try:
-        return _Copy(host, open_data(cfg).content_hash, [])
+        manifest = open_data(cfg).manifest
+        return _Copy(host, manifest.content_hash, manifest.layout_hash, [])
     except (InputError, OSError) as error:
-        return _Copy(host, "", [str(error)])
+        return _Copy(host, "", "", [str(error)])
 
 
 def _look(root: Path, named: Path) -> _Copy:
@@ -92,15 +95,15 @@ def _look(root: Path, named: Path) -> _Copy:
     host = socket.gethostname()
     try:
         manifest = read_manifest(root)
-        content_hash = manifest.content_hash
-        if root != named and read_manifest(named).content_hash != content_hash:
-            return _Copy(host, content_hash, [f"{LOCAL_DATA}={root} holds another dataset than data.root={named}"])
+        hashes = manifest.content_hash, manifest.layout_hash
+        if root != named and read_manifest(named).content_hash != manifest.content_hash:
+            return _Copy(host, *hashes, [f"{LOCAL_DATA}={root} holds another dataset than data.root={named}"])
         problems = list(shard_problems(root, manifest))
         if not problems:
             open_index(root)
     except (InputError, OSError) as error:
-        return _Copy(host, "", [str(error)])
-    return _Copy(host, content_hash, problems)
+        return _Copy(host, "", "", [str(error)])
+    return _Copy(host, *hashes, problems)
 
 
 def _compare(copies: list[_Copy]) -> Check:
@@ -108,10 +111,11 @@ def _compare(copies: list[_Copy]) -> Check:
     if not all(hashes):
         rank = hashes.index("")
         return Check("manifest", f"cannot be used on rank {rank} ({copies[rank].host})", "failed", _COPY_AGAIN)
-    other = next((rank for rank, value in enumerate(hashes) if value != hashes[0]), None)
+    other = next((rank for rank, copy in enumerate(copies) if copy.layout_hash != copies[0].layout_hash), None)
     if other is None:
         return Check("manifest", f"content {hashes[0]} on {len(copies)} rank(s)")
-    value = f"rank 0 has content {hashes[0]}, rank {other} ({copies[other].host}) {hashes[other]}"
+    found = "the same in other shards" if hashes[other] == hashes[0] else hashes[other]
+    value = f"rank 0 has content {hashes[0]}, rank {other} ({copies[other].host}) {found}"
     return Check("manifest", value, "failed", "copy the same dataset to every machine")
 
 
@@ -188,8 +192,8 @@ def _my_rows(index: DatasetIndex, hosts: list[str], decode_all: bool) -> NDArray
 
 
 def _read(index: DatasetIndex, rows: NDArray[np.int64]) -> _Reading:
-    reader, undecodable, with_metadata, started = ShardReader(index), {}, 0, time.monotonic()
-    with Progress(distributed.is_main()).phase("images", len(rows), "img") as phase:
+    undecodable, with_metadata, started = {}, 0, time.monotonic()
+    with closing(ShardReader(index)) as reader, Progress(distributed.is_main()).phase("images", len(rows), "img") as phase:
         for row in rows.tolist():
             try:
                 data = reader.read(row)
@@ -198,7 +202,6 @@ def _read(index: DatasetIndex, rows: NDArray[np.int64]) -> _Reading:
             except DECODE_ERRORS as error:
                 undecodable[index.key(row)] = why_not(error)
             phase.update()
-    reader.close()
     return _Reading(len(rows), time.monotonic() - started, undecodable, with_metadata)
 
 

@@ -94,11 +94,13 @@ class Passes:
     def __init__(self, cfg: RunConfig) -> None:
         self.cfg = cfg
         self.index: DatasetIndex = open_data(cfg)
-        hashes = distributed.gather_objects(self.index.content_hash)
+        # The shards, too: what is read from front to back is planned by them.
+        hashes = distributed.gather_objects(self.index.manifest.layout_hash)
         if len(set(hashes)) > 1:
             other = next(rank for rank, value in enumerate(hashes) if value != hashes[0])
             raise InputError(
-                f"data.root={cfg.data.root} holds another dataset on rank {other} than on rank 0; copy the same one to every machine"
+                f"data.root={cfg.data.root} holds other images, or the same in other shards, on rank {other} than on rank 0; "
+                "copy the same data set to every machine"
             )
         self.test: RowView | None = self.index.view("test") if "test" in self.index.splits else None
         self._pin_memory = distributed.device().type == "cuda"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed import distributed_c10d as c10d
 
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import InputError, RunError, explain
 from dnc_dist.base.foreign import environment_int
 from dnc_dist.processes import rendezvous
 
@@ -249,13 +249,17 @@ def any_rank(flag: bool) -> bool:
 
 
 def on_main(function: Callable[..., Any], *args: Any) -> Any:
-    """Collective. Call on rank 0; its result, or its InputError, on every rank."""
-    outcome: tuple[Any, InputError | None] = (None, None)
+    """Collective. Call on rank 0; its result, or why there is none, on every rank.
+
+    Raises:
+        InputError, RunError: on every rank, what it raised on rank 0, also what the machine refused there (see ``explain``).
+    """
+    outcome: tuple[Any, Exception | None] = (None, None)
     if is_main():
         try:
             outcome = (function(*args), None)
-        except InputError as error:
-            outcome = (None, error)
+        except (InputError, RunError, OSError) as error:
+            outcome = (None, explain(error))
     value, problem = broadcast_object(outcome)
     if problem is not None:
         raise problem

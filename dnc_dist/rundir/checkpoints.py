@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import sync, write_text
-from dnc_dist.base.foreign import MOST_BYTES, parse_json, read_bytes, shorten
+from dnc_dist.base.foreign import parse_json, read_bytes, read_text, shorten
 from dnc_dist.rundir import CHECKPOINTS
 
 _TAG = re.compile(r"step-\d{8}")
@@ -45,21 +45,6 @@ def crc32(path: Path) -> int:
         while block := file.read(_BLOCK):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _content(path: Path, most: int = MOST_BYTES) -> bytes:
-    """As ``read_bytes``. But what the machine refuses to read is not damaged: nothing may be removed or passed over because of it.
-
-    Raises:
-        InputError: it is missing, or is not what it should be.
-        OSError: it cannot be read.
-    """
-    try:
-        return read_bytes(path, most)
-    except InputError as error:
-        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-            raise error.__cause__ from None
-        raise
 
 
 class Checkpoints:
@@ -134,9 +119,13 @@ class Checkpoints:
         return [path for path in self.folder.iterdir() if path.is_dir() and not path.is_symlink()] if self.folder.is_dir() else []
 
     def _pointer(self, name: str) -> str | None:
-        """The checkpoint that a pointer names; None: no pointer, or one that names none that is there."""
+        """The checkpoint that a pointer names; None: no pointer, or one that names none that is there.
+
+        Raises:
+            OSError: the machine cannot read it. No checkpoint may be removed or passed over because of that.
+        """
         try:
-            tag = _content(self.folder / name, 1 << 10).decode(errors="replace").strip()
+            tag = read_text(self.folder / name, most=1 << 10).strip()
         except InputError:
             return None
         return tag if tag in self.tags() else None
@@ -145,7 +134,7 @@ class Checkpoints:
         """What is wrong with a checkpoint's files; None: nothing."""
         folder = self.folder / tag
         try:
-            entries = parse_json(_content(folder / _MANIFEST), dict[str, tuple[int, int]], _MANIFEST)
+            entries = parse_json(read_bytes(folder / _MANIFEST), dict[str, tuple[int, int]], _MANIFEST)
         except InputError as error:
             return str(error)
         if other := [name for name in entries if name != Path(name).name or name in ("", "..")]:
