@@ -258,14 +258,14 @@ def draw_folder(place: Path, train: Mapping[str, int], test: Mapping[str, int], 
     return place
 
 
-def make_dataset(place: Path, classes: int = 16, per_class: int = 8, seed: int = 5) -> Path:
+def make_dataset(place: Path, classes: int = 16, per_class: int = 8, seed: int = 5, shards: int = 64) -> Path:
     """A prepared dataset: so many training classes, half as many for testing."""
     from dnc_dist.data.readers import read
     from dnc_dist.data.shards import write_shards
 
     train = {f"train{number:02d}": per_class for number in range(classes)}
     test = {f"test{number:02d}": 6 for number in range(classes // 2)}
-    write_shards(read("folder", draw_folder(place / "pictures", train, test, seed)), place / "data")
+    write_shards(read("folder", draw_folder(place / "pictures", train, test, seed)), place / "data", shards=shards)
     shutil.rmtree(place / "pictures")
     return place / "data"
 

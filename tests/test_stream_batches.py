@@ -23,6 +23,7 @@ from tests.run_fixtures import (
     SIZE,
     Running,
     assert_same_run,
+    dnc,
     end_ranks,
     last_step,
     make_dataset,
@@ -194,6 +195,11 @@ def test_a_run_that_streams(place: Path) -> None:
     done = end_ranks(start_ranks(["train", "short.yaml"], place, 2, before=without_report))
     assert done.result["epoch"] == 3
     assert "epoch 0: " in done.out and " fit into none; " in done.out
+    # The same images, of which a streaming run makes other batches.
+    make_dataset(place / "other", classes=20, per_class=9, shards=10)
+    assert open_index(place / "other" / "data").content_hash == open_index(place / "data").content_hash
+    error = dnc("train", "short.yaml", "--set", "data.root=other/data", folder=place).error
+    assert "data.root=other/data holds the images that the run in runs/short began with in other shards" in error
     for override, message in {
         "data.lanes=1": r"data\.lanes=1 is less than division\.learners_per_step=2",
         "schedule.epoch_length=over": r"data\.access=stream reads each once; use schedule\.epoch_length=dataset",

@@ -30,6 +30,7 @@ from dnc_dist.data.stream_batches import StreamBatches
 from dnc_dist.data.stream_plan import stream_schedule
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.engine import plan
+from dnc_dist.engine.state import TrainState
 from dnc_dist.processes import distributed
 from dnc_dist.processes.cores import loader_processes
 from dnc_dist.retrieval.protocols import Columns
@@ -159,6 +160,27 @@ class RunData(Passes):
             workers=self._workers,
             pin_memory=self._pin_memory,
         )
+
+    def new_state(self) -> TrainState:
+        """The state of a run that begins with this dataset."""
+        data = self.index.manifest
+        return TrainState(config_digest=self.cfg.digest(), data_hash=data.content_hash, layout_hash=data.layout_hash)
+
+    def check_same(self, state: TrainState) -> None:
+        """Check that a run goes on with the dataset that it began with.
+
+        Raises:
+            InputError: it has other images or labels; or, where shards are streamed, other shards.
+        """
+        root, cure = self.cfg.data.root, "give the old data.root, or set run.name to start another run"
+        new = self.new_state()
+        if state.data_hash != new.data_hash:
+            raise InputError(f"data.root={root} holds other images or labels than the run in {self.cfg.run.path} began with; {cure}")
+        if self._streams and state.layout_hash != new.layout_hash:
+            raise InputError(
+                f"data.root={root} holds the images that the run in {self.cfg.run.path} began with in other shards, and data.access=stream "
+                f"makes batches by shards; {cure}"
+            )
 
     def selection_view(self) -> tuple[str, RowView | None]:
         """The split that selects the best checkpoint: ("last" | "validation" | "test", its view).

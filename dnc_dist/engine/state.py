@@ -50,6 +50,8 @@ class _Plain:
     """`RunConfig.digest()` of the run."""
     data_hash: str = ""
     """Content hash of the dataset."""
+    layout_hash: str = ""
+    """Hash of its images and shards; a run that streams is planned by these."""
 
 
 @dataclass

@@ -277,10 +277,9 @@ class Trainer:
                 f"--resume {resume} is no checkpoint of {self.cfg.run.path}; give auto, never, or a folder in {self.checkpoints.folder}"
             )
         found = distributed.on_main(self.checkpoints.find, which)
-        fresh = TrainState(config_digest=self.cfg.digest(), data_hash=self.data.index.content_hash)
         if found is None:
             assert begins, "the objective was built without its initial weights"
-            return fresh
+            return self.data.new_state()
         tag, messages = found
         for message in messages:
             _log.info(message)
@@ -288,11 +287,7 @@ class Trainer:
         saved = read_model(folder)
         state = saved.state
         # Before the weights: other data may have another number of classes, and so other shapes.
-        if state.data_hash != fresh.data_hash:
-            raise InputError(
-                f"data.root={self.cfg.data.root} holds other images or labels than the run in {self.cfg.run.path} began with; "
-                "give the old data.root, or set run.name to start another run"
-            )
+        self.data.check_same(state)
         division, learners = state.division, self.cfg.division.num_learners
         if division is not None and (not division.fits(self.data.train.labels) or division.num_learners > learners):
             raise InputError(f"{folder} holds a division of another training set; choose another checkpoint")
