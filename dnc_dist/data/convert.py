@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from signal import SIGINT
 
 from dnc_dist.base.errors import RunError
 from dnc_dist.data.images import DECODE_ERRORS, Form, normalise, why_not
 from dnc_dist.data.readers import Sample, plain
+from dnc_dist.processes.signals import signals_held
 
 _CHUNK, _AHEAD = 16, 4  # images that a process is given at a time, and such parts in memory for each process
 _WORTH = 128  # images: with fewer for each, processes take longer to start than to convert
@@ -42,7 +43,8 @@ def convert(samples: list[Sample], form: Form, processes: int) -> Generator[tupl
     try:
         flying: deque[tuple[list[Sample], Future[list[bytes | str]]]] = deque()
         for chunk in chunks:
-            flying.append((chunk, pool.submit(_converted, chunk, form)))
+            with signals_held(SIGINT):
+                flying.append((chunk, pool.submit(_converted, chunk, form)))
             if len(flying) > processes * _AHEAD:
                 done, future = flying.popleft()
                 yield from _pair(done, future.result())
@@ -71,8 +73,7 @@ def _converted(samples: list[Sample], form: Form) -> list[bytes | str]:
 
 
 def _begin() -> None:
-    """In each process: Ctrl-C is the first one's matter, and nothing goes on when that is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In each process: nothing goes on when the first one is killed."""
     first = multiprocessing.parent_process()
     assert first is not None
 

@@ -18,7 +18,7 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.util import Finalize
 
-from dnc_dist.processes.signals import STOP_SIGNALS
+from dnc_dist.processes.signals import STOP_SIGNALS, signals_held
 
 
 def worker_context(workers: int) -> BaseContext | None:
@@ -33,7 +33,8 @@ def worker_context(workers: int) -> BaseContext | None:
 def start_server() -> None:
     """Start the server now, long before the first worker; its own imports take seconds."""
     _context()
-    forkserver.ensure_running()
+    with signals_held(*STOP_SIGNALS):
+        forkserver.ensure_running()
 
 
 def _context() -> BaseContext:

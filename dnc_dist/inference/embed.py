@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGINT
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dnc_dist.embedder import Embedder, load
 from dnc_dist.inference.blocks import BlockFolder, Plan, write_block
 from dnc_dist.inference.table import Keys, Origin, check_place, write_table
 from dnc_dist.processes.cores import usable_cores
+from dnc_dist.processes.signals import signals_held
 
 BLOCK_ROWS = 256
 """Images of a block, at least: what an interruption costs each process."""
@@ -139,7 +141,8 @@ def _in_processes(model: Embedder, images: Images, blocks: BlockFolder, missing:
             # Few at a time: a list of all that is to be read would be long.
             while len(running) < 2 * nproc and (number := next(waiting, None)) is not None:
                 readers = images.readers(*blocks.plan.bounds(number))
-                running[pool.submit(_embed_block, blocks.file(number), readers)] = number
+                with signals_held(SIGINT):
+                    running[pool.submit(_embed_block, blocks.file(number), readers)] = number
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -24,3 +27,24 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+
+
+@contextmanager
+def signals_held(*numbers: signal.Signals) -> Iterator[None]:
+    """Start processes that leave these signals to this one. What comes for it in between comes at the end.
+
+    The processes inherit that the signals are held, so that none ends them, or prints where they were, in the seconds of their imports.
+    """
+    came = set[int]()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    # Another thread of this process may take a signal, and the main thread would be interrupted with a process half started.
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread has, or may set, handlers
+    handlers = [(number, signal.signal(number, lambda number, frame: came.add(number))) for number in numbers if in_main]
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)

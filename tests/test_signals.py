@@ -1,0 +1,56 @@
+"""Signals while processes are being started: neither they nor a half-done start are hit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from dnc_dist.processes.signals import signals_held
+
+
+def test_a_signal_comes_when_the_start_is_done() -> None:
+    """Whichever thread the system gives it to."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    after = False
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_held(signal.SIGINT):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            after = True
+    finally:
+        done.set()
+        other.join()
+    assert after and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_process_starts_deaf() -> None:
+    """From its first instruction on, long before it could say so itself."""
+    with signals_held(signal.SIGINT):
+        child = subprocess.Popen([sys.executable, "-c", "print(input())"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate("went on")[0] == "went on\n" and child.returncode == 0
+
+
+def test_in_another_thread() -> None:
+    """It has no handlers to keep."""
+    failed = list[Exception]()
+
+    def start() -> None:
+        try:
+            with signals_held(signal.SIGINT):
+                assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert not failed
