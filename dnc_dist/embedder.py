@@ -134,9 +134,12 @@ class Embedder:
         """(N, F) float32 L2-normalised features of the backbone, those that images are clustered by; arguments as of ``embed``."""
         return self._embed(images, self.network.features, self.network.head.linear.in_features, batch_size, unreadable, progress)
 
-    def embed_bytes(self, readers: Sequence[Callable[[], bytes]]) -> Embedded:
-        """The embeddings of encoded images; each reader is called once, in some thread, and may raise OSError or InputError."""
-        return self._run([partial(read, reader) for reader in readers], self.network.embeddings, self.dim, self.batch_size)
+    def embed_bytes(self, readers: Sequence[Callable[[], bytes]], update: Callable[[int], None] = lambda count: None) -> Embedded:
+        """The embeddings of encoded images; each reader is called once, in some thread, and may raise OSError or InputError.
+
+        ``update`` is told how many images were done.
+        """
+        return self._run([partial(read, reader) for reader in readers], self.network.embeddings, self.dim, self.batch_size, update)
 
     def _embed(
         self, images: Any, compute: Callable[[Tensor], Tensor], dim: int, batch_size: int | None, unreadable: str, progress: bool

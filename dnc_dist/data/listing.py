@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -263,7 +264,7 @@ def _lines(file: Path) -> Iterator[str]:
         content = "\0"
     if "\0" in content:
         raise InputError(f"{file} is neither an image nor a list of paths; give {_KINDS}")
-    return iter(content.splitlines())
+    return io.StringIO(content, newline=None)
 
 
 def _listed(file: Path, names: list[str], classes: list[str | None]) -> FileImages:

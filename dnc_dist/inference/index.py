@@ -13,6 +13,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.base.exact import squared_distance
 from dnc_dist.base.files import replacing
 from dnc_dist.base.foreign import parse_json, read_bytes
+from dnc_dist.base.progress import Progress
 from dnc_dist.embedder import Embedder
 from dnc_dist.inference.table import MOST_KEY_BYTES, Keys, as_json, hash_of
 
@@ -23,6 +24,7 @@ _MARGIN = 32
 _ROWS_PER_CELL = 39
 """FAISS wants so many to find a cell's centre."""
 _LEAST_CELLS = 8
+_PART = 1 << 14  # rows added between two reports of progress
 _LINKS, _BUILD_BREADTH, _SEARCH_BREADTH = 32, 200, 128
 _AGAIN = "build it again with `dnc-dist index`"
 
@@ -68,7 +70,10 @@ def build_index(path: Path, kind: Kind, keys: Keys, vectors: np.ndarray) -> None
     if path.is_dir():
         raise InputError(f"--out {path} is a folder; give the name of a file")
     index = _empty_index(kind, vectors)
-    index.add(vectors)
+    with Progress(len(vectors) > _PART).phase("indexing", len(vectors), "rows") as phase:
+        for first in range(0, len(vectors), _PART):
+            index.add(part := vectors[first : first + _PART])
+            phase.update(len(part))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(keys_file(path)) as beside, replacing(path) as file:
         faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))  # type: ignore[attr-defined]

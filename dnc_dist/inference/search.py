@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.progress import Progress
 from dnc_dist.data.listing import list_queries
 from dnc_dist.embedder import Embedder
 from dnc_dist.inference.index import VectorIndex
@@ -55,7 +56,8 @@ def search(model: Embedder, index: VectorIndex, images: Sequence[Path], top: int
     """
     index.check(model)
     queries = list_queries(images)
-    found = model.embed_bytes(queries.readers(0, len(queries)))
+    with Progress(len(queries) > model.batch_size).phase("embedding", len(queries), "img") as phase:
+        found = model.embed_bytes(queries.readers(0, len(queries)), phase.update)
     unreadable = [(queries.keys[at], why) for at, why in found.failed.items()]
     if len(unreadable) == len(queries):
         raise InputError("no query can be read: " + "; ".join(f"{key} ({why})" for key, why in unreadable[:3]))
