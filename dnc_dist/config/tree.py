@@ -28,6 +28,9 @@ from dnc_dist.config.keys import (
     TrackerConfig,
 )
 
+MACHINE_KEYS = ("data.root", "data.workers", "data.cache", "data.cache_gb", "data.retry_seconds", "engine.timeout", "engine.stall_timeout")
+"""Where a machine finds things, and how long it waits: they decide no number."""
+
 
 class RunConfig(Section):
     """The whole configuration of a run."""

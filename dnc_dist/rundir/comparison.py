@@ -16,14 +16,14 @@ from typing import Any
 from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable, shorten
 from dnc_dist.base.settings import dotted
+from dnc_dist.config import MACHINE_KEYS
 from dnc_dist.rundir.card import CARD, Card
 from dnc_dist.rundir.record import RunRecord, number, read_run
 
 FREE = ("seed", "version", "commit", "epoch", "checkpoint")
 """Fields of a card in which comparable numbers may differ."""
-# What decides no number, and so no group.
 _FREE_SECTIONS = ("run", "tracker", "checkpoint")
-_FREE_KEYS = ("data.root", "data.workers", "data.cache", "data.cache_gb", "data.retry_seconds", "engine.timeout", "engine.stall_timeout")
+"""They decide no number, and so no group."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _measured(run: RunRecord) -> Measured:
     planned, seed = run.setting("schedule.epochs"), run.setting("run.seed")
     return Measured(
         run.path,
-        {key: value for key, value in dotted(run.config) if key.partition(".")[0] not in _FREE_SECTIONS and key not in _FREE_KEYS},
+        {key: value for key, value in dotted(run.config) if key.partition(".")[0] not in _FREE_SECTIONS and key not in MACHINE_KEYS},
         card,
         metrics,
         card.seed if card else seed if isinstance(seed, int) else None,

@@ -10,7 +10,7 @@ from typing import TextIO
 from dnc_dist.base import part_modules
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.files import is_part_of, lock, write_text
-from dnc_dist.config import RunConfig, dump_config, load_config
+from dnc_dist.config import MACHINE_KEYS, RunConfig, dump_config, load_config
 from dnc_dist.processes import distributed
 from dnc_dist.rundir import CHECKPOINTS, CONFIG_FILE, DIVISIONS, METRICS_FILE
 from dnc_dist.rundir.checkpoints import Checkpoints
@@ -18,7 +18,6 @@ from dnc_dist.rundir.tracker import check_tracker, read_metrics
 
 FIXED_SECTIONS = ("model", "data", "division", "loss")
 """Sections that decide what a checkpoint means; a resumed run may not change them."""
-FREE_KEYS = {("data", key) for key in ("root", "workers", "cache", "cache_gb", "retry_seconds")}
 _LOCK = ".lock"
 _log = logging.getLogger(__name__)
 
@@ -152,7 +151,7 @@ def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:
     for section in FIXED_SECTIONS:
         old, new = getattr(before, section).model_dump(mode="json"), getattr(now, section).model_dump(mode="json")
         for key in sorted(old.keys() | new.keys()):
-            if (section, key) not in FREE_KEYS and old.get(key) != new.get(key):
+            if f"{section}.{key}" not in MACHINE_KEYS and old.get(key) != new.get(key):
                 changes.append(f"{section}.{key} ({old.get(key)} -> {new.get(key)})")
     if before.run.seed != now.run.seed:
         changes.append(f"run.seed ({before.run.seed} -> {now.run.seed})")
