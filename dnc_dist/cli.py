@@ -55,7 +55,9 @@ class LazyGroup(click.Group):
         except BrokenPipeError as error:
             if reader_left():
                 raise
-            raise explain(error) from error
+            # Whatever `explain` is told to leave as it is: click would take it for our reader's.
+            explained = explain(error)
+            raise (RunError(str(error)) if explained is error else explained) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the commands of the help without importing them."""

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.arrays import reading
+from dnc_dist.base.errors import InputError, of_the_machine
 from dnc_dist.base.foreign import parse_json, shorten
 from dnc_dist.base.progress import Progress
 from dnc_dist.config import RunConfig
 from dnc_dist.data.given import Decoded, decoded, each_image, read
 from dnc_dist.data.images import DECODE_ERRORS, why_not
+from dnc_dist.data.readers import plain
 from dnc_dist.data.transforms import Geometry
 from dnc_dist.engine import plan
 from dnc_dist.engine.network import EmbeddingNetwork, build_network, of_network, on_device
@@ -220,6 +222,8 @@ class Embedder:
         try:
             image = source()
         except DECODE_ERRORS as error:
+            if of_the_machine(error):
+                raise
             return why_not(error)
         return self._geometry(image)
 
@@ -250,22 +254,19 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
         source = folder / CHECKPOINTS / tag
         saved = read_model(source)
         weights, state = of_network(saved.weights), saved.state
-        origin = Exported(folder.resolve().name, tag, state.epoch, plan.trained_learners(cfg, state))
+        origin = Exported(plain(folder.resolve().name), tag, state.epoch, plan.trained_learners(cfg, state))
     network = build_network(cfg, initial_weights=False, device=chosen)
     load_weights(network, weights, source)
     return Embedder(network, cfg, folder, origin, chosen, state)
 
 
 def _read_export(path: Path) -> tuple[dict[str, Tensor], Exported]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            weights = {name: file.get_tensor(name) for name in names}
-            text = (file.metadata() or {}).get(METADATA)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); export the run again") from error
+    with reading(path, "export the run again"), safe_open(path, framework="pt") as file:
+        names = file.keys()
+        weights = {name: file.get_tensor(name) for name in names}
+        text = (file.metadata() or {}).get(METADATA)
     if text is None:
         raise InputError(f"{path} was not written by `dnc-dist export`; export the run again")
     return weights, parse_json(text, Exported, path, "export the run again")

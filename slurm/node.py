@@ -20,9 +20,9 @@ from typing import NoReturn
 SHARED_WITHIN_SECONDS = 60  # what a network file system may take until it shows a file to another machine
 
 
-def fail(message: object) -> NoReturn:
+def fail(message: object, code: int = 2) -> NoReturn:
     print(f"error on {socket.gethostname()}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def versions() -> str:
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--resume")
     arguments = parser.parse_args()
     try:
-        from dnc_dist.base.errors import InputError, explain
+        from dnc_dist.base.errors import InputError, RunError, exit_code, explain
         from dnc_dist.config import load_config
     except ImportError as error:
         fail(f"{sys.executable} cannot import dnc_dist ({error}); load the environment that has it in slurm/site.sh")
@@ -121,8 +121,9 @@ def main() -> None:
             data = stage(data, Path(place))
             if os.environ["SLURM_NODEID"] == "0":
                 (job_dir / "data").write_text(f"{data}\n")
-    except (InputError, OSError, MemoryError) as error:
-        fail(explain(error))
+    except (InputError, RunError, OSError, MemoryError) as error:
+        explained = explain(error)
+        fail(explained, exit_code(explained))
     print(f"{socket.gethostname()}: {text}, {devices}; {rows} images in {data}", file=sys.stderr)
 
 

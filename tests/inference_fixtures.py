@@ -25,6 +25,7 @@ def two_runs(factory: pytest.TempPathFactory) -> Path:
     assert dnc("data", "prepare", "folder", "--root", "pictures", "--out", "data", folder=folder).code == 0
     for name, seed in (("one", 0), ("two", 1)):
         changes = {"run": {"seed": seed}, "schedule": {"epochs": 1}, "evaluation": {"batch_size": BATCH, "nmi": "never"}}
+        changes["data"] = {"cache": "cache-of-this-machine"}
         write_config(folder, Path("data"), name, **changes, division={"num_learners": 1, "conquer_from": None})
         done = dnc("train", f"{name}.yaml", folder=folder, before=without_report)
         assert done.code == 0, done

@@ -333,12 +333,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert done.stdout.startswith("run: ") and done.stderr == ""
 
 
-def test_another_pipe_that_breaks_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("traceback", ["", "1"])
+def test_another_pipe_that_breaks_is_an_error(traceback: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Only a reader of our output may leave: a service or a worker that is gone is told of."""
+    monkeypatch.setenv("DNC_TRACEBACK", traceback)
 
     def evaluate_run(*args: Any, **kwargs: Any) -> dict[str, Any]:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     stub(monkeypatch, "dnc_dist.engine.evaluate", evaluate_run=evaluate_run)
     assert cli.run(["evaluate", "runs/x"]) == 1
-    assert capsys.readouterr().err.startswith("error: Broken pipe")
+    assert "Broken pipe" in capsys.readouterr().err

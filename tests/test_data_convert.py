@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import psutil
 import pytest
 from PIL import Image, JpegImagePlugin
 
+from dnc_dist.base import foreign
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.data import convert
 from dnc_dist.data.images import Form, normalise
@@ -186,3 +189,30 @@ def test_a_killed_process_is_told_and_nothing_lost(tmp_path: Path, undisturbed: 
             write_shards(reading(), out, form=FORM, processes=2, progress=kill_one)
     assert go_on(out)[0] <= 20
     assert files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_no_image_is_left_out_because_the_machine_fails(
+    number: int, tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command goes on, to the same bytes."""
+    samples = []
+    for at, sample in enumerate(reading().samples):
+        assert sample.data is not None
+        (path := tmp_path / f"{at}.jpg").write_bytes(sample.data)
+        samples.append(replace(sample, data=None, path=path))
+    original = foreign._open_regular
+
+    def failing(path: Path) -> object:
+        if path == samples[-1].path:
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign, "_open_regular", failing)
+        with pytest.raises(RunError, match=os.strerror(number)):
+            write_shards(Reading("list", samples, {}), tmp_path / "out", form=FORM)
+    assert list((tmp_path / "out" / STAGING).glob("*.tar"))
+    assert write_shards(Reading("list", samples, {}), tmp_path / "out", form=FORM)
+    shards = {name: data for name, data in undisturbed.items() if name.endswith(".tar")}
+    assert shards.items() <= files_of(tmp_path / "out").items()

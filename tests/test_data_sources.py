@@ -24,7 +24,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import DECODE_ERRORS, decode, normalise
 from dnc_dist.data.index import open_index
 from dnc_dist.data.jpeg import without_metadata
-from dnc_dist.data.listing import list_images
+from dnc_dist.data.listing import list_images, list_queries
 from dnc_dist.data.readers import Reading, Sample, read
 from dnc_dist.data.rows import ShardReader
 from dnc_dist.data.shards import write_shards
@@ -115,10 +115,24 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(
 def test_prepared_data_among_the_images_is_no_class(tmp_path: Path) -> None:
     """As when `--out` is in the folder of the images, and `data inspect` has drawn its contact sheet."""
     root = make_folder(tmp_path / "src", LAYOUT)
-    make_folder(root / "train/out", {"a": 1})
-    (root / "train/out/manifest.json").write_text("{}")
+    expected = [str(path) for path in sorted(root.rglob("*.jpg"))]
+    for place in ("train/out", "train/a/out"):
+        write_shards(read("folder", make_folder(tmp_path / place, {"train/a": 2, "train/b": 2})), root / place)
+        (root / place / "contact_sheet.png").write_bytes(jpeg(1))
     _, notes = prepared(root)
-    assert notes == ["skipped, as they are no images that can be read: 1 prepared data set(s)"]
+    assert notes == ["skipped, as they are no images that can be read: 2 prepared data set(s)"]
+    images = list_images(root)
+    assert images.keys == [path.removeprefix(f"{root}/") for path in expected] and list_queries([root]).keys == expected
+
+
+def test_a_file_called_manifest_makes_no_prepared_data(tmp_path: Path) -> None:
+    """Others write files of that name, too: a scraper, a browser's extension."""
+    root = make_folder(tmp_path / "src", LAYOUT)
+    (root / "train/a/manifest.json").write_text('{"source": "scraper"}')
+    _, notes = prepared(root)
+    assert notes == ["skipped, as they are no images that can be read: 1 .json"]
+    assert len(open_index(tmp_path / "out")) == sum(LAYOUT.values())
+    assert len(list_images(root / "train/a")) == len(list_queries([root / "train/a"])) == LAYOUT["train/a"]
 
 
 def test_other_endings_are_counted(tmp_path: Path) -> None:

@@ -75,8 +75,9 @@ def _refused_on_main(error: Exception) -> str:
         (RunError("the message"), "RunError: the message"),
         (OSError(errno.ESTALE, "Stale file handle", "a/file"), "RunError: a/file: Stale file handle; check the shared folder"),
         (PermissionError(errno.EACCES, "Permission denied", "a/file"), "InputError: a/file: Permission denied; change its permissions"),
+        (MemoryError(), "RunError: out of memory; use a machine with more"),
     ],
-    ids=["input", "run", "machine", "permission"],
+    ids=["input", "run", "machine", "permission", "memory"],
 )
 def test_why_rank_0_failed_is_known_to_every_rank(error: Exception, says: str) -> None:
     """None waits for what never comes."""

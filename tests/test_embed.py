@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import dnc_dist
+from dnc_dist.base import foreign
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.listing import list_images
 from dnc_dist.inference.table import Keys, Origin, read_table, write_table
@@ -166,6 +168,39 @@ def test_a_list_is_split_at_the_ends_of_lines_only(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("\r\n".join(names).encode())
     images = list_images(tmp_path / "list.txt")
     assert [read() for read in images.readers(0, len(images))] == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("name", ["found.npy", "found.parquet"])
+def test_a_run_whose_name_is_no_utf_8(place: Path, tmp_path: Path, name: str) -> None:
+    """What is written of it can be read again."""
+    renamed = tmp_path / os.fsdecode(b"real-\xff")
+    shutil.copytree(place / "runs/one", renamed)
+    image = next((place / "pictures").rglob("*.png"))
+    assert run("embed", renamed, image, "--out", tmp_path / name) == 0
+    assert read_table(tmp_path / name)[0].origin.run == f"{tmp_path}/real-\\xff"
+    assert run("export", renamed, "--out", tmp_path / "model") == 0
+    assert dnc_dist.load(tmp_path / "model").origin.run == "real-\\xff"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_an_image_is_not_left_out_because_the_machine_fails(
+    place: Path, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = sorted((place / "pictures").rglob("*.png"))[:3]
+    original = foreign._open_regular
+
+    def failing(path: Path) -> object:
+        if path == paths[1]:
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path)
+
+    (tmp_path / "list.txt").write_text("\n".join(map(str, paths)))
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign, "_open_regular", failing)
+        assert run("embed", place / "runs/one", tmp_path / "list.txt", "--out", tmp_path / "found.npy") == 1
+        assert f"{paths[1]}: {os.strerror(number)}" in capsys.readouterr().err and not (tmp_path / "found.npy").exists()
+    assert run("embed", place / "runs/one", tmp_path / "list.txt", "--out", tmp_path / "found.npy") == 0
+    assert len(read_table(tmp_path / "found.npy")[0]) == 3
 
 
 def test_wrong_input_of_embed(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

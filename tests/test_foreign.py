@@ -128,10 +128,11 @@ def test_arrays(tmp_path: Path) -> None:
         (OSError(errno.EACCES, "Permission denied"), InputError, "{}: Permission denied; change its permissions"),
         (MemoryError("Unable to allocate 3 TiB"), RunError, "out of memory (Unable to allocate 3 TiB); use a machine with more"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RunError, "out of memory (DefaultCPUAllocator: can't"),
+        (RuntimeError("unable to mmap: Cannot allocate memory (12)"), RunError, "out of memory (unable to mmap: Cannot allocate"),
         (OSError(errno.EINVAL, "Invalid argument"), InputError, "{} is damaged ([Errno 22] Invalid argument); do this"),
         (OSError("no more bytes"), InputError, "{} is damaged (no more bytes); do this"),
     ],
-    ids=["stale", "disk", "permission", "memory", "torch's memory", "a place that is none", "a library's"],
+    ids=["stale", "disk", "permission", "memory", "torch's memory", "mapped memory", "a place that is none", "a library's"],
 )
 def test_what_the_machine_refuses_is_no_damage(
     error: Exception, kind: type[Exception], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

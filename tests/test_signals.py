@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from dnc_dist.processes.signals import signals_held
+from dnc_dist.processes.signals import STOP_SIGNALS, signals_held
 
 
 def test_a_signal_comes_when_the_start_is_done() -> None:
@@ -54,3 +54,22 @@ def test_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert not failed
+
+
+_SERVER = """
+import signal
+from multiprocessing import forkserver
+from pathlib import Path
+from dnc_dist.data.workers import start_server
+start_server()
+status = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status").read_text()
+print(int(status.split("SigBlk:")[1].split()[0], 16))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_server_of_loader_workers_starts_deaf() -> None:
+    """Also to what Python's own tracker of shared memory, which starts on the way, would let through."""
+    done = subprocess.run([sys.executable, "-c", _SERVER], capture_output=True, text=True, check=True)
+    held = int(done.stdout)
+    assert [number for number in STOP_SIGNALS if not held >> (number - 1) & 1] == []

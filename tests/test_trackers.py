@@ -246,17 +246,24 @@ def test_the_training_does_not_wait_for_wandb(tmp_path: Path, monkeypatch: pytes
 def test_the_end_does_not_wait_for_a_wandb_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     import wandb
 
-    released = threading.Event()
+    hangs, released = threading.Event(), threading.Event()
     skipped: list[bool] = []
+
+    def log(self: _BrokenRun, values: dict[str, Any], **_: Any) -> None:
+        if values["step"] == 3:
+            hangs.set()
+            released.wait(60)
+
     monkeypatch.setattr(background, "CLOSE_SECONDS", 0.5)
     monkeypatch.setattr(background, "skip_shutdown", lambda: skipped.append(True))
-    monkeypatch.setattr(_BrokenRun, "log", lambda self, values, **_: released.wait(60) if values["step"] == 3 else None)
+    monkeypatch.setattr(_BrokenRun, "log", log)
     monkeypatch.setattr(_BrokenRun, "finish", lambda self: None)
     monkeypatch.setattr(wandb, "init", lambda **_: _BrokenRun())
     tracker = _build(tmp_path, "wandb")
     assert isinstance(tracker, BackgroundTracker)
     for step in range(1, 6):
         tracker.log("train", step, 0, {"loss": 1.0})
+    assert hangs.wait(60)
     started = time.monotonic()
     tracker.close()
     try:

@@ -47,7 +47,7 @@ def reading(path: Path, cure: str = "") -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        if "can't allocate memory" in str(error):  # torch's own words for it
+        if "allocate memory" in str(error):  # "can't allocate", "Cannot allocate": libraries' own words for it
             raise MemoryError(_brief(error)) from error
         # What keeps zipfile from finding an archive's end is behind its own error.
         failure = error.__context__ if isinstance(error, zipfile.BadZipFile) else error

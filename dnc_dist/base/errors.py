@@ -71,6 +71,11 @@ _MACHINE_CURES = {
 }
 
 
+def of_the_machine(error: Exception) -> bool:
+    """Whether a file could not be read for a reason that says nothing of it: a disk that fails, too many open files."""
+    return isinstance(error, OSError) and error.errno in _MACHINE_CURES
+
+
 def explain(error: Exception) -> Exception:
     """What the machine refuses as an InputError or RunError of one sentence: what, which file, and the cure. Other errors come back."""
     if os.environ.get(TRACEBACK) or isinstance(error, InputError):

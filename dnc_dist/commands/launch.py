@@ -91,8 +91,9 @@ def _launch(config: Path, cfg: RunConfig, overrides: tuple[str, ...], resume: st
     command = [sys.executable, "-m", "dnc_dist", "train", "--resume", resume]
     command += [*(part for override in overrides for part in ("--set", override)), "--", str(config)]
     terms = {"--resume": resume, **dict(dotted(cfg.model_dump(mode="json")))}
-    # Each machine may have its own copy of the data, which workers compare.
-    del terms["data.root"]
+    # Each machine may have its own copy of the data, which workers compare, and its own place for what it keeps of a server.
+    for key in ("data.root", "data.cache", "data.cache_gb"):
+        del terms[key]
     secret_file = cfg.run.path.with_name(f".{cfg.run.path.name}.launch-secret")
     return launch_workers(command, workers, secret_file=secret_file, terms=terms, **meeting)
 

@@ -12,9 +12,9 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from signal import SIGINT
 
-from dnc_dist.base.errors import RunError
+from dnc_dist.base.errors import RunError, explain, of_the_machine
 from dnc_dist.data.images import DECODE_ERRORS, Form, normalise, why_not
-from dnc_dist.data.readers import Sample, plain
+from dnc_dist.data.readers import Sample
 from dnc_dist.processes.signals import signals_held
 
 _CHUNK, _AHEAD = 16, 4  # images that a process is given at a time, and such parts in memory for each process
@@ -68,7 +68,9 @@ def _converted(samples: list[Sample], form: Form) -> list[bytes | str]:
         try:
             results.append(normalise(sample.read(), form, sample.box))
         except DECODE_ERRORS as error:
-            results.append(plain(why_not(error)))
+            if of_the_machine(error):  # told as a RunError, after which the same command goes on
+                raise explain(error) from error
+            results.append(why_not(error))
     return results
 
 

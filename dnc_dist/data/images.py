@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.foreign import printable
 from dnc_dist.data.jpeg import plain_size, without_metadata
 from dnc_dist.data.pixels import to_image
 
@@ -188,6 +189,6 @@ def normalise(data: bytes, form: Form = AS_THEY_ARE, box: tuple[int, int, int, i
 def why_not(error: Exception) -> str:
     """Why an image cannot be read; the same words in every run, without the addresses of objects that Pillow mentions."""
     if isinstance(error, InputError):
-        return str(error)
+        return printable(str(error))
     reason = error.strerror if isinstance(error, OSError) and error.strerror else re.sub(r"\s*<[^>]* at 0x[0-9a-f]+>", "", str(error))
-    return f"{type(error).__name__}: {reason}"
+    return f"{type(error).__name__}: {printable(reason)}"

@@ -17,7 +17,7 @@ from dnc_dist.base.errors import InputError
 from dnc_dist.base.foreign import printable, read_bytes, read_table, read_text
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import NO_LABEL, open_index, row_key, text
-from dnc_dist.data.manifest import MANIFEST, SPLITS
+from dnc_dist.data.manifest import SPLITS, is_prepared
 from dnc_dist.data.readers import plain
 from dnc_dist.data.readers.folder import SPLIT_NAMES, walk
 from dnc_dist.data.rows import ShardReader
@@ -161,7 +161,7 @@ def list_images(data: str | Path, split: str | None = None) -> Images:
         InputError: it is nothing of that, holds no image, or names files that are missing.
     """
     place = Path(data)
-    if (place / MANIFEST).is_file():
+    if is_prepared(place):
         return PreparedImages(place, split)
     if split is not None:
         raise InputError(f"--split {split} needs a data set that `dnc-dist data prepare` wrote, with {', '.join(SPLITS)}; {data} is none")
@@ -185,7 +185,7 @@ def list_queries(images: Sequence[str | Path]) -> FileImages:
     keys: list[str] = []
     paths: list[Path] = []
     for image in map(Path, images):
-        if (image / MANIFEST).is_file():
+        if is_prepared(image):
             raise InputError(f"{image} is a prepared data set; give images, or folders of images")
         if image.is_dir():
             found = [image / name for name in _below(image)]
@@ -220,14 +220,18 @@ def _no_image(folder: Path) -> str:
 
 
 def _below(folder: Path) -> list[Path]:
-    """The images in a folder and all folders below, relative to it, sorted; links are followed, into each real folder once."""
+    """The images in a folder and all folders below, relative to it, sorted; links are followed, into each real folder once.
+
+    A prepared data set among them is none: its contact sheet is no photo.
+    """
     found: list[Path] = []
     seen = {os.path.realpath(folder)}
     for place, folders, files in walk(folder):
         kept = []
         for name in sorted(folders):
-            real = os.path.realpath(os.path.join(place, name))
-            if not name.startswith(".") and real not in seen:
+            path = os.path.join(place, name)
+            real = os.path.realpath(path)
+            if not name.startswith(".") and real not in seen and not is_prepared(Path(path)):
                 seen.add(real)
                 kept.append(name)
         folders[:] = kept

@@ -98,6 +98,11 @@ class Manifest:
         return {MANIFEST, CLASSES, DUPLICATES, CONTACT_SHEET} | columns | {shard.name for shard in self.shards}
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is a prepared data set. A file of that name alone may be anybody's."""
+    return (folder / MANIFEST).is_file() and (folder / INDEX).is_dir()
+
+
 @dataclass(frozen=True)
 class _Versioned:
     format: int = 0

@@ -17,6 +17,7 @@ import torch
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.base.progress import Progress
 from dnc_dist.data.listing import Images, list_images
+from dnc_dist.data.readers import plain
 from dnc_dist.data.workers import worker_start
 from dnc_dist.embedder import Embedder, load
 from dnc_dist.inference.blocks import BlockFolder, Plan, write_block
@@ -84,7 +85,7 @@ def embed_to_file(
         blocks.remove()
         raise InputError(f"no image of {data} can be read; the first is {images.keys[0]} ({failed[0]})")
     unreadable = [(images.keys[at], why) for at, why in failed.items()]
-    keys = _keys(images, Origin(model.fingerprint, str(run.resolve()), model.checkpoint, unreadable), failed)
+    keys = _keys(images, Origin(model.fingerprint, plain(run.resolve()), model.checkpoint, unreadable), failed)
     write_table(out, keys, model.dim, (blocks.vectors(number, model.dim) for number in range(len(plan))))
     blocks.remove()
     return Written(len(keys), model.dim, unreadable)

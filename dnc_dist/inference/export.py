@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -56,6 +57,7 @@ def export(model: Embedder, out: Path, *, onnx: bool, tell: Callable[[str], None
             file = stack.enter_context(replacing(out / name))
             file.write(content)
             file.flush()
+            os.fsync(file.fileno())
         for path in before:
             path.unlink()
 
@@ -69,7 +71,7 @@ def _without_places(cfg: RunConfig) -> RunConfig:
     weights = cfg.model.weights if cfg.model.weights in ("none", "pretrained") else Path(cfg.model.weights).name
     changes = {
         "run": cfg.run.model_copy(update={"dir": Path("runs")}),
-        "data": cfg.data.model_copy(update={"root": Path(Path(cfg.data.root).name)}),
+        "data": cfg.data.model_copy(update={"root": Path(Path(cfg.data.root).name), "cache": None}),
         "model": cfg.model.model_copy(update={"weights": weights}),
     }
     return cfg.model_copy(update=changes)

@@ -258,7 +258,7 @@ def on_main(function: Callable[..., Any], *args: Any) -> Any:
     if is_main():
         try:
             outcome = (function(*args), None)
-        except (InputError, RunError, OSError) as error:
+        except (InputError, RunError, OSError, MemoryError) as error:
             outcome = (None, explain(error))
     value, problem = broadcast_object(outcome)
     if problem is not None:

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
@@ -35,6 +36,7 @@ def signals_held(*numbers: signal.Signals) -> Iterator[None]:
 
     The processes inherit that the signals are held, so that none ends them, or prints where they were, in the seconds of their imports.
     """
+    resource_tracker.ensure_running()  # Python starts this process on the way, and lets signals through when it has
     came = set[int]()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     # Another thread of this process may take a signal, and the main thread would be interrupted with a process half started.

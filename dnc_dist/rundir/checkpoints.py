@@ -82,6 +82,7 @@ class Checkpoints:
             OSError: that cannot be written; the checkpoints before it are untouched.
         """
         folder, final = self.folder / temporary(tag), self.folder / tag
+        best_before = self._pointer("best")  # now: it cannot be that this one is there, and the disk fails at reading that
         write_text(folder / _MANIFEST, json.dumps(dict(sorted(files.items())), indent=1))
         if final.exists():
             # The same step again, for example stopped right after a save: only the train state can have moved on.
@@ -96,10 +97,10 @@ class Checkpoints:
         write_text(self.folder / "latest", tag)
         if best:
             write_text(self.folder / "best", tag)
-        if (self._pointer("best") or "") > tag:
+        elif best_before is not None and best_before > tag:
             (self.folder / "best").unlink()
         past = [old for old in self.tags() if old <= tag]
-        for old in set(self.tags()) - set(past[-self.keep :]) - {self._pointer("best")}:
+        for old in set(self.tags()) - set(past[-self.keep :]) - {tag if best else best_before}:
             shutil.rmtree(self.folder / old)
 
     def clean_up(self) -> None:

@@ -14,7 +14,7 @@ from dnc_dist.base import parts
 from dnc_dist.base.errors import InputError
 from dnc_dist.data.images import SUFFIXES
 from dnc_dist.data.index import hashed_share
-from dnc_dist.data.manifest import MANIFEST
+from dnc_dist.data.manifest import is_prepared
 from dnc_dist.data.readers import NO_CLASS, TEST, TRAIN, VALIDATION, Reader, Reading, Sample, plain
 
 # Folder name (lower case) -> split, asked as a query, searched as gallery.
@@ -53,10 +53,8 @@ class _Walk:
         for path in sorted(folder.iterdir()):
             if path.name.startswith("."):
                 continue
-            if (path / MANIFEST).is_file():
-                self.skipped["prepared data set(s)"] += 1
-            elif path.is_dir():
-                found += [] if self._leads_up(path) else [path]
+            if path.is_dir():
+                found += [path] if self._may_hold_images(path) else []
             elif path.suffix.lower() in SUFFIXES:
                 self.skipped[f"{path.suffix.lower()} outside of class folders"] += 1
             else:
@@ -71,7 +69,7 @@ class _Walk:
             followed = []
             for name in sorted(folders):
                 path = Path(place, name)
-                if not name.startswith(".") and not self._leads_up(path) and (real := os.path.realpath(path)) not in seen:
+                if not name.startswith(".") and self._may_hold_images(path) and (real := os.path.realpath(path)) not in seen:
                     seen.add(real)
                     followed.append(name)
             folders[:] = followed
@@ -96,12 +94,15 @@ class _Walk:
     def _count(self, path: Path) -> None:
         self.skipped[plain(path.suffix.lower()) or "without an ending"] += 1
 
-    def _leads_up(self, path: Path) -> bool:
-        """Whether a link leads to a folder that it lies in: all that is below would be listed again, without end."""
-        above = Path(os.path.realpath(path.parent))
-        if not path.is_symlink() or not above.is_relative_to(os.path.realpath(path)):
+    def _may_hold_images(self, folder: Path) -> bool:
+        """Not a prepared data set, whose contact sheet is no photo; nor a link to a folder that it lies in: all that is below would be
+        listed again, without end."""
+        if folder.is_symlink() and Path(os.path.realpath(folder.parent)).is_relative_to(os.path.realpath(folder)):
+            self.loops.append(folder)
             return False
-        self.loops.append(path)
+        if is_prepared(folder):
+            self.skipped["prepared data set(s)"] += 1
+            return False
         return True
 
 
