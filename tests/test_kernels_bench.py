@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from bench import baselines, measure, roofline, sweep, table
+from bench import baselines, measure, roofline, sweep, table, turns
 from bench import kmeans as kmeans_bench
 from bench import margin as margin_bench
 from dnc_kernels import reference
@@ -132,6 +132,28 @@ def test_tables_stand_between_their_markers(rows, tmp_path, monkeypatch):
     assert filled.startswith("before\n<!-- results:margin -->\n**") and filled.endswith("<!-- results:end -->\nafter\n")
     assert "old" not in filled and "| sliced | 2 | 16 | 32 | 1.23 |" in filled
     assert table.filled(filled) == filled
+
+
+def test_steps_in_turns_are_compared_turn_by_turn(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "kernels_turns_test.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench.turns", "--quick", "--out", str(out)])
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    turns.main()
+    printed = capsys.readouterr().out
+    _, row = (json.loads(line) for line in out.read_text().splitlines())
+    assert row["outcome"] == "ok" and row["calls"] >= measure.FEWEST
+    assert row["ratio"] == pytest.approx(row["reference_ms"][0] / row["eager_ms"][0], rel=1e-3)
+    median, low, high = row["turn_ratios"]
+    assert 0 < low <= median <= high
+    row |= {"interpreted": False, "eager_ms": [2.0, 1.9, 2.1], "reference_ms": [2.5, 2.4, 2.6]}
+    row |= {"ratio": 1.25, "turn_ratios": [1.24, 1.2, 1.3]}
+    late = row | {"rows": 32, "outcome": "no time left in the budget"}
+    out.write_text(f"{json.dumps(row)}\n{json.dumps(late)}\n")
+    filled = table.filled("<!-- results:turns -->\n<!-- results:end -->\n")
+    assert "| sliced | 2 | 16 | 32 | 2 | 2.5 | 1.25 | 1.20 to 1.30 |" in filled
+    assert "| sliced | 2 | 32 | 32 |  |  | not measured |  |" in filled
+    heading = next(line for line in filled.splitlines() if line.startswith("| masks"))
+    assert heading in printed
 
 
 def test_the_readme_shows_the_results_files():

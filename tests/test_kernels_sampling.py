@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import normalize
 import dnc_kernels
 from dnc_kernels import Rows, Sampling
 from dnc_kernels.philox import draw_words, exponentials
+from dnc_kernels.reference_columns import Windows
 
 SIGNIFICANCE = 1e-4
 
@@ -282,13 +284,20 @@ def keys_of_the_contract(anchors: Rows, references: Rows | None, sampling: Sampl
     return dnc_kernels.negative_weights(anchors, references, sampling=sampling).log() - waiting.log()
 
 
-@pytest.mark.parametrize("together", [0, 1 << 16], ids=["each learner", "all together"])
+def all_columns(windows: Windows, num_columns: int) -> Iterator[tuple[slice, None]]:
+    """The blocks of a GPU, where nobody waits to learn where a learner ends."""
+    return ((slice(start, start + 9), None) for start in range(0, len(windows.learner), 9))
+
+
+@pytest.mark.parametrize("blocks", ["each learner", "all together", "all columns"])
 @pytest.mark.parametrize("mode", ["paper", "reference"])
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("sliced", [False, True])
-def test_draws_have_the_largest_keys(monkeypatch, together, mode, broken, sliced):
-    monkeypatch.setattr("dnc_kernels.reference_sampling.TOGETHER_ELEMENTS", together)
-    monkeypatch.setattr("dnc_kernels.reference_sampling.BLOCK_ELEMENTS", 1000)
+def test_draws_have_the_largest_keys(monkeypatch, blocks, mode, broken, sliced):
+    if blocks == "each learner":
+        monkeypatch.setattr("dnc_kernels.reference_sampling.BLOCK_ELEMENTS", 1000)
+    elif blocks == "all columns":
+        monkeypatch.setattr("dnc_kernels.reference_sampling._blocks", all_columns)
     z = unit_rows(120, 16).clone()
     if broken:  # a row that can be in no pair still has its position
         z[::7], z[3], z[11, 2] = 0.0, torch.nan, torch.inf

@@ -1,1 +1,4 @@
-"""Measurements of the kernels: `PYTHONPATH=kernels python -m bench.margin`, `-m bench.kmeans`; without a GPU `-m bench.resources`."""
+"""Measurements of the kernels: `PYTHONPATH=kernels python -m bench.margin`, `-m bench.kmeans`.
+
+Without a GPU: `-m bench.turns`, `-m bench.resources`.
+"""

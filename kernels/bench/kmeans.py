@@ -234,7 +234,7 @@ def sweep(run: measure.Run, quick: bool) -> None:
 
 def main() -> None:
     """Run the matrix."""
-    args = measure.arguments("kmeans", budget=135.0).parse_args()
+    args = measure.matrix_arguments("kmeans", budget=135.0).parse_args()
     wanted = measure.wanted(args.only, IMPLEMENTATIONS)
     run = measure.Run("kmeans", args)
     if args.sweep:

@@ -260,7 +260,7 @@ def sweep(run: measure.Run, quick: bool) -> None:
 
 def main() -> None:
     """Run the matrix."""
-    args = measure.arguments("margin", budget=185.0).parse_args()
+    args = measure.matrix_arguments("margin", budget=185.0).parse_args()
     wanted = measure.wanted(args.only, IMPLEMENTATIONS)
     run = measure.Run("margin", args)
     if args.sweep:

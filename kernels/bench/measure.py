@@ -1,4 +1,4 @@
-"""How both families are timed, what the machine can do, and where the rows go.
+"""How all families are timed, what the machine can do, and where the rows go.
 
 A row is one implementation at one size. Where a row has no figure (out of memory, not installed, no time left), its outcome
 says why. No row is missing.
@@ -29,6 +29,7 @@ PACKAGES = ("torch", "triton", "pytorch-metric-learning", "flash-kmeans", "faiss
 GIB, MB = 1 << 30, 1e6
 SHOWN = (
     *("implementation", "kernel", "tile", "rows", "learners", "masks", "dim", "centroids", "dtype", "outcome", "full_ms", "graph_ms"),
+    *("eager_ms", "reference_ms", "ratio", "turn_ratios"),
     *("iteration_ms", "peak_mb", "roofline", "copy_bandwidth", "error_embeddings", "objective", "spread", "row_seconds", "copy", "matrix"),
 )  # on the screen; the file has everything
 COLD_BYTES = 256 << 20  # written before every timed call: more than any second-level cache holds
@@ -76,6 +77,25 @@ class Clock:
             self.cold.zero_()
 
 
+def num_calls(known: float, seconds: float) -> int:
+    """How many calls of `known` seconds take about `seconds`."""
+    return 1 if known > SLOW * seconds else min(MOST, max(FEWEST if known < seconds else 2, int(seconds / max(known, 1e-6))))
+
+
+def milliseconds_in_turns(phases: dict[str, Callable[[], Any]], device: torch.device, turns: int) -> dict[str, list[float]]:
+    """Milliseconds of every phase in every turn; a turn runs each phase once, one after the other."""
+    clock, marks = Clock(device), []
+    for _ in range(turns):
+        clock.cool()
+        line = [clock.mark()]
+        for phase in phases.values():
+            phase()
+            line.append(clock.mark())
+        marks.append(line)
+    synchronize(device)
+    return {name: [clock.milliseconds(line[number], line[number + 1]) for line in marks] for number, name in enumerate(phases)}
+
+
 def time_phases(
     phases: dict[str, Callable[[], Any]], device: torch.device, seconds: float, *, known: float | None = None
 ) -> dict[str, Any]:
@@ -85,7 +105,6 @@ def time_phases(
     Returns `<phase>_ms` and `full_ms` as [median, 20 %, 80 %], the number of `calls`, and `spread`: by how much the medians of the
     whole differ between the first and the second half of the calls.
     """
-    clock = Clock(device)
     if known is None:
 
         def all_phases() -> None:
@@ -93,18 +112,9 @@ def time_phases(
                 phase()
 
         known, _ = once(all_phases, device, 0)
-    calls = 1 if known > SLOW * seconds else min(MOST, max(FEWEST if known < seconds else 2, int(seconds / max(known, 1e-6))))
-    marks = []
-    for _ in range(calls):
-        clock.cool()
-        line = [clock.mark()]
-        for phase in phases.values():
-            phase()
-            line.append(clock.mark())
-        marks.append(line)
-    synchronize(device)
-    times = {f"{name}_ms": [clock.milliseconds(line[number], line[number + 1]) for line in marks] for number, name in enumerate(phases)}
-    times["full_ms"] = full = [clock.milliseconds(line[0], line[-1]) for line in marks]
+    calls = num_calls(known, seconds)
+    times = {f"{name}_ms": values for name, values in milliseconds_in_turns(phases, device, calls).items()}
+    times["full_ms"] = full = [sum(parts) for parts in zip(*times.values(), strict=True)]
     row: dict[str, Any] = {name: quantiles(values) for name, values in times.items()} | {"calls": calls}
     if calls > 1:
         first, second = statistics.median(full[: calls // 2]), statistics.median(full[calls // 2 :])
@@ -249,7 +259,8 @@ class Run:
             except Exception as error:
                 row["outcome"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         row["row_seconds"] = round(time.monotonic() - started, 1)
-        self.write(facts | row)
+        row = facts | row
+        self.write(row)
         return row
 
 
@@ -262,14 +273,20 @@ def wanted(only: str | None, implementations: Iterable[str]) -> list[str]:
     return names
 
 
-def arguments(family: str, budget: float) -> argparse.ArgumentParser:
-    """The options that both commands have."""
+def arguments(family: str, budget: float, seconds: float) -> argparse.ArgumentParser:
+    """The options that all commands have."""
     parser = argparse.ArgumentParser(prog=f"bench.{family}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does the script work?")
     parser.add_argument("--out", type=Path, help="append the rows to this file of JSON lines")
-    parser.add_argument("--only", help="comma-separated implementations (default: all)")
     parser.add_argument("--budget", type=float, default=budget, help="seconds after which no row is started")
-    parser.add_argument("--seconds", type=float, default=0.5, help="timed seconds a row")
+    parser.add_argument("--seconds", type=float, default=seconds, help="timed seconds a row")
+    return parser
+
+
+def matrix_arguments(family: str, budget: float) -> argparse.ArgumentParser:
+    """Those of the commands that run every implementation at every size."""
+    parser = arguments(family, budget, seconds=0.5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", help="comma-separated implementations (default: all)")
     parser.add_argument("--sweep", action="store_true", help="time the tile shapes that the kernels could take, and nothing else")
     return parser

@@ -18,8 +18,9 @@ SIZE = {
     "margin": {"masks": "masks", "learners": "K", "rows": "B", "dim": "D"},
     "kmeans": {"dtype": "x", "dim": "D", "rows": "N", "centroids": "K"},
 }
+SIZE["turns"] = SIZE["margin"]
 MASKS = {"soft": 0, "sliced": 1}  # their order
-IMPLEMENTATIONS = {"margin": list(margin.IMPLEMENTATIONS), "kmeans": list(kmeans.IMPLEMENTATIONS)}
+IMPLEMENTATIONS = {"margin": list(margin.IMPLEMENTATIONS), "kmeans": list(kmeans.IMPLEMENTATIONS), "turns": []}  # a row of turns is of two
 TIME = {"margin": "full_ms", "kmeans": "iteration_ms"}
 SHORT = {"out of memory": "out of memory", "no time left in the budget": "not measured"}
 
@@ -50,6 +51,17 @@ def ours(row: dict[str, Any] | None, family: str) -> dict[str, str]:
     return {name: f"{100 * value:.0f} %" if name in percent else milliseconds(value) for name, value in found.items() if value is not None}
 
 
+def in_turns(row: dict[str, Any] | None) -> dict[str, str]:
+    """Both steps of a row of `bench.turns` and how they compare, or in short why there is nothing."""
+    if row is None:
+        return {}
+    if row["outcome"] != "ok":
+        return {"reference / eager": SHORT.get(row["outcome"], row["outcome"].split(":")[0])}
+    _, low, high = row["turn_ratios"]
+    found = {"eager": milliseconds(row["eager_ms"][0]), "reference": milliseconds(row["reference_ms"][0])}
+    return found | {"reference / eager": f"{row['ratio']:.2f}", "20 to 80 % of the turns": f"{low:.2f} to {high:.2f}"}
+
+
 def device_table(family: str, rows: list[dict[str, Any]]) -> str:
     """The table of one device: a line a size, a column an implementation."""
     present = {row["implementation"] for row in rows if not row["outcome"].startswith("not run")}
@@ -61,7 +73,7 @@ def device_table(family: str, rows: list[dict[str, Any]]) -> str:
         line = dict(zip(SIZE[family].values(), map(str, size), strict=True)) | {name: cell(at.get(name), family) for name in ran}
         eager = at.get("eager", {})
         line |= ours(at.get("triton"), family) | ({"eager MB": milliseconds(eager["peak_mb"])} if eager.get("peak_mb") else {})
-        table.append(line)
+        table.append(line | in_turns(at.get("turns")))
     columns = list(dict.fromkeys(name for line in table for name in line))
     last = rows[-1]
     versions = ", ".join(f"{name} {number}" for name, number in last["versions"].items() if number)

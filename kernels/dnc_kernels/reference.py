@@ -63,9 +63,8 @@ def project(embeddings: Tensor, learner: Tensor | None, masks: Tensor | None) ->
             check_below("learner", learner, masks.shape[0], f"-1 (in no learner) to {masks.shape[0] - 1}, one per row of masks")
             hidden = hidden * embedding(learner.clamp_min(0), rows)  # as rows[…], with a faster backward
     norm_squared = hidden.square().sum(1, keepdim=True)
-    # `~(<=)`, not `>`: a NaN must come out as NaN and be counted, not become a zero row.
-    usable = ~(norm_squared <= NORM_SQUARED_MIN)
-    return hidden * torch.where(usable, torch.where(usable, norm_squared, 1.0).rsqrt(), 0.0)
+    zero = norm_squared <= NORM_SQUARED_MIN  # not so a NaN: it must come out as NaN and be counted, not become a zero row
+    return hidden * norm_squared.masked_fill(zero, 1.0).rsqrt().masked_fill(zero, 0.0)
 
 
 class _PairDistances(torch.autograd.Function):

@@ -17,7 +17,7 @@ NOBODY, NO_PAIRS = torch.iinfo(torch.int64).max, -1  # learner and class of refe
 
 
 class Exact(NamedTuple):
-    """Rows in float64: z (n, D), its squared lengths (n,), and which rows can be in a pair (n,): finite ones that are not zero."""
+    """Rows in float64: z (n, D), its squared lengths (n,), and which rows can be in a pair (n,): in a learner, finite and not zero."""
 
     z: Tensor
     squares: Tensor
@@ -63,20 +63,20 @@ class Compared(NamedTuple):
     columns: Columns
 
 
-def _exact(z: Tensor) -> Exact:
-    z = z.detach().double()
+def _exact(rows: CheckedRows) -> Exact:
+    z = rows.z.detach().double()
     squares = torch.linalg.vector_norm(z, dim=1).square()
-    return Exact(z, squares, (squares > 0) & (squares < torch.inf))
+    return Exact(z, squares, (squares > 0) & (squares < torch.inf) & (rows.learner >= 0))
+
+
+def _rank(column: Tensor) -> Tensor:
+    """(n,) how many entries are smaller."""
+    return torch.searchsorted(column.sort().values, column.contiguous())
 
 
 def _class_numbers(learner: Tensor, labels: Tensor) -> Tensor:
     """(n,) equal for rows of one learner and label, and ascending in (learner, label)."""
-    order = labels.argsort(stable=True)
-    order = order[learner[order].argsort(stable=True)]
-    learner, labels = learner[order], labels[order]
-    first = torch.ones_like(order)
-    first[1:] = (learner[1:] != learner[:-1]) | (labels[1:] != labels[:-1])
-    return torch.empty_like(order).scatter_(0, order, first.cumsum(0))
+    return _rank(learner) * labels.shape[0] + _rank(labels)
 
 
 def _in_canonical_order(references: CheckedRows, exact: Exact, classes: Tensor) -> Columns:
@@ -84,16 +84,15 @@ def _in_canonical_order(references: CheckedRows, exact: Exact, classes: Tensor) 
     order = order[classes[order].argsort(stable=True)]
     learner = references.learner[order]
     position = torch.arange(learner.shape[0], device=learner.device) - torch.searchsorted(learner, learner)
-    in_pairs = exact.usable & (references.learner >= 0)
-    here, first = in_pairs[order].byte().sort(descending=True, stable=True)
-    order, position = order[first], position[first]
-    learner, classes = (column[order].where(here.bool(), NOBODY) for column in (references.learner, classes))
+    left_out, last = (~exact.usable)[order].byte().sort(stable=True)
+    order, position = order[last], position[last]
+    learner, classes = (column[order].masked_fill_(left_out.bool(), NOBODY) for column in (references.learner, classes))
     return Columns(exact.at(order), learner, classes, references.row_ids[order], order, position)
 
 
 def _windows(anchors: CheckedRows, exact: Exact, classes: Tensor, columns: Columns) -> Windows:
-    in_pairs = exact.usable & (anchors.learner >= 0)
-    learner, classes = (column.where(in_pairs, NO_PAIRS) for column in (anchors.learner, classes))
+    left_out = ~exact.usable
+    learner, classes = (column.masked_fill(left_out, NO_PAIRS) for column in (anchors.learner, classes))
     runs = (
         torch.searchsorted(column, wanted, right=right)
         for column, wanted in ((columns.learner, learner), (columns.classes, classes))
@@ -109,24 +108,25 @@ def compared(anchors: Rows, references: Rows | None) -> Compared:
         ValueError: wrong shapes, types or devices.
     """
     own, others = anchors_and_references(anchors, references)
-    exact = _exact(own.z)
+    exact = _exact(own)
     if references is None:
         classes = ref_classes = _class_numbers(own.learner, own.labels)
         columns = _in_canonical_order(own, exact, classes)
     else:
         both = _class_numbers(torch.cat([own.learner, others.learner]), torch.cat([own.labels, others.labels]))
         classes, ref_classes = both.split([own.z.shape[0], others.z.shape[0]])
-        columns = _in_canonical_order(others, _exact(others.z), ref_classes)
+        columns = _in_canonical_order(others, _exact(others), ref_classes)
     return Compared(own, exact, _windows(own, exact, classes, columns), columns)
 
 
-def num_positives(rows: Compared) -> Tensor:
-    """(B,) rows of each anchor's class but itself."""
+def own_columns(rows: Compared) -> Tensor:
+    """(B,) the column of each anchor itself; G, which is behind all columns, where it is not among them."""
     own, _, windows, columns = rows
-    count = windows.class_end - windows.class_start
-    if columns.row_ids.shape[0]:
-        ids, place = columns.row_ids.sort()
-        found = torch.searchsorted(ids, own.row_ids.contiguous()).clamp_max_(ids.shape[0] - 1)
-        itself = (ids[found] == own.row_ids) & (columns.classes[place[found]] == windows.classes)
-        count -= itself.long()
-    return count
+    num_columns = columns.order.shape[0]
+    if not num_columns:
+        return torch.zeros_like(own.row_ids)
+    ids, place = columns.row_ids.sort(stable=True)
+    found = torch.searchsorted(ids, own.row_ids.contiguous()).clamp_max_(num_columns - 1)
+    column = place[found]
+    itself = (ids[found] == own.row_ids) & (columns.classes[column] == windows.classes)
+    return column.masked_fill_(~itself, num_columns)

@@ -6,20 +6,22 @@ race keys) is computed in float64, so that a draw depends on z alone and not on 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dnc_kernels.contract import DEFAULT_SAMPLING, Pairs, Rows, Sampling
 from dnc_kernels.philox import draw_words, exponentials
-from dnc_kernels.reference_columns import Columns, Compared, Exact, Windows, compared, num_positives
+from dnc_kernels.reference_columns import Columns, Exact, Windows, compared, own_columns
 
 ANTIPODE_MIN = 1e-6  # lower clamp of 1 - d²/4: finite weights at d = 2
 FLOOR_WITHIN, FLOOR_BEYOND = 1e-9, 1e-6  # the published floors, relative to the row's largest weight
-BLOCK_ELEMENTS = 1 << 18  # (anchors × references) held at once; a cache holds a few such matrices
-TOGETHER_ELEMENTS = 1 << 16  # up to so many, one matrix of all learners costs less than one of each
+BLOCK_ELEMENTS = 1 << 19  # (anchors × references) held at once; a cache holds a few such matrices
 
 
 def _bar_all(negated_squares: Tensor, windows: Windows, columns: Columns) -> Tensor:
@@ -28,17 +30,17 @@ def _bar_all(negated_squares: Tensor, windows: Windows, columns: Columns) -> Ten
     return negated_squares.masked_fill_(barred, -torch.inf)
 
 
-def _bar_class(negated_squares: Tensor, windows: Windows, first_column: int) -> Tensor:
-    """-inf where anchors meet columns of their own class, (b, g) of one learner; on a CPU."""
+def _bar_class(negated_squares: Tensor, windows: Windows) -> Tensor:
+    """-inf where anchors meet columns of their own class, (b, g) from the first column of each anchor's learner on; on a CPU."""
     length = windows.class_end - windows.class_start
     row, place = (torch.arange(int(length.max())) < length[:, None]).nonzero(as_tuple=True)
-    negated_squares[row, windows.class_start[row] + place - first_column] = -torch.inf
+    negated_squares[row, (windows.class_start - windows.learner_start)[row] + place] = -torch.inf
     return negated_squares
 
 
-def _negated_squares(anchors: Exact, columns: Exact) -> Tensor:
+def _negated_squares(anchors: Exact, columns: Exact, out: Tensor | None = None) -> Tensor:
     """-d², (b, g) float64."""
-    lengths = anchors.squares[:, None] + columns.squares
+    lengths = torch.add(anchors.squares[:, None], columns.squares, out=out)
     return torch.addmm(lengths, anchors.z, columns.z.T, beta=-1.0, alpha=2.0, out=lengths)
 
 
@@ -90,50 +92,77 @@ def negative_weights(anchors: Rows, references: Rows | None = None, *, sampling:
     return torch.empty_like(weight).index_copy_(1, columns.order, weight)
 
 
-def _positive_slots(rows: Compared, num_slots: int) -> Tensor:
+def _positive_slots(windows: Windows, own_column: Tensor, num_slots: int) -> Tensor:
     """The first `num_slots` columns of each anchor's class but itself, (B, num_slots) int64, -1 where there are fewer."""
-    own, _, windows, columns = rows
-    at = windows.class_start[:, None] + torch.arange(num_slots + 1, device=own.z.device)
-    inside = at < windows.class_end[:, None]
-    at = at.where(inside, 0)
-    itself = inside & (columns.row_ids[at] == own.row_ids[:, None])
-    # What comes after the anchor itself stands a slot earlier.
-    after = itself.cumsum(1)[:, :num_slots] > 0
-    return torch.where(after, at[:, 1:], at[:, :-1]).masked_fill_(~torch.where(after, inside[:, 1:], inside[:, :-1]), -1)
+    column = windows.class_start[:, None] + torch.arange(num_slots, device=own_column.device)
+    column += column >= own_column[:, None]  # what comes after the anchor itself stands a slot earlier
+    return column.masked_fill_(column >= windows.class_end[:, None], -1)
 
 
-def _blocks(windows: Windows, num_columns: int) -> Iterator[tuple[Tensor | slice, slice | None]]:
-    """Anchors, and the run of columns to compare them with: on a CPU those of a learner; None: all, where that is little.
+class Run(NamedTuple):
+    """Anchors of a block that are of one learner, and its columns."""
+
+    anchors: slice
+    columns: slice
+
+
+def _blocks(windows: Windows, num_columns: int) -> Iterator[tuple[Tensor | slice, list[Run] | None]]:
+    """Anchors, and what to compare them with: on a CPU the columns of their learners; None: all columns.
 
     Elsewhere it would take a wait for the device to know where a learner ends.
     """
     num_anchors = windows.learner.shape[0]
-    if windows.learner.device.type != "cpu" or num_anchors * num_columns <= TOGETHER_ELEMENTS:
+    if windows.learner.device.type != "cpu":
         size = max(1, BLOCK_ELEMENTS // max(1, num_columns))
         yield from ((slice(start, start + size), None) for start in range(0, num_anchors, size))
         return
-    order = windows.learner_start.argsort(stable=True)
-    for rows in order.split(windows.learner[order].unique_consecutive(return_counts=True)[1].tolist()):
-        run = slice(int(windows.learner_start[rows[0]]), int(windows.learner_end[rows[0]]))
-        if run.start < run.stop:
-            yield from ((part, run) for part in rows.split(max(1, BLOCK_ELEMENTS // (run.stop - run.start))))
+    learner, order = windows.learner.sort(stable=True)
+    in_order = torch.equal(learner, windows.learner)  # then nothing of the anchors is copied
+    ends = learner.unique_consecutive(return_counts=True)[1].cumsum(0)
+    some = order[ends - 1]  # an anchor of each learner
+    anchors = itertools.pairwise([0, *ends.tolist()])
+    columns = zip(windows.learner_start[some].tolist(), windows.learner_end[some].tolist(), strict=True)
+    runs = [Run(slice(*rows), slice(*run)) for rows, run in zip(anchors, columns, strict=True) if run[0] < run[1]]
+    if not runs:
+        return
+    if num_anchors * _longest(runs) <= BLOCK_ELEMENTS:  # one matrix of all learners costs less than one of each
+        yield slice(None) if in_order else order, runs
+        return
+    for rows, run in runs:
+        size = max(1, BLOCK_ELEMENTS // (run.stop - run.start))
+        for start in range(rows.start, rows.stop, size):
+            part = slice(start, min(start + size, rows.stop))
+            yield part if in_order else order[part], [Run(slice(None), run)]
 
 
-def _race_keys(row_ids: Tensor, exact: Exact, windows: Windows, columns: Columns, run: slice | None, sampling: Sampling) -> Tensor:
-    """Race keys of b anchors in a run of columns, (b, g) float64, -inf where nothing may be drawn.
+def _longest(runs: list[Run]) -> int:
+    return max(run.stop - run.start for _, run in runs)
+
+
+def _waiting(row_ids: Tensor, num_positions: int, sampling: Sampling) -> Tensor:
+    """log E of each anchor for positions 0 … num_positions-1, (b, num_positions) float64."""
+    return exponentials(draw_words(row_ids, num_positions, sampling.seed, sampling.step)).log_()
+
+
+def _race_keys(row_ids: Tensor, exact: Exact, windows: Windows, columns: Columns, runs: list[Run] | None, sampling: Sampling) -> Tensor:
+    """Race keys of b anchors, (b, g) float64, -inf where nothing may be drawn; with runs each row begins at its learner's first column.
 
     The k largest of log w - log E, with E exponential, are k draws without replacement (Efraimidis and Spirakis 2006).
     """
-    if run is None:
-        squares, position = _bar_all(_negated_squares(exact, columns.exact), windows, columns), columns.position
-    else:
-        squares, position = _bar_class(_negated_squares(exact, columns.exact.at(run)), windows, run.start), columns.position[run]
-    width = position.shape[0]
-    num_draws = int(position.max()) + 1 if position.device.type == "cpu" and width else width
-    waiting = exponentials(draw_words(row_ids, num_draws, sampling.seed, sampling.step)).log_()
-    if run is None or num_draws > width:  # else the positions are 0, 1, … as the columns of a learner are sorted
-        waiting = waiting.index_select(1, position)
-    return _log_weights(squares, exact.z.shape[1], sampling).sub_(waiting)
+    if runs is None:
+        squares = _bar_all(_negated_squares(exact, columns.exact), windows, columns)
+        waiting = _waiting(row_ids, columns.position.shape[0], sampling).index_select(1, columns.position)
+        return _log_weights(squares, exact.z.shape[1], sampling).sub_(waiting)
+    squares = exact.z.new_full((row_ids.shape[0], _longest(runs)), -torch.inf)
+    positions = [columns.position[run] for _, run in runs]
+    waiting = _waiting(row_ids, 1 + max(int(position[-1]) for position in positions), sampling)
+    for (rows, run), position in zip(runs, positions, strict=True):
+        length = position.shape[0]
+        _negated_squares(exact.at(rows), columns.exact.at(run), out=squares[rows, :length])
+        if int(position[-1]) >= length:  # else they are 0, 1, … as the columns of a learner are sorted
+            waiting[rows, :length] = waiting[rows].index_select(1, position)
+    squares = _bar_class(squares, windows)
+    return _log_weights(squares, exact.z.shape[1], sampling).sub_(waiting[:, : squares.shape[1]])
 
 
 @torch.no_grad()
@@ -157,7 +186,8 @@ def sample_pairs(anchors: Rows, references: Rows | None = None, *, sampling: Sam
     rows = compared(anchors, references)
     own, exact, windows, columns = rows
     num_anchors, num_references, device = own.z.shape[0], columns.order.shape[0], own.z.device
-    found = num_positives(rows)
+    own_column = own_columns(rows)
+    found = windows.class_end - windows.class_start - (own_column < num_references).long()
     max_positives = sampling.max_positives
     if max_positives is None:
         max_positives = int(found.max()) if num_anchors else 0
@@ -165,26 +195,22 @@ def sample_pairs(anchors: Rows, references: Rows | None = None, *, sampling: Sam
 
     negatives = torch.full((num_anchors, num_slots), -1, device=device)
     candidates = torch.zeros_like(found)
-    for block, run in _blocks(windows, num_references):
-        keys = _race_keys(own.row_ids[block], exact.at(block), windows.at(block), columns, run, sampling)
+    for block, runs in _blocks(windows, num_references):
+        keys = _race_keys(own.row_ids[block], exact.at(block), windows.at(block), columns, runs, sampling)
         drawn = keys.topk(min(num_slots, keys.shape[1]), dim=1).indices
-        negatives[block, : drawn.shape[1]] = drawn if run is None else drawn.add_(run.start)
+        negatives[block, : drawn.shape[1]] = drawn if runs is None else drawn.add_(windows.learner_start[block, None])
         candidates[block] = (keys != -torch.inf).sum(1)
     negatives.masked_fill_(torch.arange(num_slots, device=device) >= torch.minimum(found, candidates)[:, None], -1)
 
-    if num_references:
-        slots = torch.cat([_positive_slots(rows, num_slots), negatives], dim=1)
-        slots = torch.where(slots >= 0, columns.order[slots.clamp_min(0)], -1)
-    else:
-        slots = negatives
+    slots = torch.cat([_positive_slots(windows, own_column, num_slots), negatives], dim=1)
+    slots = pad(columns.order, (0, 1), value=-1)[slots]  # an empty slot, -1, takes the last
     is_positive = (torch.arange(2 * num_slots, device=device) < num_slots).expand_as(slots)
     anchor = torch.arange(num_anchors, device=device)[:, None].expand_as(slots)
     in_learner = own.learner >= 0
-    in_pairs = exact.usable & in_learner
     rows_with = {
-        "anchors": in_pairs,
-        "anchors_without_positives": in_pairs & (found == 0),
-        "anchors_without_negatives": in_pairs & (candidates == 0),
+        "anchors": exact.usable,
+        "anchors_without_positives": exact.usable & (found == 0),
+        "anchors_without_negatives": exact.usable & (candidates == 0),
         "non_finite_rows": in_learner & ~(exact.squares < torch.inf),
         "zero_rows": in_learner & (exact.squares == 0),
     }
