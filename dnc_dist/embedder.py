@@ -241,6 +241,8 @@ def load(run: str | Path, *, checkpoint: str = "best", device: str | torch.devic
     """
     folder = Path(run)
     chosen = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={chosen}: torch sees no GPU here; take another, or None")
     cfg = load_run_config(folder)
     if (folder / WEIGHTS_FILE).is_file() and not (folder / CHECKPOINTS).is_dir():
         weights, origin = _read_export(folder / WEIGHTS_FILE)

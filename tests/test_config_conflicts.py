@@ -105,10 +105,6 @@ def minimal(tmp_path: Path) -> Path:
             "division.skip_nearest=2 is of groups, and division.batches=learner makes none; use groups or neighbours",
         ),
         (
-            ["division.images_per_class=3"],
-            "division.images_per_class=3 is of groups, and division.batches=learner makes none; use groups or neighbours",
-        ),
-        (
             ["division.batches=groups", "data.access=stream"],
             "data.access=stream makes batches of what is in memory: division.batches=learner, hard_share=1 and hard_from=0 only, not "
             "groups, 1 and 0; use these, or data.access=indexed",

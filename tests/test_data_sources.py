@@ -125,6 +125,19 @@ def test_prepared_data_among_the_images_is_no_class(tmp_path: Path) -> None:
     assert images.keys == [path.removeprefix(f"{root}/") for path in expected] and list_queries([root]).keys == expected
 
 
+def test_a_prepared_data_set_is_no_folder_of_images(tmp_path: Path) -> None:
+    write_shards(read("folder", make_folder(tmp_path / "src", LAYOUT)), tmp_path / "data")
+    with pytest.raises(InputError, match=r"--root \S+/data is a prepared data set; give the folder of images"):
+        read("folder", tmp_path / "data")
+
+
+def test_columns_between_semicolons(tmp_path: Path) -> None:
+    """As some spreadsheets write them."""
+    (tmp_path / "a.csv").write_text("path;label\na.jpg;x\n")
+    with pytest.raises(InputError, match=r"a\.csv: its columns are separated by semicolons; save it with commas"):
+        list_images(tmp_path / "a.csv")
+
+
 def test_a_file_called_manifest_makes_no_prepared_data(tmp_path: Path) -> None:
     """Others write files of that name, too: a scraper, a browser's extension."""
     root = make_folder(tmp_path / "src", LAYOUT)

@@ -185,8 +185,10 @@ def test_some_images_of_each_class_are_looked_at_others_each_time() -> None:
         assert (np.diff(places) > 0).all()
         assert (np.bincount(labels[places]) == np.minimum(np.arange(1, 41), 3)).all()
     assert not np.array_equal(passes[0], passes[1]) and np.array_equal(passes[1], passes[2])
-    everything = config(Path("data"), Path("run"), division={"batches": "groups"})
-    assert np.array_equal(places_to_look_at(labels, everything, epoch=0), np.arange(len(labels)))
+    # With `learner`, too: what `init` proposes can be compared with it by changing that key alone.
+    for all_of_them in ({"batches": "groups"}, {"batches": "learner", "images_per_class": 3}):
+        everything = config(Path("data"), Path("run"), division=all_of_them)
+        assert np.array_equal(places_to_look_at(labels, everything, epoch=0), np.arange(len(labels)))
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -235,7 +235,7 @@ def test_a_second_interrupt_ends_workers_that_do_not_stop(tmp_path: Path) -> Non
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=30)
         assert process.returncode == 1
-        assert err.splitlines()[-1].startswith("did not stop in time and was killed: rank 0, 1")
+        assert err.splitlines()[-1].startswith("killed before it had stopped: rank 0, 1")
         assert not any(alive(pid) for pid in pids)
 
 
@@ -286,6 +286,9 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure
     return Failure(moment, 1, kind, text, f"Traceback\n{kind}: {text}\n")
 
 
+STARTING = "stopped while the workers started, before there was anything to save; the same command starts again"
+
+
 @pytest.mark.parametrize(
     ("codes", "errors", "stopping", "expected"),
     [
@@ -299,8 +302,8 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure
         ({0: 75, 1: 75}, {}, False, (75, "")),
         ({0: 75, 1: None}, {}, True, (75, "")),
         ({0: 75, 1: 1}, {1: error(1.0)}, True, (1, "Traceback\nRuntimeError: x\nrank 1 failed: RuntimeError: x")),
-        ({0: -15, 1: 1}, {1: error(1.0)}, True, (75, "")),
-        ({0: -15, 1: -6}, {}, True, (75, "")),
+        ({0: -15, 1: 1}, {1: error(1.0)}, True, (75, STARTING)),
+        ({0: -15, 1: -6}, {}, True, (75, STARTING)),
         ({0: -15, 1: 75, 2: None}, {}, True, (75, "")),
         ({0: 2, 1: -15, 2: 1}, {0: error(2.0, "InputError", "no data"), 2: error(1.0)}, True, (2, "error: no data")),
         ({0: -15, 1: -11}, {}, True, (1, "rank 1 was killed by SIGSEGV")),
@@ -310,7 +313,7 @@ def error(moment: float, kind: str = "RuntimeError", text: str = "x") -> Failure
             {0: None, 1: 0},
             {},
             True,
-            (1, "did not stop in time and was killed: rank 0; --resume auto continues from the last checkpoint"),
+            (1, "killed before it had stopped: rank 0; the same command goes on from the last checkpoint, if there is one"),
         ),
     ],
 )

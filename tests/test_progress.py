@@ -40,6 +40,15 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last_one() -> None:
     ]
 
 
+def test_what_was_done_before_does_not_count_as_speed() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(True, stream, clock=clock).phase("epoch 3", total=300, done=200) as phase:
+        for _ in range(30):
+            clock.now += 1.0
+            phase.update(2)
+    assert stream.getvalue().splitlines()[0] == "epoch 3: 220/300 steps, 2 steps/s, 0:40 left"
+
+
 def test_a_terminal_gets_one_line_that_updates() -> None:
     text = run(Terminal())
     assert text.count("\n") == 1 and text.endswith("\n")

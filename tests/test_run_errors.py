@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -160,6 +161,20 @@ def test_what_a_run_cannot_go_on_with(arguments: list[str], message: str, place:
     error = dnc("train", "run.yaml", *arguments, folder=place).error
     assert message in error and "\n" not in error
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"} == before
+
+
+def test_a_dry_run_looks_at_the_run_that_is_there(place: Path) -> None:
+    changed = dnc("launch", "run.yaml", "--dry-run", "--nproc", "1", *change("division.mask_penalty=0.5"), folder=place)
+    assert "runs/run holds a run with other values of division.mask_penalty (0.01 -> 0.5)" in changed.error
+    done = dnc("launch", "run.yaml", "--dry-run", "--nproc", "1", folder=place)
+    assert done.code == 0 and re.match(r"runs/run holds this run up to step-\d{8}, from where it would go on; ", done.out)
+
+
+def test_a_run_that_has_ended_says_so(place: Path) -> None:
+    done = dnc("train", "run.yaml", folder=place, before=without_report)
+    assert done.code == 0 and re.search(
+        r"^this run has ended, after \d+ epoch\(s\); a larger schedule.epochs goes on with it$", done.out, re.M
+    )
 
 
 def with_few_files() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,7 @@ def test_what_came_after_a_chosen_checkpoint_is_abandoned(place: Path) -> None:
     path = "runs/eight/checkpoints/step-00000008"
     done = train(place, "eight", "--resume", path, before=partial(signalled_in, "divide", 12, signal.SIGTERM)).wait()
     assert done.code == 75 and (run / "checkpoints" / "latest").read_text() == "step-00000012" == max(tags(run))
+    assert re.search(r"rank 0: stopped: .*; saved runs/\S+, ", (run / "log.txt").read_text()) and done.out.count("stopped: ") == 0
     assert {"step-00000008", "step-00000012"} <= set(tags(run)) and last_step(run) == 12
     assert not (run / "checkpoints" / "best").exists() or (run / "checkpoints" / "best").read_text() in tags(run)
     assert "resumed in epoch 2, after step 12\n" in assert_ends_as_whole(place, "eight")

@@ -171,7 +171,10 @@ def read_table(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: {error}; correct the line") from error
-    return list(reader.fieldnames or []), rows
+    columns = list(reader.fieldnames or [])
+    if len(columns) == 1 and ";" in columns[0]:
+        raise InputError(f"{path}: its columns are separated by semicolons; save it with commas")
+    return columns, rows
 
 
 def shorten(value: Any, most: int = 80) -> str:

@@ -19,10 +19,12 @@ def format_seconds(seconds: float) -> str:
 class Phase:
     """One phase with a known number of units."""
 
-    def __init__(self, name: str, total: int, unit: str, write: Callable[[str, bool], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, name: str, total: int, unit: str, write: Callable[[str, bool], None], clock: Callable[[], float], done: int = 0
+    ) -> None:
         self._name, self._total, self._unit, self._write, self._clock = name, total, unit, write, clock
         self._start = clock()
-        self._done = 0
+        self._done = self._done_before = done
         self._note = ""
 
     def update(self, count: int = 1, note: str = "") -> None:
@@ -47,7 +49,7 @@ class Phase:
 
     def _line(self) -> str:
         elapsed = self._clock() - self._start
-        rate = self._done / elapsed if elapsed > 0 else 0.0
+        rate = (self._done - self._done_before) / elapsed if elapsed > 0 else 0.0
         parts = [f"{self._name}: {self._done}/{self._total} {self._unit}"]
         if rate > 0:
             parts.append(f"{rate:.3g} {self._unit}/s" if rate < 1000 else f"{rate:.0f} {self._unit}/s")
@@ -76,10 +78,10 @@ class Progress:
         self._width = 0
 
     @contextmanager
-    def phase(self, name: str, total: int, unit: str = "steps") -> Iterator[Phase]:
-        """A phase of ``total`` units; its last line is written at the end, also when it is left by an exception."""
+    def phase(self, name: str, total: int, unit: str = "steps", done: int = 0) -> Iterator[Phase]:
+        """A phase of ``total`` units, ``done`` of them before; its last line is written at the end, also after an exception."""
         self._last = self._clock()
-        phase = Phase(name, total, unit, self._write, self._clock)
+        phase = Phase(name, total, unit, self._write, self._clock, done)
         try:
             yield phase
         finally:

@@ -158,7 +158,7 @@ class DivisionConfig(Section):
     name."""
     images_per_class: int | None = Field(None, ge=1)
     """Images of each class that the pass before a division looks at, others each time; their mean stands for the class. null: all. The
-    fewer, the cheaper the pass; only with `groups` and `neighbours`, which see classes by their means."""
+    fewer, the cheaper the pass; for `groups` and `neighbours`, which see classes by their means. With `learner` it sees all."""
     hard_share: float = Field(1.0, ge=0, le=1)
     """Share of the batches that are made as `batches` says, evenly spread; the others are of random classes of the whole training set."""
     hard_from: int = Field(0, ge=0)

@@ -150,7 +150,6 @@ def _conflicts_of_batches(cfg: RunConfig) -> Iterator[str]:
         set_keys = {
             "group_classes": div.group_classes != "auto",
             "skip_nearest": div.skip_nearest > 0,
-            "images_per_class": div.images_per_class is not None,
         }
         for key, is_set in set_keys.items():
             if is_set:

@@ -122,7 +122,8 @@ def read_manifest(root: Path, file: str = MANIFEST) -> Manifest:
             else ""
         )
         raise InputError(
-            f"{root} holds no prepared data set ({file} is missing){begun}; write one with `dnc-dist data prepare`, or set data.root"
+            f"{root} holds no prepared data set ({file} is missing){begun}; write one with `dnc-dist data prepare`, or give the "
+            "folder of one (in a configuration: data.root)"
         )
     return parse_manifest(read_bytes(path), path)
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import InputError, RunError, of_the_machine
 from dnc_dist.base.rng import numpy_generator
 from dnc_dist.data.convert import convert
 from dnc_dist.data.images import AS_THEY_ARE, Form
@@ -153,10 +153,11 @@ def write_shards(
             check_free(out, force)
             _write(reading, folder, mark, seed, form, processes, shards, progress or _silent, say or _silent)
             commit(out, force)
-    except OSError as error:  # of writing: an image that cannot be read is listed instead
+    except OSError as error:  # of writing: what cannot be read is told of otherwise
         where = f" ({error.filename})" if error.filename else ""
         cure = "free some space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "see that you may write there"
-        raise InputError(f"--out {out} cannot be written: {error.strerror or error}{where}; {cure}, or use another --out") from error
+        kind = RunError if of_the_machine(error) else InputError
+        raise kind(f"--out {out} cannot be written: {error.strerror or error}{where}; {cure}, or use another --out") from error
     return True
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from dnc_dist.base.fonts import font
 from dnc_dist.base.foreign import printable
 from dnc_dist.base.rng import numpy_generator
 from dnc_dist.data.images import DECODE_ERRORS, decode
@@ -72,6 +73,7 @@ def contact_sheet(index: DatasetIndex, seed: int = 0) -> Image.Image:
     lines = [line for split in index.splits for line in _lines(index.view(split), seed)]
     sheet = Image.new("RGB", (_IMAGES * _CELL, len(lines) * height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
+    draw.font = font(10)
     with closing(ShardReader(index)) as reader:
         for number, (title, rows) in enumerate(lines):
             draw.text((3, number * height + 1), title, fill=(60, 60, 60))

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import cache
+from signal import SIGINT
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from dnc_dist.base.errors import InputError, RunError
 from dnc_dist.data.loading import Batch, DecodedBlock
 from dnc_dist.data.workers import worker_context, worker_start
+from dnc_dist.processes.signals import signals_held
 
 _log = logging.getLogger(__name__)
 _SHARED_MEMORY = "/dev/shm"
@@ -97,7 +99,9 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
     """
     failure: Exception
     try:
-        for packed in source:
+        with signals_held(SIGINT):
+            batches = iter(source)
+        for packed in batches:
             yield _unpack(packed)
         return
     except (InputError, RunError) as error:
@@ -109,7 +113,9 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
         reason = _exhausted(error)
         if _is_of_dead_worker(error):
             failure = ChildProcessError(
-                errno.ECHILD, "a loader process was ended from outside, as by the kernel when memory is short; lower data.workers then"
+                errno.ECHILD,
+                "a loader process was ended from outside, as by the kernel when memory is short; lower data.workers then; or by an error "
+                "of its own, which stands above",
             )
         elif reason is None:
             raise

@@ -7,6 +7,7 @@ from typing import Any
 
 from dnc_dist.config import RunConfig
 from dnc_dist.data.index import RowView
+from dnc_dist.engine import plan
 from dnc_dist.engine.state import Best, TrainState
 from dnc_dist.processes import distributed
 
@@ -30,7 +31,9 @@ def announce(cfg: RunConfig, view: RowView, state: TrainState, kernels: str, lib
         _log.info(note)
     if libraries:
         _log.info(libraries)
-    if state.step:
+    if plan.finished(cfg, state):
+        _log.info(f"this run has ended, after {state.epoch} epoch(s); a larger schedule.epochs goes on with it")
+    elif state.step:
         _log.info(f"resumed in epoch {state.epoch}, after step {state.step}")
 
 

@@ -25,6 +25,8 @@ from dnc_dist.engine.state import TrainState
 from dnc_dist.engine.steplog import TimedBatches
 from dnc_dist.processes import distributed
 from dnc_dist.processes.memory import MB, peak_memory_mb
+from dnc_dist.rundir.checkpoints import Checkpoints
+from dnc_dist.rundir.folder import check_unchanged
 
 STEPS = 4
 """Steps that are timed, after one that is not; fewer, at least one, where they take longer than SECONDS."""
@@ -48,6 +50,8 @@ def dry_run(cfg: RunConfig, world: int) -> str:
         InputError: whatever would end the run at its start: data, weights, or values that do not fit.
     """
     kernels = kernels_note(cfg.division.kmeans_backend)
+    if begun := Checkpoints(cfg.run.path, cfg.checkpoint.keep).tags():
+        check_unchanged(cfg)
     data = RunData(_share_of(cfg, world))
     try:
         data.selection_view()
@@ -56,7 +60,10 @@ def dry_run(cfg: RunConfig, world: int) -> str:
         costs = _measure(cfg, data, objective)
     finally:
         data.close()
-    lines = [*_data(cfg, data, world), phases(cfg), *filter(None, [batches_note(cfg)]), ""]
+    lines = [
+        f"{cfg.run.path} holds this run up to {tag}, from where it would go on; this is the plan of the whole run" for tag in begun[-1:]
+    ]
+    lines += [*_data(cfg, data, world), phases(cfg), *filter(None, [batches_note(cfg)]), ""]
     lines += _table(["epochs", "learners", "batches from", "backbone", "steps", "learning rate"], _epochs(cfg, len(data.train)))
     lines += ["", f"{cfg.loss.name} loss, {kernels}", *filter(None, [libraries_note(objective)])]
     lines += [*_model(objective, cfg, world), *_costs(cfg, data, costs, world)]

@@ -51,10 +51,10 @@ def check_divisible(cfg: RunConfig, labels: np.ndarray) -> None:
 def places_to_look_at(labels: np.ndarray, cfg: RunConfig, *, epoch: int) -> np.ndarray:
     """(n,) int64 ascending places of the rows, of labels (N,), whose features the division of an epoch needs.
 
-    These are all, or ``division.images_per_class`` of each class, drawn anew for each epoch.
+    These are all, or, where classes are compared by their means, ``division.images_per_class`` of each, drawn anew for each epoch.
     """
     most = cfg.division.images_per_class
-    if most is None:
+    if most is None or cfg.division.batches == "learner":
         return np.arange(len(labels))
     drawn = numpy_generator(cfg.run.seed, "division", epoch).permutation(len(labels))
     # Stable, so rows of a class stay in the order in which they were drawn.

@@ -34,7 +34,7 @@ from dnc_dist.processes.transfer import Later
 from dnc_dist.rundir.card import CARD
 from dnc_dist.rundir.checkpoints import Checkpoints, tag_of
 from dnc_dist.rundir.folder import RunDirectory, write_config
-from dnc_dist.rundir.log import close_log, open_log
+from dnc_dist.rundir.log import close_log, log_ending, open_log
 from dnc_dist.rundir.record import SELECTED_PREFIX, standing
 from dnc_dist.rundir.tracker import build_tracker
 from dnc_dist.rundir.writing import CheckpointWriter
@@ -65,7 +65,12 @@ def train(cfg: RunConfig, resume: str = "auto", at_end: Callable[[], None] = lam
     except Stopped as request:
         folder = trainer.save()
         watchdog.stop()
-        raise Stopped(f"{request}; saved {folder}, `--resume auto` goes on from there") from None
+        stopped = Stopped(f"{request}; saved {folder}, `--resume auto` goes on from there")
+        log_ending(stopped)
+        raise stopped from None
+    except Exception as error:
+        log_ending(error)
+        raise
     finally:
         trainer.close()
 
@@ -174,8 +179,7 @@ class Trainer:
         if plan.subspaces_change(cfg, state):
             self.objective.change_subspaces(conquer=conquer)
         stopping: Later | None = None
-        with self.progress.phase(f"epoch {state.epoch}", len(schedule), "steps") as phase:
-            phase.update(state.batches_done)
+        with self.progress.phase(f"epoch {state.epoch}", len(schedule), "steps", state.batches_done) as phase:
             for batch in batches:
                 rates = plan.learning_rates(cfg, state, len(schedule))
                 set_learning_rates(self.engine, rates)

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from dnc_dist.base.errors import InputError
+from dnc_dist.base.fonts import font
 from dnc_dist.base.foreign import read_bytes
 from dnc_dist.data.images import DECODE_ERRORS, decode
 from dnc_dist.data.listing import MOST_BYTES
@@ -26,6 +27,7 @@ def contact_sheet(answers: Sequence[Answer]) -> Image.Image:
     height = _CELL + _TEXT
     sheet = Image.new("RGB", (2 * _MARGIN + (columns + 1) * _CELL + _GAP, 2 * _MARGIN + len(shown) * height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
+    draw.font = font(10)
     for line, answer in enumerate(shown):
         top = _MARGIN + line * height
         _draw(sheet, draw, (_MARGIN, top), answer.path, ["query", Path(answer.query).name])

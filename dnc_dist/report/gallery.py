@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from dnc_dist.base.fonts import font
 from dnc_dist.report import names
 from dnc_dist.report.markup import Html, element
 from dnc_dist.report.pictures import data_url
@@ -42,10 +41,6 @@ def query_html(gallery: PictureGallery, query: int) -> Html:
     return element("div", *tiles, cls="query-row")
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
-
-
 def gallery_image(gallery: PictureGallery, *, queries: int, neighbours: int = 8, side: int = 96) -> bytes:
     """A PNG with a row for each of the first queries: the query, then its nearest neighbours framed green (right) or red (wrong).
 
@@ -58,10 +53,10 @@ def gallery_image(gallery: PictureGallery, *, queries: int, neighbours: int = 8,
     gap, frame, margin, head = side // 8, max(3, side // 24), side // 6, side // 3
     width = 2 * margin + (columns + 1) * side + columns * gap + 2 * gap
     canvas = Image.new("RGB", (width, margin + head + rows * (side + gap) - gap + margin), "white")
-    pen, font = ImageDraw.Draw(canvas), _font(max(11, side // 7))
+    pen, letters = ImageDraw.Draw(canvas), font(max(11, side // 7))
     first = margin + side + 3 * gap
-    pen.text((margin, margin // 2), "query", "#1f2933", font)
-    pen.text((first, margin // 2), "nearest neighbours, nearest first", "#1f2933", font)
+    pen.text((margin, margin // 2), "query", "#1f2933", letters)
+    pen.text((first, margin // 2), "nearest neighbours, nearest first", "#1f2933", letters)
     correct = gallery.correct()
     for row in range(rows):
         top = margin + head + row * (side + gap)

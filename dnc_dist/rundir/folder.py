@@ -88,12 +88,7 @@ class RunDirectory:
             raise InputError(f"{self.path} already holds a run; use --resume auto to go on with it, or set run.name to start another")
         epoch = _last_epoch(self.path / METRICS_FILE)
         if checkpoints.tags():
-            changed = changed_keys(load_run_config(self.path), cfg)
-            if changed:
-                raise InputError(
-                    f"{self.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it, "
-                    "or set run.name to start another"
-                )
+            check_unchanged(cfg)
         elif epoch > 0:
             # Every epoch ends with a checkpoint: there were some.
             raise InputError(
@@ -143,6 +138,19 @@ def load_run_config(run_dir: Path) -> RunConfig:
         raise InputError(f"{run_dir} is no run directory: it has no {CONFIG_FILE}; give the folder that `dnc-dist launch` printed")
     part_modules.never_from(run_dir)
     return load_config(path, code_beside=False)
+
+
+def check_unchanged(cfg: RunConfig) -> None:
+    """Check that the run in a configuration's directory was begun with its values, as far as they have to stay.
+
+    Raises:
+        InputError: it was not.
+    """
+    if changed := changed_keys(load_run_config(cfg.run.path), cfg):
+        raise InputError(
+            f"{cfg.run.path} holds a run with other values of {', '.join(changed)}; undo the change to resume it (what is `auto` may "
+            "follow from another key), or set run.name to start another"
+        )
 
 
 def changed_keys(before: RunConfig, now: RunConfig) -> list[str]:

@@ -7,11 +7,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from dnc_dist.base.errors import InputError
+from dnc_dist.base.errors import InputError, Stopped
 from dnc_dist.processes import distributed
 from dnc_dist.rundir import LOG_FILE
 
 _ROOT = logging.getLogger("dnc_dist")
+_OF_FILE = "of_file"
+"""An attribute of records that the screen does not show."""
 _NOTHING = logging.CRITICAL + 1
 """A level that no message has."""
 
@@ -57,7 +59,16 @@ def open_log(run_dir: Path) -> None:
     if distributed.is_main():
         screen = logging.StreamHandler(sys.stdout)
         screen.setFormatter(logging.Formatter("%(message)s"))
+        screen.addFilter(lambda record: not hasattr(record, _OF_FILE))
         _ROOT.addHandler(screen)
+
+
+def log_ending(error: Exception) -> None:
+    """Write to ``log.txt`` alone why the run does not go on: on the screen it is said by who catches the error."""
+    if isinstance(error, Stopped):
+        _ROOT.info("stopped: %s", error, extra={_OF_FILE: True})
+    else:
+        _ROOT.error("%s: %s", type(error).__name__, error, extra={_OF_FILE: True})
 
 
 def close_log() -> None:

@@ -234,7 +234,7 @@ def read_run(run_dir: Path, *, with_gallery: bool = True) -> RunRecord:
     _read_metrics(metrics, run)
     if not any(run.curves.values()):
         more = f" ({run.passed_over:,} lines are none of a run)" if run.passed_over else ""
-        raise InputError(f"{metrics} has no line yet{more}; wait for the first training step to be logged")
+        raise InputError(f"{metrics} has no line yet{more}; leave it out, or wait for the first training step to be logged")
     config_path = run_dir / CONFIG_FILE
     if config_path.exists():
         try:

@@ -122,6 +122,8 @@ class FolderReader(Reader):
         assert root is not None
         if not root.is_dir():
             raise InputError(f"--root {root} is no folder; give the folder that holds split/class/*.jpg or class/*.jpg")
+        if is_prepared(root):
+            raise InputError(f"--root {root} is a prepared data set; give the folder of images that it is to be made of")
         options = {"root": plain(os.path.realpath(root)), "test_share": self.options.test_share, "seed": seed}
         if self.options.labels == "none":
             samples, notes = _without_classes(root)

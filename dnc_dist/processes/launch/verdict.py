@@ -96,7 +96,12 @@ def verdict(report: LaunchReport, *, stopping: bool = False, hosts: Mapping[int,
         stuck = ", ".join(str(rank) for rank, code in sorted(codes.items()) if code is None)
         if not stopping or not stuck:
             return 0, ""
-        return EXIT_FAILED, f"did not stop in time and was killed: rank {stuck}; --resume auto continues from the last checkpoint"
+        return (
+            EXIT_FAILED,
+            f"killed before it had stopped: rank {stuck}; the same command goes on from the last checkpoint, if there is one",
+        )
+    if stopped and EXIT_STOPPED not in codes.values():
+        return EXIT_STOPPED, "stopped while the workers started, before there was anything to save; the same command starts again"
     return (EXIT_STOPPED, "") if stopped else _cause(rank, failed[rank], report, hosts or {})
 
 
