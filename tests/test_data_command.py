@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,15 @@ def test_prepare_and_inspect(tmp_path: Path) -> None:
     with Image.open(tmp_path / "out/contact_sheet.png") as sheet:
         assert sheet.size == (720, 4 * 86)
         assert sheet.convert("L").getextrema()[0] < 60
+    assert "test has one class" not in said
     # What inspect wrote does not make the data set another one.
     assert "nothing to do" in run("prepare", "folder", "--root", root, "--out", tmp_path / "out")
+
+
+def test_a_single_test_class_tells_nothing(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "src")
+    shutil.rmtree(root / "test/a")
+    assert "test has one class: whatever is found is right there" in run("prepare", "folder", "--root", root, "--out", tmp_path / "out")
 
 
 def test_wrong_input(tmp_path: Path) -> None:

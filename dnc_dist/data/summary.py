@@ -47,6 +47,8 @@ def describe(index: DatasetIndex) -> str:
     if not index.labelled:
         lines.append("no classes: a gallery to be embedded and searched; nothing can be trained or measured on it")
     lines.append(f"content {index.content_hash}, read from {index.manifest.reader}")
+    if index.labelled and "test" in views and views["test"].num_classes == 1:
+        lines.append("test has one class: whatever is found is right there, also by a network that learned nothing")
     if {"train", "test"} <= views.keys() and (shared := set(views["train"].class_names) & set(views["test"].class_names)):
         lines.append(f"{len(shared):,} classes are in train and in test: retrieval here is not of unseen classes")
     if index.manifest.duplicates and index.manifest.duplicates.groups:
