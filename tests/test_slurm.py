@@ -239,37 +239,6 @@ def test_the_scripts_of_the_benchmarks_differ_in_their_names_only(name: str, con
     assert script.replace(f"--job-name={name}\n", "--job-name=vehicleid\n") == SCRIPT.read_text()
 
 
-def test_data_on_a_web_server_cannot_be_staged(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("data: {root: https://127.0.0.1:9/data/}\n")
-    env = os.environ | {"DNC_JOB_DIR": str(tmp_path), "SLURM_NODEID": "0", "STAGE_DIR": str(tmp_path / "disk")}
-    done = subprocess.run(
-        [sys.executable, SCRIPT.with_name("node.py"), "check", tmp_path / "run.yaml"], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert f"STAGE_DIR={tmp_path / 'disk'} copies a data set" in line and "data.root=https://127.0.0.1:9/data/ is on a web server" in line
-    assert "data.cache" in line and not (tmp_path / "disk").exists()
-
-
-_NODE = """
-import errno, os, runpy, sys
-from dnc_dist.data import index
-def fail(*given): raise OSError(errno.EIO, os.strerror(errno.EIO), "data/manifest.json")
-index.open_index = fail
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_a_disk_that_fails_is_no_wrong_input(tmp_path: Path) -> None:
-    """SLURM may start such a job again."""
-    (tmp_path / "run.yaml").write_text("data: {root: data}\n")
-    env = os.environ | {"DNC_JOB_DIR": str(tmp_path), "SLURM_NODEID": "0"}
-    command = [sys.executable, "-c", _NODE, SCRIPT.with_name("node.py"), "check", tmp_path / "run.yaml"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "data/manifest.json: Input/output error; check the disk" in done.stderr, done.stderr
-
-
 @pytest.mark.slow
 def test_a_job_on_three_nodes(whole_on_three: Job, whole: Job) -> None:
     assert whole_on_three.Restarts == "0" and "3 process(es)" in whole_on_three.output and "node3: dnc-dist " in whole_on_three.output

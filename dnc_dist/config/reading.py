@@ -79,7 +79,7 @@ def _describe(problem: Any, tree: dict[str, Any]) -> list[str]:
     if problem["type"] == "missing":
         key = "data.root" if path == "data" else path
         return [f"{key}: missing; set it in the file or with --set {key}=VALUE"]
-    if problem["type"] == "string_pattern_mismatch":
+    if path == "run.name" and problem["type"] == "string_pattern_mismatch":
         return [f"{path}: letters, digits and . _ + - only, as it names a folder in run.dir (got {shorten(problem['input'])})"]
     if problem["type"] == "value_error" and not keys:
         return str(problem["ctx"]["error"]).split("\n")

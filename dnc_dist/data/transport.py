@@ -114,8 +114,8 @@ def batches_of(source: DataLoader[Any]) -> Iterator[Any]:
         if _is_of_dead_worker(error):
             failure = ChildProcessError(
                 errno.ECHILD,
-                "a loader process was ended from outside, as by the kernel when memory is short; lower data.workers then; or by an error "
-                "of its own, which stands above",
+                "a loader process was ended from outside, as by the kernel when memory is short (lower data.workers then), or by an "
+                "error of its own, which stands above",
             )
         elif reason is None:
             raise
