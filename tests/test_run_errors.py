@@ -167,7 +167,7 @@ def test_a_dry_run_looks_at_the_run_that_is_there(place: Path) -> None:
     changed = dnc("launch", "run.yaml", "--dry-run", "--nproc", "1", *change("division.mask_penalty=0.5"), folder=place)
     assert "runs/run holds a run with other values of division.mask_penalty (0.01 -> 0.5)" in changed.error
     done = dnc("launch", "run.yaml", "--dry-run", "--nproc", "1", folder=place)
-    assert done.code == 0 and re.match(r"runs/run holds this run up to step-\d{8}, from where it would go on; ", done.out)
+    assert done.code == 0 and re.match(r"runs/run holds this run up to step-\d{8}, where it goes on if epochs are left; ", done.out)
 
 
 def test_a_run_that_has_ended_says_so(place: Path) -> None:

@@ -61,7 +61,8 @@ def dry_run(cfg: RunConfig, world: int) -> str:
     finally:
         data.close()
     lines = [
-        f"{cfg.run.path} holds this run up to {tag}, from where it would go on; this is the plan of the whole run" for tag in begun[-1:]
+        f"{cfg.run.path} holds this run up to {tag}, where it goes on if epochs are left; this is the plan of the whole run"
+        for tag in begun[-1:]
     ]
     lines += [*_data(cfg, data, world), phases(cfg), *filter(None, [batches_note(cfg)]), ""]
     lines += _table(["epochs", "learners", "batches from", "backbone", "steps", "learning rate"], _epochs(cfg, len(data.train)))
